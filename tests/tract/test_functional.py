@@ -1,0 +1,199 @@
+"""The weight gradient is TrAct's, everything else is the framework's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_tract
+from torch import nn
+
+from tests.conftest import photo_like
+from tests.reference import conv_gradient, tract_gradient
+from tract_det import TrActConv2d, TrActError, TrActLinear, tract_conv2d, tract_linear
+
+
+def geometry(kernel_size, *, channels=3, **keywords):
+    return {"in_channels": channels, "out_channels": 6, "kernel_size": kernel_size, **keywords}
+
+
+# (constructor's keywords, image size)
+GEOMETRIES = [
+    (geometry(7, stride=2, padding=3), (33, 40)),
+    (geometry(3, padding=1), (17, 20)),
+    (geometry(4, stride=4, bias=False), (18, 16)),
+    (geometry((3, 5), stride=(2, 1), padding=(0, 2)), (15, 21)),
+    (geometry(3, dilation=(2, 3), padding=2), (16, 19)),
+    (geometry(3, channels=6, groups=3, padding=1), (12, 13)),
+    (geometry((4, 3), padding="same"), (13, 14)),
+    (geometry(4, dilation=3, padding="same"), (17, 14)),
+    (geometry(3, padding="valid"), (9, 9)),
+    (geometry(3, padding=1, padding_mode="reflect"), (11, 12)),
+    (geometry(5, padding=2, padding_mode="circular"), (11, 12)),
+    (geometry(3, padding="same", padding_mode="replicate"), (8, 9)),
+    (geometry(1), (6, 7)),
+    (geometry(2, stride=5), (23, 22)),
+    (geometry(7, padding=3), (4, 5)),  # the kernel reaches beyond the image
+]
+
+
+def _name(part):
+    if not isinstance(part, dict):
+        return "x".join(map(str, part))
+    return "-".join(f"{key}={value}" for key, value in part.items() if "channels" not in key)
+
+
+@pytest.mark.parametrize(("keywords", "size"), GEOMETRIES, ids=_name)
+def test_weight_gradient_solves_the_damped_system(keywords, size, generator):
+    conv = TrActConv2d(**keywords)
+    images = photo_like(generator, 3, conv.in_channels, *size)
+    out = conv(images)
+    dZ = torch.randn(out.shape, generator=generator)
+    out.backward(dZ)
+    expected, plain, damped = conv_gradient(conv, images, dZ, conv.lambda_)
+    gradient = conv.weight.grad.double().reshape(expected.shape)
+    assert (gradient @ damped - plain).norm() <= 1e-5 * plain.norm()
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3 * expected.abs().max())
+
+
+@pytest.mark.parametrize(("keywords", "size"), GEOMETRIES, ids=_name)
+def test_output_input_gradient_and_bias_gradient_are_those_of_conv2d(keywords, size, generator):
+    conv = TrActConv2d(**keywords)
+    plain = nn.Conv2d(**keywords)
+    plain.load_state_dict(conv.state_dict())
+    images = photo_like(generator, 2, conv.in_channels, *size)
+    results = []
+    for layer in (conv, plain):
+        x = images.clone().requires_grad_()
+        out = layer(x)
+        out.square().sum().backward()
+        results.append((out, x.grad, None if layer.bias is None else layer.bias.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is theirs or torch.equal(ours, theirs)
+    assert not torch.allclose(conv.weight.grad, plain.weight.grad)
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (3, 7, 12), (5, 12), (12,)])
+def test_linear_weight_gradient_solves_the_damped_system(shape, generator):
+    layer = TrActLinear(12, 7)
+    X = torch.randn(shape, generator=generator)
+    out = layer(X)
+    dZ = torch.randn(out.shape, generator=generator)
+    out.backward(dZ)
+    expected, plain, damped = tract_gradient(X.reshape(-1, 12), dZ.reshape(-1, 7), 0.1)
+    assert (layer.weight.grad.double() @ damped - plain).norm() <= 1e-5 * plain.norm()
+    torch.testing.assert_close(layer.weight.grad.double(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer.bias.grad, dZ.reshape(-1, 7).sum(0))
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"kernel_size": 7, "stride": 2, "padding": 3},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 4, "stride": 4},
+    ],
+)
+def test_agrees_with_torch_tract_where_that_one_works(keywords, generator):
+    plain = nn.Conv2d(3, 8, **keywords)
+    theirs = torch_tract.TrAct(nn.Conv2d(3, 8, **keywords), l=0.1)
+    theirs.load_state_dict(plain.state_dict())
+    images = photo_like(generator, 2, 3, 32, 32)
+    ours = tract_conv2d(images, plain.weight, plain.bias, plain.stride, plain.padding, lambda_=0.1)
+    dZ = torch.randn(ours.shape, generator=generator)
+    ours.backward(dZ)
+    theirs(images).backward(dZ)
+    reference = next(p.grad for p in theirs.parameters() if p.dim() == 4)
+    assert (plain.weight.grad - reference).norm() <= 1e-4 * reference.norm()
+
+
+def test_large_lambda_recovers_the_plain_direction(generator):
+    images, weight = photo_like(generator, 2, 3, 16, 16), nn.Parameter(torch.randn(4, 3, 3, 3))
+    tract_conv2d(images, weight, lambda_=1e6).square().sum().backward()
+    ours, weight.grad = weight.grad, None
+    F.conv2d(images, weight).square().sum().backward()
+    torch.testing.assert_close(ours * 1e6, weight.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_small_lambda_whitens_the_input(generator):
+    # As lambda vanishes, a linear change of the input's basis changes nothing but the basis.
+    X = torch.randn(200, 6, generator=generator)
+    A = torch.eye(6) + 0.3 * torch.randn(6, 6, generator=generator)
+    dZ = torch.randn(200, 4, generator=generator)
+    gradients = []
+    for rows in (X, X @ A):
+        weight = nn.Parameter(torch.zeros(4, 6))
+        tract_linear(rows, weight, lambda_=1e-7).backward(dZ)
+        gradients.append(weight.grad)
+    torch.testing.assert_close(gradients[1] @ A.T, gradients[0], rtol=1e-3, atol=1e-2)
+
+
+def test_loss_scale_passes_through(generator):
+    images, weight = photo_like(generator, 2, 3, 16, 16), nn.Parameter(torch.randn(4, 3, 3, 3))
+    gradients = []
+    for scale in (1.0, 1024.0):
+        weight.grad = None
+        (scale * tract_conv2d(images, weight).square().sum()).backward()
+        gradients.append(weight.grad / scale)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_autocast_solves_in_fp32_and_stays_close_to_fp32(generator):
+    conv = TrActConv2d(3, 8, 7, stride=2, padding=3)
+    images = photo_like(generator, 4, 3, 64, 64)
+    dZ = torch.randn(4, 8, 32, 32, generator=generator)
+    conv(images).backward(dZ)
+    exact, conv.weight.grad = conv.weight.grad, None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = conv(images)
+    assert out.dtype == torch.bfloat16
+    out.backward(dZ.bfloat16())
+    assert conv.weight.grad.dtype == torch.float32
+    assert (conv.weight.grad - exact).norm() <= 0.02 * exact.norm()
+
+
+def test_an_input_that_is_not_finite_gives_a_gradient_that_is_not_finite():
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+    tract_conv2d(torch.full((1, 3, 8, 8), torch.nan), weight).sum().backward()
+    assert not weight.grad.isfinite().any()
+
+
+def test_no_grad_and_frozen_weights_cost_nothing(monkeypatch):
+    def fail(*_):
+        raise AssertionError("the Gram matrix was computed")
+
+    monkeypatch.setattr("tract_det.tract.functional.patch_gram", fail)
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+    images = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        tract_conv2d(images, weight)
+    tract_conv2d(images.requires_grad_(), weight.detach()).sum().backward()
+    conv = TrActConv2d(3, 4, 3)
+    conv.eval()(images).sum().backward()
+    with pytest.raises(AssertionError, match="was computed"):
+        conv.train()(images)
+
+
+@pytest.mark.parametrize("lambda_", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_lambda_that_is_not_positive_is_refused(lambda_):
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+    with pytest.raises(TrActError, match="must be positive"):
+        tract_conv2d(torch.randn(1, 3, 8, 8), weight, lambda_=lambda_)
+    with pytest.raises(TrActError, match="must be positive"):
+        TrActConv2d(3, 4, 3, lambda_=lambda_)
+
+
+def test_unbatched_images_are_a_batch_of_one(generator):
+    images, weight = photo_like(generator, 3, 12, 12), nn.Parameter(torch.randn(4, 3, 3, 3))
+    gradients = []
+    for x in (images, images[None]):
+        weight.grad = None
+        tract_conv2d(x, weight).square().sum().backward()
+        gradients.append(weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_second_derivatives_are_refused(generator):
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+    out = tract_conv2d(photo_like(generator, 1, 3, 8, 8), weight).square().sum()
+    (gradient,) = torch.autograd.grad(out, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
