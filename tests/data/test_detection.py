@@ -1,0 +1,197 @@
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from tract_det.data import detection
+from tract_det.data.detection import VOCDetection, aspect_groups, drop_empty
+from tract_det.data.voc import read_split
+from tract_det.errors import UserError
+
+CAT = ("cat", (2, 3, 10, 8))
+
+
+def read(tree, *ids, **options):
+    tree.split("train", ids or ["a"])
+    return VOCDetection(read_split(tree.root, "train", ["cat", "dog"]), **options)
+
+
+def test_a_sample_is_an_image_and_boxes_with_labels_from_one(tree):
+    tree.add("a", CAT, ("dog", (1, 1, 20, 10)))
+    dataset = read(tree)
+    assert len(dataset) == 1
+    image, target = dataset[0]
+    assert isinstance(image, tv_tensors.Image)
+    assert (image.dtype, tuple(image.shape)) == (torch.uint8, (3, 10, 20))
+    assert isinstance(target["boxes"], tv_tensors.BoundingBoxes)
+    assert target["boxes"].canvas_size == (10, 20)
+    assert target["boxes"].dtype == torch.float32
+    assert target["boxes"].tolist() == [[1, 2, 10, 8], [0, 0, 20, 10]]
+    assert target["labels"].tolist() == [1, 2]
+    assert target["labels"].dtype == torch.int64
+    assert (target["image_id"], target["index"]) == ("a", 0)
+
+
+def test_labels_and_classes_round_trip(tree):
+    tree.add("a", CAT, ("dog", (1, 1, 20, 10)))
+    dataset = read(tree)
+    names = [dataset.split.class_names[k - 1] for k in dataset[0][1]["labels"]]
+    assert names == ["cat", "dog"]
+
+
+def test_boxes_are_clipped_to_the_image_and_those_outside_warned_about(tree):
+    tree.add("a", ("cat", (-3, 0, 12, 30)), ("dog", (25, 2, 30, 8)))
+    with pytest.warns(UserWarning, match=r"train: 1 boxes.*first: a"):
+        dataset = read(tree)
+    target = dataset[0][1]
+    assert target["boxes"].tolist() == [[0, 0, 12, 10]]
+    assert target["labels"].tolist() == [1]
+
+
+def test_boxes_thinner_than_a_pixel_after_the_transform_are_dropped(tree):
+    tree.add("a", ("cat", (1, 1, 20, 10)), ("dog", (3, 3, 5, 9)), size=(20, 10))
+    _, target = read(tree, transform=v2.Resize((3, 6)))[0]
+    assert target["boxes"].tolist() == [[0, 0, 6, 3]]
+    assert target["boxes"].canvas_size == (3, 6)
+    assert target["labels"].tolist() == [1]
+
+
+def test_an_image_without_objects_has_empty_boxes(tree):
+    tree.add("a")
+    _, target = read(tree, transform=v2.RandomHorizontalFlip(1.0))[0]
+    assert target["boxes"].shape == (0, 4)
+    assert target["labels"].shape == (0,)
+
+
+def test_difficult_objects_are_used_or_not(tree):
+    tree.add("a", (*CAT, True), ("dog", (1, 1, 9, 9)))
+    assert read(tree)[0][1]["labels"].tolist() == [1, 2]
+    assert read(tree, use_difficult=False)[0][1]["labels"].tolist() == [2]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA", "LA", "1"])
+def test_images_of_every_mode_become_the_rgb_of_pillow(tree, write_annotation, name, mode):
+    if mode in ("P", "RGBA", "LA", "1") and name == "a.jpg":
+        pytest.skip("not a JPEG mode")
+    if mode == "CMYK" and name == "a.png":
+        pytest.skip("not a PNG mode")
+    path = tree.image(name, mode=mode)
+    tree.xml("a", write_annotation(CAT))
+    image, _ = read(tree)[0]
+    expected = np.array(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+    assert image.dtype == torch.uint8
+    # Decoders of different libjpeg builds may round differently.
+    assert np.abs(image.numpy().astype(int) - expected).max() <= 2
+
+
+def test_sixteen_bit_pngs_keep_their_high_byte(tree, write_annotation):
+    grey = np.arange(200, dtype=np.uint16).reshape(10, 20) * 300
+    Image.fromarray(grey).save(tree.root / "JPEGImages" / "a.png")
+    tree.xml("a", write_annotation(CAT))
+    image, _ = read(tree)[0]
+    assert image.dtype == torch.uint8
+    assert image[1].tolist() == (grey >> 8).tolist()
+
+
+def _not_compiled(*_):
+    raise RuntimeError("decode_jpeg: torchvision not compiled with libjpeg support")
+
+
+@pytest.mark.parametrize("decoder", [_not_compiled, None])
+def test_pillow_reads_what_torchvision_was_not_built_for(tree, monkeypatch, decoder):
+    tree.add("a", CAT)
+    dataset = read(tree)
+    expected, _ = dataset[0]
+    monkeypatch.setattr(detection, "decode_image", decoder)
+    image, _ = dataset[0]
+    assert (image.int() - expected.int()).abs().max() <= 2
+
+
+def test_exif_rotation_is_not_applied(tree, write_annotation):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tree.image("a.jpg", exif=exif.tobytes())
+    tree.xml("a", write_annotation(CAT))
+    assert read(tree)[0][0].shape == (3, 10, 20)
+
+
+def test_an_image_annotated_upright_but_stored_turned_is_explained(tree, write_annotation):
+    path = tree.image("a.jpg", size=(20, 10))
+    tree.xml("a", write_annotation(CAT, size=(10, 20)))
+    with pytest.raises(UserError, match=f"{path}.*20 x 10.*10 x 20.*EXIF"):
+        read(tree)[0]
+
+
+def _cut(path, share):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: _cut(path, 0.6),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"<html>not found</html>"),
+        lambda path: path.unlink(),
+    ],
+    ids=["cut off", "empty", "no image", "removed"],
+)
+def test_an_unreadable_image_is_one_line_that_names_the_file(tree, write_annotation, name, spoil):
+    path = tree.image(name)
+    tree.xml("a", write_annotation(CAT))
+    dataset = read(tree)
+    spoil(path)
+    with pytest.raises(UserError) as caught:
+        dataset[0]
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_size_than_annotated_is_one_line_that_names_the_file(tree):
+    tree.add("a", CAT)
+    dataset = read(tree)
+    path = tree.image("a.jpg", size=(21, 10))
+    with pytest.raises(UserError, match=f"{path}.*21 x 10.*20 x 10"):
+        dataset[0]
+
+
+def test_aspect_groups_are_landscape_and_portrait(tree):
+    for name, size in (("a", (20, 10)), ("b", (10, 20)), ("c", (10, 10))):
+        tree.add(name, CAT, size=size)
+    assert aspect_groups(read(tree, "a", "b", "c").split).tolist() == [0, 1, 0]
+
+
+@pytest.mark.filterwarnings("ignore:.*less than a pixel")
+def test_drop_empty_keeps_the_images_that_give_a_box(tree):
+    tree.add("a", CAT)
+    tree.add("b")
+    tree.add("c", ("cat", (50, 50, 60, 60)))  # outside
+    tree.add("d", (*CAT, True))
+    split = read(tree, "a", "b", "c", "d").split
+    assert [a.image_id for a in drop_empty(split).annotations] == ["a", "d"]
+    assert [a.image_id for a in drop_empty(split, use_difficult=False).annotations] == ["a"]
+    assert len(split.annotations) == 4
+
+
+def test_a_dataset_can_be_sent_to_another_process(tree):
+    tree.add("a", CAT)
+    dataset = pickle.load(io.BytesIO(pickle.dumps(read(tree))))
+    assert dataset[0][1]["labels"].tolist() == [1]
+
+
+def test_bccd_boxes_are_within_their_images(bccd):
+    dataset = VOCDetection(read_split(bccd, "test"))
+    for index in range(0, len(dataset), 8):
+        image, target = dataset[index]
+        assert image.shape == (3, 480, 640)
+        boxes = target["boxes"]
+        assert len(boxes) == len(dataset.split.annotations[index].boxes)
+        assert bool((boxes >= 0).all())
+        assert bool((boxes[:, 2:] <= torch.tensor([640, 480])).all())

@@ -1,0 +1,310 @@
+"""Draws the quick start's data: a small devkit of coloured shapes on textured backgrounds.
+
+The class is the shape; colour, size, rotation and background say nothing about it. Objects hide
+one another in part, are cut by the border, and a few are `difficult`: mostly hidden, or of nearly
+the background's brightness. The tree is read back by the same reader as PASCAL VOC.
+
+Every image is a pure function of its number: the same tree is drawn on every machine.
+"""
+
+import colorsys
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from tract_det.errors import UserError
+
+SHAPES_CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
+
+# In the folder's name: raise it with every change of what is drawn.
+_VERSION = 1
+_IMAGES = {"train": 400, "test": 100}
+_CANVASES = ((128, 128), (160, 128), (128, 160))  # width, height
+_CANVAS_SHARES = (0.6, 0.2, 0.2)
+_SIZES = (22.0, 62.0)  # diameter of a circle in pixels; other shapes by these factors, ...
+_SCALE = {"circle": 1.0, "cross": 1.1, "ring": 1.05, "square": 1.2, "star": 1.25, "triangle": 1.25}
+_MARGIN = 80  # ... and this is more than any of them
+_OVERSAMPLING = 4
+# A pixel belongs to an object if at least half of it is covered.
+_COVERED = 0.5
+_VISIBLE = 0.6  # share of its pixels that an object keeps when others are drawn over it ...
+_VISIBLE_DIFFICULT = 0.25  # ... or this, and it is difficult
+
+
+@dataclass
+class Shape:
+    """One drawn object.
+
+    Attributes:
+        name: Its class.
+        alpha: (H, W) float32, share of each pixel of the image that it covers.
+        area: Its pixels, with those beyond the image's border.
+        difficult: Hidden for the most part, or of low contrast.
+    """
+
+    name: str
+    alpha: np.ndarray
+    area: int
+    difficult: bool = False
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(H, W) bool, the pixels that belong to it, hidden ones too."""
+        return self.alpha >= _COVERED
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """xmin, ymin, xmax, ymax as a devkit has them: 1-based, the last pixel included."""
+        rows, columns = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
+        return tuple(int(v) + 1 for v in (columns[0], rows[0], columns[-1], rows[-1]))  # type: ignore[return-value]
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the image's border cuts it."""
+        return int(self.mask.sum()) < self.area
+
+
+def ensure_shapes(cache: Path | None = None) -> Path:
+    """The root of the drawn devkit, with splits `train` (400 images) and `test` (100).
+
+    Drawn on the first call, in some seconds, and kept. The tree appears as a whole by one rename:
+    several processes may call this at once.
+
+    Args:
+        cache: Where the tree's folder is; None: $TRACT_DET_CACHE or ~/.cache/tract_det.
+
+    Raises:
+        UserError: The folder cannot be written, or the tree in it is not complete.
+    """
+    cache = cache or Path(os.environ.get("TRACT_DET_CACHE") or "~/.cache/tract_det").expanduser()
+    root = Path(cache) / f"shapes-v{_VERSION}"
+    try:
+        if not root.exists():
+            _draw_tree(root)
+    except OSError as error:
+        raise UserError(
+            f"{root} cannot be written ({error}): set TRACT_DET_CACHE to a folder with free space"
+        ) from None
+    for folder in ("Annotations", "JPEGImages"):
+        here = len(list((root / folder).glob("*"))) if (root / folder).is_dir() else 0
+        if here != sum(_IMAGES.values()):
+            raise UserError(f"{root / folder} is not complete: delete {root}, it is drawn anew")
+    return root
+
+
+def draw_scene(number: int) -> tuple[np.ndarray, list[Shape]]:
+    """Image `number`: (H, W, 3) uint8 and its 1 to 5 objects, back to front."""
+    rng = np.random.default_rng((_VERSION, number))
+    width, height = _CANVASES[rng.choice(3, p=_CANVAS_SHARES)]
+    image = _background(rng, height, width)
+    shapes: list[Shape] = []
+    wanted = rng.integers(1, 6)
+    for _ in range(4 * wanted):  # a place that hides too much of another object is tried again
+        if len(shapes) == wanted:
+            break
+        shape = _random_shape(rng, height, width)
+        if shape is None or not _may_be_drawn(rng, shapes, shape):
+            continue
+        image = _paint(rng, image, shape)
+        shapes.append(shape)
+    return np.rint(image * 255).astype(np.uint8), shapes
+
+
+def _draw_tree(root: Path) -> None:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+            (temporary / folder).mkdir(parents=True)
+        number = 0
+        for split, count in _IMAGES.items():
+            ids = [f"{number + i:06d}" for i in range(count)]
+            for i, image_id in enumerate(ids):
+                image, shapes = draw_scene(number + i)
+                path = temporary / "JPEGImages" / f"{image_id}.jpg"
+                Image.fromarray(image).save(path, quality=92, subsampling=0)
+                xml = _annotation(image_id, image.shape, shapes)
+                (temporary / "Annotations" / f"{image_id}.xml").write_text(xml)
+            lines = "".join(f"{image_id}\n" for image_id in ids)
+            (temporary / "ImageSets" / "Main" / f"{split}.txt").write_text(lines)
+            number += count
+        temporary.chmod(0o755)  # mkdtemp's folder is the owner's alone
+        try:
+            temporary.rename(root)
+        except OSError:
+            if not root.is_dir():  # else another process was faster, with the same tree
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _annotation(image_id: str, shape: tuple[int, ...], shapes: list[Shape]) -> str:
+    objects = "".join(
+        f"""\
+  <object>
+    <name>{s.name}</name>
+    <pose>Unspecified</pose>
+    <truncated>{int(s.truncated)}</truncated>
+    <difficult>{int(s.difficult)}</difficult>
+    <bndbox>
+      <xmin>{s.box[0]}</xmin><ymin>{s.box[1]}</ymin><xmax>{s.box[2]}</xmax><ymax>{s.box[3]}</ymax>
+    </bndbox>
+  </object>
+"""
+        for s in shapes
+    )
+    return f"""\
+<annotation>
+  <folder>shapes</folder>
+  <filename>{image_id}.jpg</filename>
+  <size><width>{shape[1]}</width><height>{shape[0]}</height><depth>3</depth></size>
+{objects}</annotation>
+"""
+
+
+def _random_shape(rng: np.random.Generator, height: int, width: int) -> Shape | None:
+    """An object somewhere; None if the border would cut off more than a fifth of it."""
+    name = SHAPES_CLASSES[rng.integers(len(SHAPES_CLASSES))]
+    size = float(np.exp(rng.uniform(*np.log(_SIZES)))) * _SCALE[name]
+    angle = rng.uniform(0, 2 * np.pi)
+    centre = rng.uniform(0.3 * size, (width - 0.3 * size, height - 0.3 * size))
+    m = _MARGIN  # the whole object, with what lies beyond the border
+    whole = _alpha(name, size, angle, centre + m, (height + 2 * m, width + 2 * m))
+    alpha = whole[m:-m, m:-m]
+    area = int((whole >= _COVERED).sum())
+    if (alpha >= _COVERED).sum() < 0.8 * area:
+        return None
+    return Shape(name, alpha, area)
+
+
+def _alpha(
+    name: str, size: float, angle: float, centre: np.ndarray, canvas: tuple[int, int]
+) -> np.ndarray:
+    """(H, W) float32 coverage of a shape within a circle of `size` pixels, centred at (x, y)."""
+    s = _OVERSAMPLING
+    left, top = (np.floor(centre - size / 2) - 2).astype(int)
+    side = int(size) + 6
+    drawing = Image.new("L", (side * s, side * s))
+    draw = ImageDraw.Draw(drawing)
+    middle = (centre - (left, top)) * s
+    radius = size / 2 * s
+    if name in ("circle", "ring"):
+        draw.ellipse([*(middle - radius), *(middle + radius)], fill=255)
+        if name == "ring":
+            draw.ellipse([*(middle - 0.55 * radius), *(middle + 0.55 * radius)], fill=0)
+    else:
+        points = _polygon(name) @ _rotation(angle) * radius + middle
+        draw.polygon([tuple(p) for p in points], fill=255)
+    alpha = np.zeros(canvas, dtype=np.float32)
+    alpha[top : top + side, left : left + side] = np.asarray(drawing.reduce(s)) / 255
+    return alpha
+
+
+def _polygon(name: str) -> np.ndarray:
+    """(n, 2) corners within the unit circle."""
+    if name == "cross":
+        arm, half = 0.95, 0.3
+        quarter = np.array([(half, arm), (half, half), (arm, half)])
+        return np.concatenate([quarter @ _rotation(-k * np.pi / 2) for k in range(4)])
+    corners = {"triangle": 3, "square": 4, "star": 10}[name]
+    turn = np.arange(corners) * 2 * np.pi / corners
+    points = np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    if name == "star":
+        points[1::2] *= 0.42
+    return points
+
+
+def _rotation(angle: float) -> np.ndarray:
+    return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+
+
+def _may_be_drawn(rng: np.random.Generator, shapes: list[Shape], new: Shape) -> bool:
+    """Whether all objects remain visible with `new` on top; marks those that become difficult."""
+    strict = rng.random() < 0.9
+    hidden = new.mask.copy()
+    hard = []
+    for shape in reversed(shapes):  # front to back
+        visible = (shape.mask & ~hidden).sum() / shape.area
+        if visible < (_VISIBLE if strict and not shape.difficult else _VISIBLE_DIFFICULT):
+            return False
+        if visible < _VISIBLE:
+            hard.append(shape)
+        hidden |= shape.mask
+    for shape in hard:
+        shape.difficult = True
+    return True
+
+
+def _paint(rng: np.random.Generator, image: np.ndarray, shape: Shape) -> np.ndarray:
+    """(H, W, 3) float image with the shape over it, bevelled, in a colour that stands out.
+
+    One in 25 does not stand out, and is marked difficult.
+    """
+    behind = image[shape.mask].mean(axis=0)
+    shape.difficult = bool(rng.random() < 0.04)
+    colour = _hsv(rng, saturation=(0.35, 0.95), value=(0.45, 1.0))
+    for _ in range(20):
+        if np.linalg.norm(colour - behind) > 0.45:
+            break
+        colour = _hsv(rng, saturation=(0.35, 0.95), value=(0.25, 1.0))
+    if shape.difficult:
+        colour = behind + 0.2 * (colour - behind)
+    soft = _blur(shape.alpha, 2.0)
+    bevel = sum(np.gradient(soft))  # lit from the upper left
+    shadow = np.zeros_like(soft)
+    if not shape.difficult:
+        shadow[2:, 2:] = 0.4 * _blur(shape.alpha, 2.5)[:-2, :-2]
+    ground = image * (1 - shadow * (1 - shape.alpha))[..., None]
+    surface = np.clip(
+        colour + (0.9 * bevel + 0.015 * rng.standard_normal(soft.shape))[..., None], 0, 1
+    )
+    return ground + shape.alpha[..., None] * (surface - ground)
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) float in 0..1: two muted colours, mixed by noise, a gradient or stripes."""
+    noise = _noise(rng, height, width)
+    y, x = np.mgrid[:height, :width]
+    angle = rng.uniform(0, 2 * np.pi)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    kind = rng.choice(("noise", "gradient", "stripes"), p=(0.4, 0.25, 0.35))
+    if kind == "noise":
+        mix = noise
+    elif kind == "gradient":
+        mix = 0.7 * (along - along.min()) / np.ptp(along) + 0.3 * noise
+    else:
+        wave = np.sin(2 * np.pi * along / rng.uniform(8, 40) + rng.uniform(1, 8) * noise)
+        mix = 0.5 + rng.uniform(0.2, 0.45) * wave + 0.3 * (noise - 0.5)
+    value = rng.uniform(0.3, 0.9)
+    first = _hsv(rng, saturation=(0.1, 0.5), value=(value, value))
+    second = _hsv(rng, saturation=(0.1, 0.5), value=(value - 0.35, value + 0.2))
+    grain = 0.02 * rng.standard_normal((height, width, 1))
+    return np.clip(first + mix[..., None] * (second - first) + grain, 0, 1)
+
+
+def _noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """(H, W) in 0..1 with a power-law spectrum, as photographs have."""
+    fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+    frequency = np.hypot(fy, fx)
+    frequency[0, 0] = np.inf
+    spectrum = np.fft.rfft2(rng.standard_normal((height, width)))
+    noise = np.fft.irfft2(spectrum / frequency ** rng.uniform(1.0, 1.8), s=(height, width))
+    return (noise - noise.min()) / np.ptp(noise)
+
+
+def _hsv(
+    rng: np.random.Generator, *, saturation: tuple[float, float], value: tuple[float, float]
+) -> np.ndarray:
+    """(3,) RGB in 0..1 of a random hue."""
+    h, s, v = rng.uniform(), rng.uniform(*saturation), rng.uniform(*value)
+    return np.array(colorsys.hsv_to_rgb(h, s, min(max(v, 0.0), 1.0)))
+
+
+def _blur(alpha: np.ndarray, sigma: float) -> np.ndarray:
+    image = Image.fromarray(np.rint(alpha * 255).astype(np.uint8))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(sigma)), dtype=np.float32) / 255

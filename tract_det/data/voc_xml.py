@@ -1,0 +1,91 @@
+"""Parses a VOC annotation file: any tag order, optional tags, coordinates as floats."""
+
+import math
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import NamedTuple
+
+from tract_det.errors import UserError
+
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+class Record(NamedTuple):
+    """What one XML file says.
+
+    Attributes:
+        xml: The file.
+        filename: Its <filename>, empty when missing.
+        size: (width, height); None when the file does not say.
+        classes: Of all objects, in file order.
+        labelled: Classes of the objects with area, as `boxes` and `difficult`.
+        boxes: Pixel edges x1, y1, x2, y2.
+        difficult: Objects that the evaluation ignores.
+        dropped: A name for each object without area.
+    """
+
+    xml: Path
+    filename: str
+    size: tuple[int, int] | None
+    classes: list[str]
+    labelled: list[str]
+    boxes: list[tuple[float, float, float, float]]
+    difficult: list[bool]
+    dropped: list[str]
+
+
+def parse_annotation(xml: Path) -> Record:
+    """Reads the file.
+
+    Raises:
+        UserError: Not XML, not an annotation, or an object without class or with bad numbers; the
+            message names the file and the object.
+    """
+    try:
+        tree = ET.parse(xml).getroot()
+    except ET.ParseError as error:
+        line = error.position[0]
+        raise UserError(f"{xml}, line {line}: not well-formed XML ({error}): mend it") from None
+    except (OSError, LookupError, ValueError) as error:  # unreadable, or an unknown encoding
+        raise UserError(f"{xml}: cannot be read ({error}): save it anew as UTF-8") from None
+    if tree.tag != "annotation":
+        raise UserError(f"{xml}: starts with <{tree.tag}>, not <annotation>: not a VOC annotation")
+    record = Record(xml, tree.findtext("filename") or "", _size(tree, xml), [], [], [], [], [])
+    for number, element in enumerate(tree.iterfind("object"), 1):
+        name = (element.findtext("name") or "").strip()
+        where = f"{xml}: object {number} ({name or 'no name'})"
+        if not name:
+            raise UserError(f"{where}: no <name>: write its class")
+        bndbox = element.find("bndbox")
+        if bndbox is None:
+            raise UserError(f"{where}: no <bndbox>: add it or remove the object")
+        x1, y1, x2, y2 = (_number(bndbox.findtext(tag), f"{where}: <{tag}>") for tag in _CORNERS)
+        difficult = (element.findtext("difficult") or "").strip() or "0"
+        record.classes.append(name)
+        if x2 <= x1 or y2 <= y1:
+            record.dropped.append(f"{xml.name} object {number} ({name})")
+            continue
+        record.labelled.append(name)
+        record.boxes.append((x1 - 1, y1 - 1, x2, y2))
+        record.difficult.append(_number(difficult, f"{where}: <difficult>") != 0)
+    return record
+
+
+def _size(tree: ET.Element, xml: Path) -> tuple[int, int] | None:
+    """Width and height; None when the file does not say, or says 0 as some tools do."""
+    size = tree.find("size")
+    if size is None:
+        return None
+    width, height = (_number(size.findtext(tag), f"{xml}: <{tag}>") for tag in ("width", "height"))
+    return (int(width), int(height)) if width >= 1 and height >= 1 else None
+
+
+def _number(text: str | None, where: str) -> float:
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        given = "missing" if text is None else repr(text.strip())
+        raise UserError(f"{where} is {given}: write a number")
+    return value
