@@ -1,0 +1,434 @@
+"""The evaluator: what goes in, what comes out, the challenge's files, and several ranks."""
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tract_det.errors import UserError
+from tract_det.evaluation.evaluators import (
+    DetectionEvaluator,
+    ImageDetections,
+    format_table,
+    read_detections,
+    write_json,
+)
+
+CLASSES = ("cat", "dog", "bus")
+BOX = np.array([[0.0, 0.0, 5.0, 5.0]])
+NONE = (np.zeros((0, 4)), np.zeros(0), np.zeros(0, dtype=int))
+
+
+@dataclass(frozen=True)
+class Image:
+    image_id: str
+    boxes: np.ndarray
+    labels: np.ndarray
+    difficult: np.ndarray
+
+
+def image(image_id: str, boxes: Sequence, labels: Sequence, difficult: Sequence = ()) -> Image:
+    return Image(
+        image_id,
+        np.array(boxes, dtype=float).reshape(-1, 4),
+        np.array(labels, dtype=np.int64),
+        np.array(difficult or [False] * len(labels), dtype=bool),
+    )
+
+
+def random_split(num_images: int, seed: int = 0) -> tuple[list[Image], list[ImageDetections]]:
+    """Images and imperfect detections, with many equal scores and coordinates of full precision."""
+    rng = np.random.default_rng(seed)
+    images, found = [], []
+    for number in range(num_images):
+        n = int(rng.integers(0, 5))
+        xy, wh = rng.integers(0, 200, (n, 2)), rng.integers(20, 150, (n, 2))
+        boxes, labels = np.concatenate([xy, xy + wh], axis=1), rng.integers(0, len(CLASSES), n)
+        images.append(image(f"{number:06d}", boxes, labels, (rng.random(n) < 0.2).tolist()))
+        source = np.repeat(np.arange(n), 3)
+        found.append(
+            ImageDetections(
+                boxes[source] + rng.normal(0, 6, (3 * n, 4)),
+                rng.integers(0, 8, 3 * n) / 7,
+                np.where(rng.random(3 * n) < 0.8, labels[source], 0),
+            )
+        )
+    return images, found
+
+
+def evaluate(
+    images: Sequence[Image], found: Sequence, rule: str = "devkit"
+) -> tuple[DetectionEvaluator, dict[str, Any]]:
+    evaluator = DetectionEvaluator(images, CLASSES, rule=rule)
+    for one, detections in zip(images, found, strict=True):
+        evaluator.add(one.image_id, *detections)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes without objects: tested in test_voc_ap
+        return evaluator, evaluator.evaluate()
+
+
+def perfect(images: Sequence[Image]) -> list[tuple]:
+    return [(one.boxes, np.full(len(one.boxes), 0.9), one.labels) for one in images]
+
+
+# ---- Results. ----
+
+
+@pytest.mark.parametrize("rule", ["devkit", "detectron2"])
+def test_perfect_detections_give_100_by_every_measure(rule):
+    images, _ = random_split(12)
+    _, results = evaluate(images, perfect(images), rule)
+    assert results["images"] == 12
+    assert results["rule"] == rule
+    for definition in ("voc_07", "voc_area"):
+        assert results[definition]["mAP"] == pytest.approx(100)
+        assert results[definition]["mAP_50_95"] == pytest.approx(100)
+        for per_class in ("AP", "AP_50_95"):
+            assert results[definition][per_class] == pytest.approx(dict.fromkeys(CLASSES, 100))
+    coco = results["coco"]
+    assert list(coco) == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+    assert [coco[name] for name in ("AP", "AP50", "AP75", "APl")] == pytest.approx([100] * 4)
+
+
+def test_figures_are_in_per_cent_by_class():
+    cat, dog = (0, 0, 100, 100), (200, 0, 300, 100)
+    images = [image("a", [cat, dog], [0, 1]), image("b", [cat], [0])]
+    halved = (200, 0, 300, 50)  # IoU 0.5: found at 0.5 alone, by the devkit's rule
+    found = [([cat, halved], [0.9, 0.9], [0, 1]), NONE]
+    _, results = evaluate(images, found)
+    assert results["voc_07"]["AP"]["cat"] == pytest.approx(600 / 11)
+    assert results["voc_area"]["AP"]["cat"] == pytest.approx(50)
+    assert results["voc_area"]["AP_50_95"]["cat"] == pytest.approx(50)
+    assert results["voc_area"]["AP"]["dog"] == pytest.approx(100)
+    assert results["voc_area"]["AP_50_95"]["dog"] == pytest.approx(10)
+    assert math.isnan(results["voc_area"]["AP"]["bus"])
+    assert results["voc_area"]["mAP"] == pytest.approx(75)
+    assert results["voc_area"]["mAP_50_95"] == pytest.approx(30)
+    # pycocotools: recall 0, 0.01, ..., 0.5 is 51 of 101 points for the cats; >= for the dogs.
+    assert results["coco"]["AP50"] == pytest.approx((5100 / 101 + 100) / 2)
+    _, strict = evaluate(images, found, "detectron2")
+    assert strict["voc_area"]["AP"]["dog"] == 0
+
+
+def test_curves_of_every_class_are_there_for_plots():
+    images, found = random_split(20)
+    evaluator, results = evaluate(images, found)
+    assert len(evaluator.voc.curves) == len(CLASSES)
+    for label, curve in enumerate(evaluator.voc.curves):
+        detections = sum(int((one.labels == label).sum()) for one in found)
+        assert curve.precision.shape == curve.recall.shape == (detections,)
+    assert 0 < results["voc_07"]["mAP_50_95"] < results["voc_07"]["mAP"] < 100
+
+
+def test_nothing_found_is_zero_and_nothing_to_find_is_nan():
+    images = [image("a", [(0, 0, 50, 50)], [0])]
+    _, results = evaluate(images, [NONE])
+    assert results["voc_07"]["mAP"] == results["coco"]["AP"] == 0
+    _, results = evaluate([image("a", [], [])], [NONE])
+    assert math.isnan(results["voc_07"]["mAP"])
+    assert all(map(math.isnan, results["coco"].values()))
+
+
+def test_coco_leaves_a_difficult_object_out_of_the_recall():
+    easy, hard = (0, 0, 50, 50), (100, 0, 200, 100)
+    images = [image("a", [easy, hard], [0, 0], [False, True])]
+    for found in ([easy], [easy, hard]):
+        detections = (found, [0.5, 0.9][: len(found)], [0] * len(found))
+        assert evaluate(images, [detections])[1]["coco"]["AP"] == pytest.approx(100)
+
+
+def test_coco_does_not_take_a_difficult_object_for_a_crowd():
+    # Half of a difficult object: of the detection's own area all lies inside, but the IoU is 0.25.
+    easy, hard, inside = (0, 0, 50, 50), (100, 0, 200, 100), (100, 0, 150, 50)
+    images = [image("a", [easy, hard], [0, 0], [False, True])]
+    _, results = evaluate(images, [([easy, inside], [0.5, 0.9], [0, 0])])
+    assert results["coco"]["AP50"] == pytest.approx(50)
+
+
+def test_evaluation_prints_nothing(capfd):
+    images, found = random_split(3)
+    evaluate(images, found)
+    assert capfd.readouterr().out == ""
+
+
+# ---- Input. ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tensors_equal_arrays(dtype):
+    images, found = random_split(6)
+    tensors = [
+        (
+            torch.from_numpy(one.boxes).to(dtype).requires_grad_(),
+            torch.from_numpy(one.scores).to(dtype),
+            torch.from_numpy(one.labels),
+        )
+        for one in found
+    ]
+    as_arrays = [
+        (b.detach().double().numpy(), s.double().numpy(), y.numpy()) for b, s, y in tensors
+    ]
+    assert evaluate(images, tensors)[1] == evaluate(images, as_arrays)[1]
+
+
+def test_added_detections_are_copies():
+    evaluator = DetectionEvaluator([image("a", BOX, [0])], CLASSES[:1])
+    boxes, scores, labels = np.ones((1, 4)), np.ones(1), np.zeros(1, dtype=np.int64)
+    evaluator.add("a", boxes, scores, labels)
+    boxes[:], scores[:], labels[:] = 7, 7, 2
+    evaluator.evaluate()
+    assert [one.max() for one in evaluator.detections["a"]] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("detections", "error", "message"),
+    [
+        ((BOX, [0.5], [3]), UserError, r"image 'a': .*labels 3 to 3; the 3 classes are 0 to 2"),
+        ((BOX, [0.5], [-1]), UserError, r"labels -1 to -1"),
+        ((BOX, [math.nan], [0]), UserError, r"image 'a': .*not finite"),
+        ((BOX + math.inf, [0.5], [0]), UserError, r"not finite"),
+        ((BOX, [0.5, 0.4], [0, 0]), ValueError, r"boxes \(1, 4\), scores \(2,\)"),
+        ((BOX[0], [0.5], [0]), ValueError, r"boxes \(4,\)"),
+    ],
+)
+def test_bad_detections_are_refused_with_the_image(detections, error, message):
+    evaluator = DetectionEvaluator([image("a", [], [])], CLASSES)
+    with pytest.raises(error, match=message) as caught:
+        evaluator.add("a", *detections)
+    assert type(caught.value) is error
+
+
+def test_unknown_and_repeated_images_are_refused_by_id():
+    evaluator = DetectionEvaluator([image("a", [], [])], CLASSES)
+    with pytest.raises(UserError, match="'b' is not among the 1 images"):
+        evaluator.add("b", *NONE)
+    evaluator.add("a", *NONE)
+    with pytest.raises(UserError, match="'a' was added twice"):
+        evaluator.add("a", *NONE)
+
+
+def test_missing_images_are_counted_and_named():
+    evaluator = DetectionEvaluator([image(f"i{k}", [], []) for k in range(9)], CLASSES)
+    evaluator.add("i0", *NONE)
+    message = r"8 of 9 images were not evaluated \(i1, i2, i3, i4, i5, \.\.\.\)"
+    with pytest.raises(UserError, match=message):
+        evaluator.evaluate()
+
+
+def test_evaluator_refuses_what_it_cannot_tell_apart():
+    one = image("a", [(0, 0, 5, 5)], [2])
+    with pytest.raises(ValueError, match="1 class names occur more than once"):
+        DetectionEvaluator([one], ["cat", "dog", "cat"])
+    with pytest.raises(ValueError, match="1 image ids occur more than once"):
+        DetectionEvaluator([one, one], CLASSES)
+    with pytest.raises(ValueError, match=r"labels outside 0\.\.1"):
+        DetectionEvaluator([one], CLASSES[:2])
+    with pytest.raises(ValueError, match="'voc'"):
+        DetectionEvaluator([one], CLASSES, rule="voc")
+
+
+def test_detections_are_there_only_after_evaluate():
+    images, found = random_split(4)
+    evaluator = DetectionEvaluator(images, CLASSES)
+    for what in ("detections", "voc"):
+        with pytest.raises(RuntimeError, match="evaluate"):
+            getattr(evaluator, what)
+    for one, detections in reversed(list(zip(images, found, strict=True))):
+        evaluator.add(one.image_id, *detections)
+    evaluator.evaluate()
+    assert list(evaluator.detections) == [one.image_id for one in images]
+
+
+# ---- The challenge's files. ----
+
+
+@pytest.mark.parametrize("rule", ["devkit", "detectron2"])
+def test_files_read_back_give_the_same_figures(tmp_path, rule):
+    images, found = random_split(40)
+    evaluator, results = evaluate(images, found, rule)
+    evaluator.write_detections(tmp_path / "new", "val")
+    ids = [one.image_id for one in images]
+    read = read_detections(tmp_path / "new", "val", CLASSES, ids)
+    assert list(read) == ids
+    _, again = evaluate(images, list(read.values()), rule)
+    for definition in ("voc_07", "voc_area"):
+        for key in ("AP", "AP_50_95"):
+            assert again[definition][key] == pytest.approx(results[definition][key], abs=1e-9)
+    assert again["coco"] == pytest.approx(results["coco"], abs=1e-9, nan_ok=True)
+    assert 0 < results["voc_07"]["mAP"] < 100
+
+
+def test_files_have_the_challenges_form_and_nothing_else_is_left(tmp_path):
+    images = [image("one", [], []), image("two", [], [])]
+    third = np.float32(1 / 3)
+    found = [([[0, 1, 10, 20.5], [4, 4, 8, 8]], [third, 0.25], [1, 2]), ([[2, 2, 9, 9]], [1], [1])]
+    evaluator, _ = evaluate(images, found)
+    evaluator.write_detections(tmp_path, "test")
+    names = [f"comp4_det_test_{name}.txt" for name in sorted(CLASSES)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / "comp4_det_test_cat.txt").read_text() == ""
+    dogs = "one 0.3333333432674408 1.0 2.0 10.0 20.5\ntwo 1.0 3.0 3.0 9.0 9.0\n"
+    assert (tmp_path / "comp4_det_test_dog.txt").read_text() == dogs
+
+
+def write_files(folder: Path, lines: str = "", competition: str = "comp4") -> Path:
+    """Files for all classes; `lines` are the dogs'."""
+    for name in CLASSES:
+        path = folder / f"{competition}_det_test_{name}.txt"
+        path.write_text(lines if name == "dog" else "")
+    return folder / f"{competition}_det_test_dog.txt"
+
+
+def test_either_competitions_files_are_read_but_not_both(tmp_path):
+    write_files(tmp_path, "a 0.5 1 1 10 10\n\n", "comp3")
+    read = read_detections(tmp_path, "test", CLASSES)
+    np.testing.assert_array_equal(read["a"].boxes, [[0, 0, 10, 10]])
+    assert (read["a"].scores.tolist(), read["a"].labels.tolist()) == ([0.5], [1])
+    write_files(tmp_path)
+    with pytest.raises(UserError, match=r"both comp3_det_test_cat\.txt and comp4_det_test_cat"):
+        read_detections(tmp_path, "test", CLASSES)
+
+
+def test_image_id_with_blanks_is_read_when_it_is_in_the_split(tmp_path):
+    write_files(tmp_path, "my cat 1 0.5 1 1 10 10\n")
+    read = read_detections(tmp_path, "test", CLASSES, ["my cat 1", "other"])
+    assert [len(one.scores) for one in read.values()] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a 0.5 1 1 10", "line 2: has 5 columns: write image_id score xmin ymin xmax ymax"),
+        ("a 0.5 1 1 10 10 10", "line 2: has 7 columns"),
+        ("a,0.5,1,1,10,10", "line 2: has 1 columns"),
+        ("a 0.5 1 one 10 10", "line 2: .*numbers"),
+        ("a nan 1 1 10 10", "line 2: .*finite numbers"),
+        ("z 0.5 1 1 10 10", "line 2: image 'z' is not in the split"),
+    ],
+)
+def test_bad_line_is_refused_in_one_line_with_file_and_number(tmp_path, line, message):
+    path = write_files(tmp_path, f"a 0.5 1 1 10 10\n{line}\n")
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}, {message}") as caught:
+        read_detections(tmp_path, "test", CLASSES, ["a"])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_are_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: no such folder.*comp\[34\]_det_test_<class>"):
+        read_detections(tmp_path / "nowhere", "test", CLASSES)
+    path = write_files(tmp_path)
+    with pytest.raises(UserError, match=r"no comp\[34\]_det_val_<class>\.txt .*check"):
+        read_detections(tmp_path, "val", CLASSES)
+    path.unlink()
+    with pytest.raises(UserError, match=re.escape(f"{path}: is missing")):
+        read_detections(tmp_path, "test", CLASSES)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=re.escape(f"{path}: cannot be read as text")):
+        read_detections(tmp_path, "test", CLASSES)
+
+
+# ---- JSON and the table. ----
+
+
+def test_json_has_null_for_nan_and_full_precision(tmp_path):
+    images, found = random_split(10)
+    results = evaluate(images, found)[1]
+    results["voc_07"]["AP"]["bus"] = math.nan
+    path = tmp_path / "made" / "results.json"
+    write_json(path, results)
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    read = json.loads(path.read_text(), parse_constant=no_constant)
+    assert read["voc_07"]["AP"].pop("bus") is None
+    results["voc_07"]["AP"].pop("bus")
+    assert read["voc_07"] == results["voc_07"]
+    assert [one.name for one in path.parent.iterdir()] == ["results.json"]
+
+
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_json(path, {"images": 1})
+
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(UserError, match=r"results\.json: cannot be written \(No space left"):
+        write_json(path, {"images": 2})
+    assert json.loads(path.read_text()) == {"images": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_table_names_rule_classes_means_and_coco():
+    images = [image("a", [(0, 0, 100, 100), (0, 0, 40, 40)], [0, 1])]
+    found = [([(0, 0, 100, 100)], [0.9], [0])]
+    lines = format_table(evaluate(images, found, "detectron2")[1]).splitlines()
+    assert "detectron2 rule" in lines[0]
+    assert lines[0].endswith("1 images")
+    rows = [line.split() for line in lines[2:6]]
+    assert rows == [
+        ["cat", *["100.00"] * 4],
+        ["dog", *["0.00"] * 4],
+        ["bus", *["n/a"] * 4],
+        ["mean", *["50.00"] * 4],
+    ]
+    assert lines[6].startswith("COCO: AP 50.00  AP50 50.00")
+    assert len({len(line) for line in lines[1:6]}) == 1  # columns are aligned
+
+
+# ---- Several ranks. ----
+
+
+def evaluate_shard(rank: int, folder: Path) -> None:
+    """One of two ranks: seven images shared out unequally, then two faults."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    images, found = random_split(7)
+    report: dict[str, Any] = {}
+    for case, mine in {
+        "interleaved": [(0, 2, 3, 5, 6), (1, 4)][rank],
+        "all on one": [(), range(7)][rank],
+        "missing": [(0, 2, 3, 5), (1, 4)][rank],
+        "twice": [(0, 2, 3, 5, 6), (1, 4, 3)][rank],
+    }.items():
+        evaluator = DetectionEvaluator(images, CLASSES)
+        for number in mine:
+            evaluator.add(images[number].image_id, *found[number])
+        try:
+            report[case] = evaluator.evaluate()
+        except UserError as error:
+            report[case] = str(error)
+        else:
+            if rank == 0:
+                evaluator.write_detections(folder / case, "test")
+    write_json(folder / f"rank{rank}.json", report)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_give_what_one_process_gives(tmp_path):
+    mp.start_processes(evaluate_shard, (tmp_path,), nprocs=2, start_method="spawn")
+    evaluator, _ = alone = evaluate(*random_split(7))
+    write_json(tmp_path / "alone.json", alone[1])
+    evaluator.write_detections(tmp_path / "alone", "test")
+    expected = json.loads((tmp_path / "alone.json").read_text())
+    assert 0 < expected["voc_07"]["mAP"] < 100
+    for rank in (0, 1):
+        report = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert report["interleaved"] == report["all on one"] == expected
+        assert report["missing"].startswith("1 of 7 images were not evaluated (000006)")
+        assert report["twice"].startswith("1 of 7 images were evaluated twice (000003)")
+    for path in (tmp_path / "alone").iterdir():
+        for case in ("interleaved", "all on one"):
+            assert (tmp_path / case / path.name).read_text() == path.read_text()

@@ -1,0 +1,1 @@
+"""The tools; `python -m tract_det.tools.<name>` where the package is installed."""

@@ -1,0 +1,1 @@
+"""Average precision, by rules that are written down."""
