@@ -1,0 +1,1 @@
+"""Data only: the YAML files, so that a wheel carries them."""

@@ -1,0 +1,179 @@
+"""Weights enter the right layer, with the right pixels, or not at all."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from tract_det.engine.checkpoint import save_weights
+from tract_det.errors import UserError
+from tract_det.modeling.backbones import VGGHead
+from tract_det.modeling.faster_rcnn import build_faster_rcnn
+from tract_det.modeling.weights import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Weights,
+    load_into,
+    pixel_statistics,
+    read_weights,
+)
+
+CLASSES = ["a", "b"]
+
+
+def small(**keywords):
+    return build_faster_rcnn(
+        **{
+            "backbone": "resnet18_fpn",
+            "num_classes": 2,
+            "fpn_channels": 16,
+            "fc_dim": 16,
+            **keywords,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(3)
+    return torchvision.models.resnet18(weights=None)
+
+
+@pytest.fixture
+def file(classifier, tmp_path):
+    path = tmp_path / "resnet18.pth"
+    torch.save(classifier.state_dict(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_a_classifier_enters_the_backbone_and_nothing_else(classifier, file, norm):
+    detector = small(norm=norm)
+    before = {k: v.clone() for k, v in detector.state_dict().items()}
+    report = load_into(detector, read_weights(file), CLASSES)
+    after = detector.state_dict()
+    for key, tensor in classifier.state_dict().items():
+        if not key.startswith("fc.") and f"backbone.body.{key}" in after:
+            assert torch.equal(after[f"backbone.body.{key}"], tensor)
+    others = [key for key in after if not key.startswith("backbone.body.")]
+    assert all(torch.equal(after[key], before[key]) for key in others)
+    assert report.left == ["backbone.body.fc.weight", "backbone.body.fc.bias"]
+    assert all(key in report.random for key in others)
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        features = detector.eval().backbone.body(images)["3"]
+        trunk = nn.Sequential(*list(classifier.eval().children())[:-2])
+        torch.testing.assert_close(features, trunk(images))
+
+
+@pytest.mark.parametrize("wrapped", ["model", "state_dict"])
+def test_wrapped_and_prefixed_state_dicts_are_read(classifier, tmp_path, wrapped):
+    state = {f"module.{k}": v for k, v in classifier.state_dict().items()}
+    torch.save({wrapped: state, "epoch": 3}, tmp_path / "w.pth")
+    weights = read_weights(str(tmp_path / "w.pth"))
+    assert list(weights.state) == list(classifier.state_dict())
+
+
+def test_a_vgg_classifier_fills_convolutions_fc6_and_fc7():
+    shapes = {}
+    with torch.device("meta"):
+        detector = build_faster_rcnn(backbone="vgg16", num_classes=2, anchor_sizes=(64,))
+        state = torchvision.models.vgg16(weights=None).state_dict()
+        shapes = {k: v.shape for k, v in detector.state_dict().items()}
+    full = {k: torch.zeros(()).expand(v.shape) for k, v in state.items()}
+    detector.to_empty(device="cpu")
+    report = load_into(detector, Weights("vgg", full, {}), CLASSES)
+    assert {"roi_heads.box_head.fc6.weight", "roi_heads.box_head.fc7.bias"} <= set(report.used)
+    assert len(report.used) == 26 + 4
+    assert shapes["roi_heads.box_head.fc6.weight"] == state["classifier.0.weight"].shape
+    assert report.left == ["backbone.classifier.6.weight", "backbone.classifier.6.bias"]
+    assert isinstance(detector.roi_heads.box_head, VGGHead)
+
+
+def test_a_classifier_full_of_nan_leaves_the_head_random():
+    # As VGG16_Weights.IMAGENET1K_FEATURES has it.
+    with torch.device("meta"):
+        detector = build_faster_rcnn(backbone="vgg16", num_classes=2, anchor_sizes=(64,))
+        state = torchvision.models.vgg16(weights=None).state_dict()
+    value = {True: torch.tensor(torch.nan), False: torch.tensor(0.5)}
+    full = {k: value[k.startswith("classifier")].expand(v.shape) for k, v in state.items()}
+    detector.to_empty(device="cpu")
+    report = load_into(detector, Weights("features", full, {}), CLASSES)
+    assert "roi_heads.box_head.fc6.weight" in report.random
+    assert len(report.used) == 26
+
+
+def test_a_saved_detector_round_trips_to_the_bit(tmp_path):
+    one, other = small(), small()
+    meta = {"pixel_mean": [1.0, 2, 3], "pixel_std": [4.0, 5, 6], "class_names": CLASSES}
+    save_weights(tmp_path / "m.pth", one, meta)
+    weights = read_weights(str(tmp_path / "m.pth"))
+    assert weights.is_detector and weights.meta == meta
+    report = load_into(other, weights, CLASSES, strict=True)
+    assert not report.left and not report.random
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))  # fmt: skip  # noqa: E501
+    assert not list(tmp_path.glob(".*"))  # no temporary file stays
+
+
+def test_a_detector_of_other_classes_keeps_its_predictor_to_itself(tmp_path):
+    save_weights(tmp_path / "m.pth", small(num_classes=3), {"class_names": ["x", "y", "z"]})
+    weights = read_weights(str(tmp_path / "m.pth"))
+    report = load_into(small(), weights, CLASSES)
+    assert {key.rsplit(".", 2)[0] for key in report.random} == {"roi_heads.box_predictor"} or all(
+        key.startswith("roi_heads.box_predictor.") for key in report.random
+    )
+    with pytest.raises(UserError, match=r"detects x, y, z; the data set's classes are a, b"):
+        load_into(small(), weights, CLASSES, strict=True)
+
+
+def test_the_weights_own_pixel_statistics_rule():
+    weights = Weights("w.pth", {}, {"pixel_mean": [1.0, 2.0, 3.0], "pixel_std": [4.0, 5.0, 6.0]})
+    assert pixel_statistics(weights, [], []) == ([1, 2, 3], [4, 5, 6])
+    assert pixel_statistics(weights, [1, 2, 3], [4, 5, 6]) == ([1, 2, 3], [4, 5, 6])
+    with pytest.raises(UserError, match=r"MODEL.PIXEL_MEAN .* not those that w.pth"):
+        pixel_statistics(weights, [1, 2, 3], [1, 1, 1])
+
+
+def test_unknown_pixel_statistics_are_asked_for_not_guessed():
+    with pytest.raises(UserError, match=r"set MODEL\.PIXEL_MEAN and MODEL\.PIXEL_STD"):
+        pixel_statistics(Weights("w.pth", {}, {}), [], [])
+    assert pixel_statistics(None, [], []) == (list(IMAGENET_MEAN), list(IMAGENET_STD))
+
+
+def test_torchvisions_presets_give_their_statistics(monkeypatch):
+    entry = torchvision.models.VGG16_Weights.IMAGENET1K_FEATURES
+    monkeypatch.setattr(type(entry), "get_state_dict", lambda *_, **__: {})
+    meta = read_weights("VGG16_Weights.IMAGENET1K_FEATURES").meta
+    assert meta["pixel_std"] == [1.0, 1.0, 1.0]
+    assert meta["pixel_mean"] == pytest.approx([123.0, 117.0, 104.0], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "is no file"),
+        (lambda p: p.write_bytes(b"not a checkpoint"), "cannot be read"),
+        (lambda p: torch.save([1, 2], p), "no state dict"),
+        (lambda p: torch.save(nn.Linear(2, 2), p), "cannot be read"),  # would run code
+    ],
+    ids=["missing", "garbage", "list", "pickled-module"],
+)
+def test_a_file_that_is_no_state_dict_is_refused_by_name(tmp_path, make, message):
+    path = tmp_path / "weights.pth"
+    make(path)
+    with pytest.raises(UserError, match=rf"weights\.pth.*{message}"):
+        read_weights(str(path))
+
+
+def test_an_unknown_torchvision_name_is_refused():
+    with pytest.raises(UserError, match="torchvision has no such weights"):
+        read_weights("ResNet50_Weights.NOPE")
+
+
+def test_another_architecture_is_refused(file):
+    with pytest.raises(UserError, match="is not for this model"):
+        load_into(small(backbone="resnet34_fpn"), read_weights(file), CLASSES)
+    with pytest.raises(UserError, match=r"trained with batch norm: set MODEL\.BACKBONE"):
+        load_into(small(norm="GN"), read_weights(file), CLASSES)
+    with pytest.raises(UserError, match="is a classifier"):
+        load_into(small(), read_weights(file), CLASSES, strict=True)

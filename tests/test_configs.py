@@ -1,0 +1,130 @@
+"""Every config file loads, builds and says how to run it."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import REPO
+from tract_det.config import DERIVED_DEEPSPEED_KEYS, get_cfg, load_cfg
+from tract_det.errors import UserError
+
+CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
+QUICK = REPO / "configs/quickstart/shapes.yaml"
+
+
+def test_none_is_forgotten():
+    assert len(CONFIGS) == 17
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_config_loads_and_opens_with_its_command(path):
+    cfg = load_cfg(path)
+    command = path.read_text().splitlines()[0]
+    words = shlex.split(command.removeprefix("# "))
+    assert words[0] in ("python", "deepspeed") and "tools/train_net.py" in words
+    if path != QUICK:  # the default
+        assert words[words.index("--config-file") + 1] == str(path.relative_to(REPO))
+    if "quickstart" not in str(path):
+        assert cfg.OUTPUT_DIR.endswith(path.stem)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_config_builds_its_model(path, train_net):
+    cfg = load_cfg(path)
+    with torch.device("meta"):
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS = ""
+        cfg.MODEL.BACKBONE.FREEZE_AT = train_net.freeze_at(load_cfg(path))
+        model, meta = train_net.build_model(cfg, None, ("a", "b"), strict=False)
+    stem = model.backbone.get_parameter(
+        "body.conv1.weight" if "resnet" in cfg.MODEL.BACKBONE.NAME else "features.0.weight"
+    )
+    assert stem.requires_grad == ("_frozen" not in path.stem and not path.stem.startswith("Base"))
+    assert meta["class_names"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if "tract" in p.stem], ids=lambda p: p.stem)
+def test_a_tract_config_differs_from_its_control_by_tract_alone(path):
+    control = path.with_name(path.name.replace("_tract", ""))
+    ours, theirs = load_cfg(path), load_cfg(control)
+    assert ours.MODEL.TRACT.ENABLED and not theirs.MODEL.TRACT.ENABLED
+    for cfg in (ours, theirs):
+        cfg.defrost()
+        cfg.MODEL.TRACT.ENABLED, cfg.OUTPUT_DIR = True, ""
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["SOLVER.BASE_LRR", "1"], "unknown key 'SOLVER.BASE_LRR': did you mean 'SOLVER.BASE_LR'"),
+        (["solver.max_iter", "1"], "unknown key .*did you mean 'SOLVER.MAX_ITER'"),
+        (["BASE_LR", "1"], "did you mean 'SOLVER.BASE_LR'"),
+        (["XYZ", "1"], "unknown key 'XYZ'"),
+        (["SOLVER.MAX_ITER", "many"], "'SOLVER.MAX_ITER' takes int, like 200, not 'many'"),
+        (["SOLVER.MAX_ITER", "1.5"], "takes int"),
+        (["SOLVER", "1"], "'SOLVER' is a section"),
+        (["SOLVER.MAX_ITER"], "has no value"),
+        (["MODEL.BACKBONE.NAME", "resnet9"], "MODEL.BACKBONE.NAME is 'resnet9': it takes one of"),
+        (["MODEL.TRACT.LAMBDA", "0"], "MODEL.TRACT.LAMBDA is 0.0"),
+        (["MODEL.BACKBONE.FREEZE_AT", "2"], "freezes the stem .* set MODEL.BACKBONE.FREEZE_AT 0"),
+        (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH is 0"),
+        (["MODEL.PIXEL_MEAN", "[1,2]"], "MODEL.PIXEL_MEAN takes three numbers"),
+        (["MODEL.PIXEL_MEAN", "[1,2,3]"], "given together"),
+        (["DEEPSPEED.zero_optimization.stage", "3"], "takes 0, 1 or 2"),
+        (["TEST.VOC_RULE", "coco"], "TEST.VOC_RULE is 'coco'"),
+    ],
+)
+def test_a_bad_override_is_refused_by_name(pairs, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_cfg(QUICK, pairs)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", DERIVED_DEEPSPEED_KEYS)
+def test_what_solver_says_cannot_be_said_again_to_deepspeed(key):
+    with pytest.raises(UserError, match=rf"DEEPSPEED\.{key} is derived: set SOLVER"):
+        load_cfg(QUICK, [f"DEEPSPEED.{key}", "1"])
+
+
+def test_deepspeeds_own_keys_pass_through():
+    cfg = load_cfg(QUICK, ["DEEPSPEED.zero_optimization.reduce_bucket_size", "5000000"])
+    assert cfg.DEEPSPEED.zero_optimization == {"stage": 0, "reduce_bucket_size": 5000000}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SOLVR: {BASE_LR: 1}", "unknown key 'SOLVR.BASE_LR': did you mean 'SOLVER.BASE_LR'"),
+        ("SOLVER: {BASE_LR: [", "cannot be read"),
+        ("_BASE_: nowhere.yaml", "cannot be read"),
+        ("SOLVER: 3", "'SOLVER' is a section"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path, text, message):
+    path: Path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"bad\.yaml.*{message}"):
+        load_cfg(path)
+
+
+def test_a_missing_file_is_refused_by_name():
+    with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
+        load_cfg("nowhere.yaml")
+
+
+def test_numbers_take_the_type_of_their_default():
+    pairs = ["SOLVER.BASE_LR", "1", "INPUT.MIN_SIZE_TRAIN", "64", "DATASETS.TEST", "val"]
+    cfg = load_cfg(QUICK, pairs)
+    assert cfg.SOLVER.BASE_LR == 1.0 and isinstance(cfg.SOLVER.BASE_LR, float)
+    assert cfg.INPUT.MIN_SIZE_TRAIN == [64] and cfg.DATASETS.TEST == ["val"]
+    assert load_cfg(QUICK, ["DATASETS.CLASSES", "[RBC, WBC]"]).DATASETS.CLASSES == ["RBC", "WBC"]
+    assert load_cfg(QUICK, ["SOLVER.BASE_LR", "1e-3"]).SOLVER.BASE_LR == 1e-3
+
+
+def test_the_defaults_are_valid():
+    from tract_det.config import validate
+
+    validate(get_cfg())

@@ -1,0 +1,70 @@
+"""Who may import whom, read from the sources."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "tract_det"
+
+# Folder or module -> what it may import of this project, and of other packages (None: anything).
+ALLOWED = {
+    "tract": ({"tract"}, {"torch"}),
+    "modeling": ({"modeling", "tract", "errors"}, {"torch", "torchvision"}),
+    "data": ({"data", "errors"}, {"torch", "torchvision", "numpy", "PIL", "matplotlib"}),
+    "evaluation": (
+        {"evaluation", "distributed", "errors"},
+        {"torch", "numpy", "pycocotools"},
+    ),
+    "engine": (
+        {"engine", "distributed", "errors"},
+        {"torch", "fvcore", "tqdm", "deepspeed"},
+    ),
+    "config": ({"errors"}, {"fvcore", "yaml"}),
+    "visualize": ({"errors"}, {"torch", "torchvision", "numpy", "PIL", "matplotlib"}),
+    "distributed": (set(), {"torch"}),
+    "errors": (set(), set()),
+    "version": (set(), set()),
+    "cli": ({"errors", "tract"}, set()),
+    "__init__": ({"tract", "version"}, set()),
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "tract_det":
+                yield from (f"tract_det.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_room_has_a_rule():
+    assert {room(path) for path in FILES} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_its_room_may(path):
+    own, others = ALLOWED[room(path)]
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "tract_det":
+            assert rest[0] in own, f"{path.name} imports {name}"
+        elif top not in sys.stdlib_module_names:
+            assert top in others, f"{path.name} imports {name}"
+
+
+def test_deepspeed_has_one_door():
+    doors = [p.name for p in FILES if any(n.split(".")[0] == "deepspeed" for n in imports(p))]
+    assert doors == ["ds.py"]

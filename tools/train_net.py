@@ -1,0 +1,435 @@
+"""Trains Faster R-CNN, with or without TrAct, on data in VOC layout, and reports mAP.
+
+    python tools/train_net.py                                     # quick start: drawn shapes
+    python tools/train_net.py --config-file configs/BCCD-Detection/faster_rcnn_R_18_FPN_tract.yaml
+    deepspeed --num_gpus 8 tools/train_net.py --config-file FILE  # many processes; torchrun as well
+    python tools/train_net.py --config-file FILE --resume         # goes on where OUTPUT_DIR stopped
+    python tools/train_net.py --config-file FILE --eval-only MODEL.WEIGHTS FILE.pth
+    python tools/train_net.py --config-file FILE SOLVER.MAX_ITER 500 OUTPUT_DIR output/short
+
+Files inherit with `_BASE_`; trailing `KEY VALUE` pairs override them. All keys with their meaning:
+`tract_det/config.py`.
+"""
+
+import argparse
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from tract_det import __version__, apply_tract, distributed, find_stem
+from tract_det.cli import run
+from tract_det.config import load_cfg
+from tract_det.data.detection import VOCDetection, aspect_groups, drop_empty
+from tract_det.data.loaders import evaluation_loader, training_loader
+from tract_det.data.transforms import detection_train
+from tract_det.data.voc import VOCSplit, read_dataset
+from tract_det.engine import checkpoint, ds
+from tract_det.engine.loop import Step, StopSignal, infer, train
+from tract_det.engine.optimizer import build_optimizer, parameter_groups
+from tract_det.engine.schedule import lr_schedule
+from tract_det.engine.writers import Writers, say
+from tract_det.errors import UserError
+from tract_det.evaluation.evaluators import DetectionEvaluator, format_table, write_json
+from tract_det.modeling.faster_rcnn import FasterRCNN, build_faster_rcnn
+from tract_det.modeling.weights import Weights, load_into, pixel_statistics, read_weights
+from tract_det.visualize import Picture, detection_grid
+
+HERE = Path(__file__).resolve().parent.parent  # the checkout, or the installed package
+QUICK_START = HERE / "configs" / "quickstart" / "shapes.yaml"
+PICTURES = 16
+
+Results = dict[str, Any]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """detectron2's command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default=str(QUICK_START), metavar="FILE")
+    parser.add_argument("--resume", action="store_true", help="go on where OUTPUT_DIR stopped")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
+    # Launchers append one or the other; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
+    return parser.parse_args(argv)
+
+
+def find_config(name: str) -> Path:
+    """The file as given, else the one that was installed with the package."""
+    return (
+        Path(name)
+        if Path(name).exists()
+        else next(
+            (path for path in (HERE / name, HERE / "configs" / name) if path.is_file()), Path(name)
+        )
+    )
+
+
+def read_data(
+    cfg: CfgNode, weights: Weights | None, *, train: bool
+) -> tuple[VOCSplit | None, VOCSplit]:
+    """The training split (where asked for) and the evaluation split, with the same classes."""
+    root = Path(cfg.DATASETS.ROOT) if cfg.DATASETS.ROOT else None
+    classes = cfg.DATASETS.CLASSES or None
+    if not train:
+        classes = classes or (weights.meta.get("class_names") if weights else None)
+        return None, read_dataset(cfg.DATASETS.TEST, root, classes)
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name a split to train on")
+    split = read_dataset(cfg.DATASETS.TRAIN, root, classes)
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        split = drop_empty(split, use_difficult=cfg.DATALOADER.USE_DIFFICULT)
+    return split, read_dataset(cfg.DATASETS.TEST, root, split.class_names)
+
+
+def freeze_at(cfg: CfgNode) -> int:
+    """`MODEL.BACKBONE.FREEZE_AT`, chosen where it is -1."""
+    if cfg.MODEL.BACKBONE.FREEZE_AT >= 0:
+        return cfg.MODEL.BACKBONE.FREEZE_AT
+    return 0 if cfg.MODEL.TRACT.ENABLED or not cfg.MODEL.WEIGHTS else 2
+
+
+def build_model(
+    cfg: CfgNode, weights: Weights | None, class_names: tuple[str, ...], *, strict: bool
+) -> tuple[FasterRCNN, dict[str, Any]]:
+    """The detector with its weights and TrAct, and what is to be saved with it."""
+    mean, std = pixel_statistics(weights, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    rpn, roi = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
+    model = build_faster_rcnn(
+        backbone=cfg.MODEL.BACKBONE.NAME,
+        num_classes=len(class_names),
+        norm=cfg.MODEL.BACKBONE.NORM,
+        freeze_at=freeze_at(cfg),
+        fpn_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        pixel_mean=mean,
+        pixel_std=std,
+        min_size=cfg.INPUT.MIN_SIZE_TEST,
+        max_size=cfg.INPUT.MAX_SIZE_TEST,
+        anchor_sizes=cfg.MODEL.ANCHOR_GENERATOR.SIZES,
+        aspect_ratios=cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS,
+        rpn_pre_nms=(rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
+        rpn_post_nms=(rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
+        rpn_nms_thresh=rpn.NMS_THRESH,
+        rpn_batch_size=rpn.BATCH_SIZE_PER_IMAGE,
+        rpn_positive_fraction=rpn.POSITIVE_FRACTION,
+        roi_batch_size=roi.BATCH_SIZE_PER_IMAGE,
+        roi_positive_fraction=roi.POSITIVE_FRACTION,
+        fc_dim=cfg.MODEL.ROI_BOX_HEAD.FC_DIM,
+        dropout=cfg.MODEL.ROI_BOX_HEAD.DROPOUT,
+        score_thresh=roi.SCORE_THRESH_TEST,
+        nms_thresh=roi.NMS_THRESH_TEST,
+        detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+    )
+    if weights is not None:
+        say(f"weights {weights.source}: {load_into(model, weights, class_names, strict=strict)}")
+    if cfg.MODEL.TRACT.ENABLED and not strict:
+        apply_tract(model, cfg.MODEL.TRACT.LAMBDA)
+        say(f"TrAct on '{find_stem(model)}', lambda {cfg.MODEL.TRACT.LAMBDA:g}")
+    meta = {
+        "version": __version__,
+        "backbone": cfg.MODEL.BACKBONE.NAME,
+        "norm": cfg.MODEL.BACKBONE.NORM,
+        "pixel_mean": mean,
+        "pixel_std": std,
+        "class_names": list(class_names),
+    }
+    return model, meta
+
+
+class Evaluation:
+    """Evaluates a model on the evaluation split, as often as it is asked to."""
+
+    def __init__(self, cfg: CfgNode, split: VOCSplit, device: torch.device) -> None:
+        self.cfg, self.split, self.device = cfg, split, device
+        self.dataset = VOCDetection(split)
+
+    def __call__(self, model: nn.Module) -> tuple[Results, DetectionEvaluator]:
+        """Results and the evaluator that holds the detections. Every rank must call it."""
+        evaluator = DetectionEvaluator(
+            self.split.annotations, self.split.class_names, rule=self.cfg.TEST.VOC_RULE
+        )
+
+        def consume(targets: list[dict], found: list[dict[str, torch.Tensor]]) -> None:
+            for target, one in zip(targets, found, strict=True):
+                evaluator.add(target["image_id"], one["boxes"], one["scores"], one["labels"] - 1)
+
+        loader = evaluation_loader(
+            self.dataset,
+            batch_size=self.cfg.TEST.IMS_PER_BATCH,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            num_workers=self.cfg.DATALOADER.NUM_WORKERS,
+        )
+        autocast = _autocast(self.cfg, self.device)
+        infer(model, loader, device=self.device, autocast=autocast, consume=consume)
+        return evaluator.evaluate(), evaluator
+
+    def report(self, model: nn.Module, output: Path) -> Results:
+        """Evaluates, prints the table, and writes results, the challenge's files and pictures."""
+        results, evaluator = self(model)
+        if not distributed.is_main():
+            return results
+        # "voc_2007_test" is the challenge's split "test".
+        name = re.sub(r"^(voc_\d{4}|shapes)_", "", self.split.name).replace("+", "_")
+        evaluator.write_detections(output / "detections", name)
+        detection_grid(output / "detections.png", self._pictures(evaluator), self.split.class_names)
+        write_json(output / "results.json", results)
+        say(format_table(results))
+        say(f"wrote {output / 'results.json'}, detections.png and detections/")
+        return results
+
+    def _pictures(self, evaluator: DetectionEvaluator) -> list[Picture]:
+        """Images spread evenly over the split."""
+        annotations = self.split.annotations
+        step = max(1, len(annotations) // PICTURES)
+        return [
+            Picture(one.path, one.boxes, found.boxes, found.labels, found.scores)
+            for one in annotations[::step][:PICTURES]
+            for found in [evaluator.detections[one.image_id]]
+        ]
+
+
+def _autocast(cfg: CfgNode, device: torch.device) -> Callable[[], AbstractContextManager]:
+    return partial(
+        torch.autocast, device.type, dtype=torch.bfloat16, enabled=cfg.SOLVER.AMP.ENABLED
+    )
+
+
+def build_engine(cfg: CfgNode, model: nn.Module) -> Any:
+    """DeepSpeed's engine with the optimizer of the config."""
+    solver = cfg.SOLVER
+    clip = solver.CLIP_GRADIENTS
+    config = ds.ds_config(
+        batch_size=solver.IMS_PER_BATCH,
+        accumulation=solver.ACCUMULATION,
+        clip_norm=clip.CLIP_VALUE if clip.ENABLED else 0.0,
+        extra=_plain(cfg.DEEPSPEED),
+    )
+    groups = parameter_groups(
+        model,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    optimizer = build_optimizer(
+        groups,
+        name=solver.OPTIMIZER,
+        lr=solver.BASE_LR,
+        momentum=solver.MOMENTUM,
+        nesterov=solver.NESTEROV,
+    )
+    return ds.initialize(model, optimizer, config)
+
+
+def _plain(node: Any) -> Any:
+    return {k: _plain(v) for k, v in node.items()} if isinstance(node, dict) else node
+
+
+def build_loader(cfg: CfgNode, split: VOCSplit, start: int) -> Any:
+    """This rank's micro-batches from step `start` on."""
+    transform = detection_train(
+        min_size=cfg.INPUT.MIN_SIZE_TRAIN,
+        max_size=cfg.INPUT.MAX_SIZE_TRAIN,
+        flip=cfg.INPUT.FLIP_PROB,
+        color_jitter=cfg.INPUT.COLOR_JITTER,
+    )
+    parts = cfg.SOLVER.ACCUMULATION * distributed.world_size()
+    return training_loader(
+        VOCDetection(split, transform, use_difficult=cfg.DATALOADER.USE_DIFFICULT),
+        micro_batch=cfg.SOLVER.IMS_PER_BATCH // parts,
+        accumulation=cfg.SOLVER.ACCUMULATION,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        seed=cfg.SEED,
+        groups=aspect_groups(split) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
+        start=start,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+class Training:
+    """What happens after a step: writing, periodic evaluation, checkpoints."""
+
+    def __init__(self, cfg: CfgNode, engine: Any, meta: dict[str, Any], evaluation: Evaluation):
+        self.cfg, self.engine, self.meta, self.evaluation = cfg, engine, meta, evaluation
+        self.output = Path(cfg.OUTPUT_DIR)
+        self.best = -math.inf
+        self.saved = -1
+        self.writers: Writers
+        # What a checkpoint cannot be resumed without.
+        self.identity = {
+            "SEED": cfg.SEED,
+            "SOLVER.IMS_PER_BATCH": cfg.SOLVER.IMS_PER_BATCH,
+            "SOLVER.ACCUMULATION": cfg.SOLVER.ACCUMULATION,
+            "DATASETS.TRAIN": list(cfg.DATASETS.TRAIN),
+        }
+
+    def start(self, resume: bool) -> int:
+        """Opens the writers and restores a checkpoint; returns the steps done before."""
+        state: dict[str, Any] = {"iteration": 0}
+        if resume:
+            state = checkpoint.load(self.engine, self.output)
+            for key, value in self.identity.items():
+                if state["identity"][key] != value:
+                    raise UserError(
+                        f"--resume: {key} was {state['identity'][key]} when the run began, now it "
+                        f"is {value}: set it back"
+                    )
+            self.best, self.saved = state["best"], state["iteration"]
+            say(f"resumed {self.output} at step {state['iteration']}")
+        elif distributed.is_main():
+            checkpoint.forget(self.output)
+        self.writers = Writers(
+            self.output,
+            start=state["iteration"],
+            max_iter=self.cfg.SOLVER.MAX_ITER,
+            period=self.cfg.LOG_PERIOD,
+            device=self.engine.device,
+        )
+        if resume:
+            pending = state["pending"][distributed.rank()]
+            self.writers.pending = [Step(**step) for step in pending]
+        return state["iteration"]
+
+    def after_step(self, step: Step) -> None:
+        """Called by the loop on every rank."""
+        self.writers.step(step)
+        last = step.iteration == self.cfg.SOLVER.MAX_ITER
+        period = self.cfg.TEST.EVAL_PERIOD
+        if period > 0 and step.iteration % period == 0 and not last:
+            distributed.average_buffers(self.engine.module)
+            self.note(self.evaluation(self.engine.module)[0], step.iteration)
+        if step.iteration % self.cfg.SOLVER.CHECKPOINT_PERIOD == 0 and not last:
+            self.save(step.iteration)
+
+    def note(self, results: Results, iteration: int) -> None:
+        """Logs an evaluation's means, and keeps the weights if they are the best so far."""
+        means = {
+            f"{group}.{name}": value
+            for group in ("voc_07", "voc_area", "coco")
+            for name, value in results[group].items()
+            if isinstance(value, float)
+        }
+        self.writers.scalars(iteration, means)
+        metric = self.cfg.TEST.BEST_METRIC
+        if metric not in means:
+            raise UserError(f"TEST.BEST_METRIC is '{metric}': it takes one of {', '.join(means)}")
+        say(f"step {iteration}: {metric} {means[metric]:.2f}")
+        if means[metric] > self.best:
+            self.best = means[metric]
+            if distributed.is_main():
+                checkpoint.save_weights(
+                    self.output / "model_best.pth", self.engine.module, self.meta
+                )
+
+    def save(self, iteration: int) -> None:
+        """Saves what resuming needs, once a step."""
+        if iteration == self.saved:
+            return
+        pending = distributed.gather([dataclasses.asdict(step) for step in self.writers.pending])
+        state = {"best": self.best, "pending": pending, "identity": self.identity}
+        checkpoint.save(self.engine, self.output, iteration, state)
+        self.saved = iteration
+
+    def finish(self, iteration: int) -> None:
+        """Final weights, final evaluation."""
+        self.save(iteration)
+        distributed.average_buffers(self.engine.module)
+        if distributed.is_main():
+            checkpoint.save_weights(self.output / "model_final.pth", self.engine.module, self.meta)
+        self.note(self.evaluation.report(self.engine.module, self.output), iteration)
+
+
+def do_train(cfg: CfgNode, device: torch.device, resume: bool) -> int:
+    """Trains, evaluates, saves; returns the exit code."""
+    output = Path(cfg.OUTPUT_DIR)
+    if resume and checkpoint.last(output) is None:
+        raise UserError(f"--resume: there is no checkpoint in {output}; start without --resume")
+    weights = read_weights(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
+    split, test = read_data(cfg, weights, train=True)
+    assert split is not None
+    model, meta = build_model(cfg, weights, split.class_names, strict=False)
+    engine = build_engine(cfg, model.to(device))
+    output.mkdir(parents=True, exist_ok=True)
+    training = Training(cfg, engine, meta, Evaluation(cfg, test, device))
+    torch.manual_seed(cfg.SEED + distributed.rank())  # the ranks' dropout differs
+    start = training.start(resume)
+    if distributed.is_main():
+        checkpoint.atomically(output / "config.yaml", lambda path: _write(path, cfg.dump()))
+    steps = cfg.SOLVER.MAX_ITER
+    epochs = steps * cfg.SOLVER.IMS_PER_BATCH / len(split.annotations)
+    say(
+        f"{len(split.annotations)} training images ({split.name}), {len(test.annotations)} for "
+        f"evaluation ({test.name}), {len(split.class_names)} classes; {steps} steps of "
+        f"{cfg.SOLVER.IMS_PER_BATCH} images, {epochs:.1f} epochs; "
+        f"{distributed.world_size()} process(es) on {device.type}; output in {output}"
+    )
+    cosine = cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR"
+    with StopSignal() as stop:
+        done = train(
+            engine,
+            build_loader(cfg, split, start),
+            start=start,
+            max_iter=steps,
+            accumulation=cfg.SOLVER.ACCUMULATION,
+            lr_at=lr_schedule(
+                base_lr=cfg.SOLVER.BASE_LR,
+                max_iter=steps,
+                steps=None if cosine else cfg.SOLVER.STEPS,
+                gamma=cfg.SOLVER.GAMMA,
+                end_lr=cfg.SOLVER.BASE_LR_END,
+                warmup_iters=cfg.SOLVER.WARMUP_ITERS,
+                warmup_factor=cfg.SOLVER.WARMUP_FACTOR,
+            ),
+            autocast=_autocast(cfg, device),
+            after_step=training.after_step,
+            stop=stop,
+        )
+        if done < steps:
+            training.save(done)
+            say(f"stopped after step {done}: the checkpoint is saved, go on with --resume")
+        else:
+            training.finish(done)
+        training.writers.close()
+    return 128 + stop.number if done < steps else 0
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def do_eval(cfg: CfgNode, device: torch.device) -> int:
+    """Evaluates MODEL.WEIGHTS; returns the exit code."""
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError("--eval-only: set MODEL.WEIGHTS, such as OUTPUT_DIR/model_final.pth")
+    weights = read_weights(cfg.MODEL.WEIGHTS)
+    _, test = read_data(cfg, weights, train=False)
+    model, _ = build_model(cfg, weights, test.class_names, strict=True)
+    Evaluation(cfg, test, device).report(model.to(device), Path(cfg.OUTPUT_DIR))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the tool; returns the exit code."""
+    args = parse(argv)
+    cfg = load_cfg(find_config(args.config_file), args.opts)
+    device = ds.start(cfg.MODEL.DEVICE)
+    torch.manual_seed(cfg.SEED)
+    try:
+        return do_eval(cfg, device) if args.eval_only else do_train(cfg, device, args.resume)
+    finally:
+        ds.stop()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,121 @@
+"""Checkpoints: DeepSpeed's whole state to resume from, plain fp32 weights to use elsewhere.
+
+    OUTPUT_DIR/last_checkpoint            the name of the newest complete one
+    OUTPUT_DIR/checkpoints/iter_0001000/  DeepSpeed's files
+    OUTPUT_DIR/model_best.pth, model_final.pth
+
+A file appears under its name only when it is complete: it is written beside and renamed.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tract_det import distributed
+from tract_det.engine import ds
+from tract_det.errors import UserError
+
+_POINTER = "last_checkpoint"
+_FOLDER = "checkpoints"
+
+
+def atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a temporary name beside `path`, then renames it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weights(path: Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
+    """Writes `{"model": state_dict, "meta": meta}`, floating tensors in fp32. One rank calls it."""
+    state = {
+        key: value.detach().cpu().float() if value.is_floating_point() else value.detach().cpu()
+        for key, value in model.state_dict().items()
+    }
+    content = {"model": {k: v.contiguous() for k, v in state.items()}, "meta": dict(meta)}
+    atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def save(engine: Any, output: Path, iteration: int, state: Mapping[str, Any]) -> None:
+    """Saves everything that resuming needs, then forgets older ones. Every rank must call it.
+
+    Args:
+        engine: DeepSpeed's.
+        output: the run's folder.
+        iteration: steps done.
+        state: plain values to get back from `load`.
+    """
+    distributed.average_buffers(engine.module)
+    tag = f"iter_{iteration:07d}"
+    everything = {
+        **state,
+        "iteration": iteration,
+        "world_size": distributed.world_size(),
+        "random": distributed.gather(_random_state(engine.device)),
+    }
+    ds.save(engine, output / _FOLDER, tag, everything)
+    if distributed.is_main():
+        atomically(output / _POINTER, lambda path: _write_text(path, tag + "\n"))
+        for old in (output / _FOLDER).glob("iter_*"):
+            if old.name != tag:
+                shutil.rmtree(old)
+    distributed.barrier()
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def load(engine: Any, output: Path) -> dict[str, Any]:
+    """Restores the newest checkpoint of a run, random state included; returns its `state`.
+
+    Every rank must call it.
+
+    Raises:
+        UserError: there is none, or it is of another number of processes.
+    """
+    tag = last(output)
+    if tag is None:
+        raise UserError(f"--resume: there is no checkpoint in {output}; start without --resume")
+    state = ds.load(engine, output / _FOLDER, tag)
+    if state["world_size"] != distributed.world_size():
+        raise UserError(
+            f"checkpoint {output / _FOLDER / tag} is of {state['world_size']} processes, this run "
+            f"has {distributed.world_size()}: resume with {state['world_size']}"
+        )
+    random = state.pop("random")[distributed.rank()]
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and engine.device.type == "cuda":
+        torch.cuda.set_rng_state(random["cuda"], engine.device)
+    return state
+
+
+def last(output: Path) -> str | None:
+    """The name of a run's newest complete checkpoint, or None."""
+    pointer = output / _POINTER
+    if not pointer.is_file():
+        return None
+    tag = pointer.read_text().strip()
+    return tag if (output / _FOLDER / tag).is_dir() else None
+
+
+def forget(output: Path) -> None:
+    """A new run begins in this folder: the checkpoints of an earlier one are no longer its own."""
+    (output / _POINTER).unlink(missing_ok=True)
+    shutil.rmtree(output / _FOLDER, ignore_errors=True)

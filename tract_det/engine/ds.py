@@ -1,0 +1,148 @@
+"""The only door to DeepSpeed: processes, configuration, engine, save and load.
+
+DeepSpeed is the training engine in every case, also for one process on a CPU, so that what is
+tested on a laptop is what runs on many GPUs.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tract_det import distributed
+from tract_det.errors import UserError
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def start(device: str = "") -> torch.device:
+    """Joins the process group of `deepspeed` or `torchrun`, or makes one of this process alone.
+
+    Args:
+        device: "cuda", "cpu", or "" for CUDA where there is one.
+
+    Returns:
+        This process's device.
+
+    Raises:
+        UserError: CUDA is asked for where there is none.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("MODEL.DEVICE is cuda, but torch sees no CUDA device: leave it out")
+    if kind == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        if "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // distributed.local_world_size()))
+    else:
+        torch.cuda.set_device(distributed.local_rank())
+    backend = "nccl" if kind.startswith("cuda") else "gloo"
+    if not dist.is_initialized():
+        if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:  # no launcher: no port is needed either
+            os.environ["LOCAL_RANK"] = "0"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    index = torch.cuda.current_device() if backend == "nccl" else None
+    return torch.device("cpu") if index is None else torch.device("cuda", index)
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def ds_config(
+    *,
+    batch_size: int,
+    accumulation: int,
+    clip_norm: float = 0.0,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """DeepSpeed's configuration; everything in it that this project knows is derived here.
+
+    Args:
+        batch_size: images a step, over all ranks and micro-batches.
+        accumulation: micro-batches a step.
+        clip_norm: bound of the global gradient norm; 0 = no clipping. Always written, since
+            DeepSpeed 0.19 clips at 1.0 by default.
+        extra: DeepSpeed's own keys, such as `zero_optimization`.
+
+    Raises:
+        UserError: the batch does not divide into ranks and micro-batches.
+    """
+    parts = accumulation * distributed.world_size()
+    if batch_size % parts:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {batch_size} does not divide into {distributed.world_size()} "
+            f"ranks x {accumulation} micro-batches (SOLVER.ACCUMULATION): take a multiple of "
+            f"{parts}"
+        )
+    return {
+        "steps_per_print": 2**62,  # the console is ours
+        "zero_allow_untested_optimizer": True,  # torch's SGD is not on DeepSpeed's list
+        **(extra or {}),
+        "train_batch_size": batch_size,
+        "train_micro_batch_size_per_gpu": batch_size // parts,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip_norm,
+    }
+
+
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    """DeepSpeed's engine around the model, which must be on its device.
+
+    `engine(images, targets)`, `engine.backward(loss)`, `engine.step()`; the learning rate is set on
+    `engine.optimizer.param_groups`, the weights are in `engine.module`.
+    """
+    import deepspeed
+
+    # A shared-memory all-reduce for inference, compiled at first use (a minute, a C++ compiler).
+    # Training never calls it.
+    with suppress(AttributeError):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config, dist_init_required=False
+    )
+    return engine
+
+
+def save(engine: Any, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
+    """Writes the engine's whole state and `state` under `folder/tag`. Every rank must call it."""
+    engine.save_checkpoint(str(folder), tag=tag, client_state=dict(state), save_latest=False)
+    distributed.barrier()
+
+
+def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
+    """Restores the engine from `folder/tag`; returns the `state` saved with it.
+
+    Every rank must call it.
+
+    Raises:
+        UserError: the checkpoint is incomplete. (DeepSpeed itself only warns, and trains from
+            scratch.)
+    """
+    try:
+        path, state = engine.load_checkpoint(str(folder), tag=tag)
+    except (OSError, RuntimeError, KeyError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"checkpoint {folder / tag} cannot be loaded: {reason}") from error
+    if path is None:
+        raise UserError(f"checkpoint {folder / tag} is incomplete: start again without --resume")
+    return dict(state)
+
+
+def set_lr(engine: Any, lr: float) -> None:
+    """Sets the learning rate of every parameter group, each times its own `lr_scale`."""
+    groups: Iterable[dict[str, Any]] = engine.optimizer.param_groups
+    for group in groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

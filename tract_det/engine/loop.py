@@ -1,0 +1,179 @@
+"""The training loop and the inference loop. They are given objects and know no model or data."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from tract_det import distributed
+from tract_det.engine import ds
+from tract_det.errors import UserError
+
+Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
+
+
+@dataclass
+class Step:
+    """What the loop hands to `after_step` when an optimizer step is done.
+
+    Attributes:
+        iteration: steps done, from 1.
+        losses: this rank's mean over the micro-batches, by name, and their sum `loss`.
+        lr: the step's learning rate.
+        seconds: the step's wall time.
+        data_seconds: the part of it spent waiting for the loader.
+        images: in the global batch.
+    """
+
+    iteration: int
+    losses: dict[str, float] = field(default_factory=dict)
+    lr: float = 0.0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    images: int = 0
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a flag that the loop asks for after each step.
+
+    A second SIGINT interrupts at once. `number` is the signal received, on this rank.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {n: signal.signal(n, self._on) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on(self, number: int, frame: FrameType | None) -> None:
+        if self.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+def train(
+    engine: Any,
+    batches: Iterable[Batch],
+    *,
+    start: int,
+    max_iter: int,
+    accumulation: int,
+    lr_at: Callable[[int], float],
+    autocast: Callable[[], AbstractContextManager],
+    after_step: Callable[[Step], None],
+    stop: StopSignal,
+) -> int:
+    """Trains from step `start` to `max_iter`; returns the number of steps done.
+
+    Args:
+        engine: as `ds.initialize` makes it.
+        batches: micro-batches from step `start` on, at least as many as are needed.
+        start: steps done before.
+        max_iter: steps in all.
+        accumulation: micro-batches a step.
+        lr_at: learning rate of a step, counted from 0.
+        autocast: makes the context of the forward pass.
+        after_step: called on every rank when a step is done.
+        stop: asked after each step; a signal to any rank stops them all.
+
+    Raises:
+        UserError: a loss is not finite; names the step, the losses and the images.
+    """
+    engine.train()
+    stream = iter(batches)
+    for iteration in range(start, max_iter):
+        began = time.perf_counter()
+        step = Step(iteration + 1, lr=lr_at(iteration))
+        ds.set_lr(engine, step.lr)
+        for _ in range(accumulation):
+            images, targets = _to(engine.device, _timed_next(stream, step))
+            with autocast():
+                losses = engine(images, targets)
+            loss = sum(losses.values())
+            _record(step, losses, targets, accumulation)
+            engine.backward(loss)
+            engine.step()
+            step.images += len(images) * distributed.world_size()
+        step.seconds = time.perf_counter() - began
+        after_step(step)
+        if distributed.any_rank(bool(stop.number), engine.device):
+            return iteration + 1
+    return max_iter
+
+
+def _timed_next(stream: Iterator[Batch], step: Step) -> Batch:
+    began = time.perf_counter()
+    batch = next(stream)
+    step.data_seconds += time.perf_counter() - began
+    return batch
+
+
+def _to(device: torch.device, batch: Batch) -> Batch:
+    images, targets = batch
+    moved = [
+        {
+            key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            for key, value in target.items()
+        }
+        for target in targets
+    ]
+    return [image.to(device, non_blocking=True) for image in images], moved
+
+
+def _record(
+    step: Step, losses: Mapping[str, torch.Tensor], targets: list[dict[str, Any]], accumulation: int
+) -> None:
+    """Adds a micro-batch's losses to the step's means; refuses one that is not finite."""
+    values = {name: float(value.detach()) for name, value in losses.items()}
+    values["loss"] = sum(values.values())
+    if not math.isfinite(values["loss"]):
+        names = ", ".join(str(target.get("image_id", "?")) for target in targets)
+        parts = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        raise UserError(
+            f"the loss is not finite at step {step.iteration}: {parts}; images: {names}; lower "
+            "SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS.ENABLED True"
+        )
+    for name, value in values.items():
+        step.losses[name] = step.losses.get(name, 0.0) + value / accumulation
+
+
+@torch.inference_mode()
+def infer(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    consume: Callable[[list[dict[str, Any]], list[dict[str, torch.Tensor]]], None],
+) -> int:
+    """Runs the model over this rank's batches; returns the number of images.
+
+    Args:
+        model: put into evaluation mode, and back into the mode that it was in.
+        batches: `(images, targets)`; the targets are handed on.
+        device: where the model is.
+        autocast: makes the context of the forward pass.
+        consume: called with a batch's targets and its detections, on the CPU.
+    """
+    was_training = model.training
+    model.eval()
+    count = 0
+    for images, targets in batches:
+        with autocast():
+            found = model([image.to(device, non_blocking=True) for image in images])
+        consume(targets, [{k: v.cpu() for k, v in one.items()} for one in found])
+        count += len(images)
+    model.train(was_training)
+    return count

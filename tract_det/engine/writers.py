@@ -1,0 +1,147 @@
+"""What a run says: the console with progress, `metrics.jsonl`, TensorBoard."""
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from tract_det import distributed
+from tract_det.engine.checkpoint import atomically
+from tract_det.engine.loop import Step
+
+_METRICS = "metrics.jsonl"
+
+
+def say(text: str = "") -> None:
+    """Prints on the main rank, above a progress bar where there is one."""
+    if distributed.is_main():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the allocator's peak on a GPU, this process's peak resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+class Writers:
+    """Collects the steps of a run and writes them out every `period` steps, on the main rank.
+
+    Losses are means over the period and over the ranks; `images_per_second` counts the training
+    steps alone, without evaluation and checkpoints. All ranks call `step` and `scalars`.
+    """
+
+    def __init__(
+        self, output: Path, *, start: int, max_iter: int, period: int, device: torch.device
+    ) -> None:
+        self.max_iter, self.period, self.device = max_iter, period, device
+        self.pending: list[Step] = []
+        self.images = 0
+        self.seconds = 0.0
+        self._bar: tqdm | None = None
+        self._board: SummaryWriter | None = None
+        self._path = output / _METRICS
+        if not distributed.is_main():
+            return
+        _keep_until(self._path, start)
+        self._board = SummaryWriter(str(output), purge_step=start + 1)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=max_iter, initial=start, unit="step", dynamic_ncols=True)
+
+    def step(self, step: Step) -> None:
+        """Counts a step; writes at the end of a period."""
+        self.pending.append(step)
+        self.images += step.images
+        self.seconds += step.seconds
+        if self._bar is not None:
+            self._bar.update()
+        if step.iteration % self.period == 0 or step.iteration == self.max_iter:
+            self._flush()
+
+    def _flush(self) -> None:
+        steps, self.pending = self.pending, []
+        means = {
+            name: sum(step.losses[name] for step in steps) / len(steps) for name in steps[0].losses
+        }
+        ranks = distributed.gather(means)
+        losses = {name: sum(rank[name] for rank in ranks) / len(ranks) for name in means}
+        seconds = sum(step.seconds for step in steps)
+        rate = sum(step.images for step in steps) / seconds
+        now = steps[-1].iteration
+        self.scalars(
+            now,
+            {
+                **losses,
+                "lr": steps[-1].lr,
+                "images_per_second": rate,
+                "data_fraction": sum(step.data_seconds for step in steps) / seconds,
+                "peak_memory_gib": peak_memory(self.device),
+            },
+        )
+        parts = "  ".join(f"{name.removeprefix('loss_')} {v:.3f}" for name, v in losses.items())
+        eta = clock((self.max_iter - now) * seconds / len(steps))
+        line = f"{parts}  lr {steps[-1].lr:.2g}  {rate:.1f} images/s  ETA {eta}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(line)
+        else:
+            say(f"step {now}/{self.max_iter}  {line}")
+
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        """One line of `metrics.jsonl`, and TensorBoard; what is not finite becomes null."""
+        if self._board is None:
+            return
+        for name, value in values.items():
+            self._board.add_scalar(name, value, iteration)
+        clean = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"iteration": iteration, "time": time.time(), **clean}) + "\n")
+
+    def close(self) -> None:
+        """Says what the run took."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+        if self.seconds:
+            say(
+                f"trained {self.images} images in {clock(self.seconds)}: "
+                f"{self.images / self.seconds:.2f} images/s, peak memory "
+                f"{peak_memory(self.device):.2f} GiB a process"
+            )
+
+
+def _keep_until(path: Path, iteration: int) -> None:
+    """Drops the lines after `iteration`: a resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = [line for line in path.read_text().splitlines() if _iteration(line) <= iteration]
+    atomically(path, lambda temporary: _write_lines(temporary, kept))
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+def _iteration(line: str) -> float:
+    try:
+        entry: Any = json.loads(line)
+        return entry["iteration"]
+    except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
+        return math.inf

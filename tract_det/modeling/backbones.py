@@ -1,0 +1,117 @@
+"""Backbones with torchvision's module names, their norms, and what `freeze_at` freezes."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from tract_det.errors import UserError
+
+_RESNET_STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+
+
+def norm_layer(name: str) -> Callable[[int], nn.Module]:
+    """The constructor of a norm, called with the number of channels.
+
+    Raises:
+        UserError: SyncBN without CUDA, which torch does not have.
+    """
+    if name == "SyncBN" and not torch.cuda.is_available():
+        raise UserError("MODEL.BACKBONE.NORM SyncBN needs CUDA: on a CPU take BN, FrozenBN or GN")
+    return {
+        "BN": nn.BatchNorm2d,
+        "FrozenBN": FrozenBatchNorm2d,
+        "SyncBN": nn.SyncBatchNorm,
+        "GN": partial(nn.GroupNorm, 32),
+    }[name]
+
+
+def build_resnet_fpn(name: str, norm: str, out_channels: int) -> BackboneWithFPN:
+    """ResNet-18 to 152 with a feature pyramid of `out_channels` channels on five levels."""
+    resnet = getattr(torchvision.models, name)(weights=None, norm_layer=norm_layer(norm))
+    width = resnet.inplanes // 8
+    return BackboneWithFPN(
+        resnet,
+        return_layers={f"layer{level + 1}": str(level) for level in range(4)},
+        in_channels_list=[width * 2**level for level in range(4)],
+        out_channels=out_channels,
+        extra_blocks=LastLevelMaxPool(),
+    )
+
+
+class VGGBackbone(nn.Module):
+    """The convolutions of a VGG up to conv5_3, stride 16, 512 channels."""
+
+    out_channels = 512
+
+    def __init__(self, features: nn.Sequential) -> None:
+        super().__init__()
+        self.features = features[:-1]  # without the last pooling: RoIAlign takes its place
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`(B, 3, H, W)` to `(B, 512, H / 16, W / 16)`."""
+        return self.features(images)
+
+
+class VGGHead(nn.Module):
+    """fc6 and fc7 of VGG's classifier, with its dropout (Faster R-CNN, section 3.2)."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.fc6 = nn.Linear(512 * 7 * 7, 4096)
+        self.fc7 = nn.Linear(4096, 4096)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """`(boxes, 512, 7, 7)` to `(boxes, 4096)`."""
+        hidden = self.dropout(self.fc6(pooled.flatten(1)).relu())
+        return self.dropout(self.fc7(hidden).relu())
+
+
+def build_vgg(name: str, norm: str) -> VGGBackbone:
+    """VGG-16 with (`vgg16_bn`) or without (`vgg16`) norms."""
+    if norm != "BN" and not name.endswith("_bn"):
+        raise UserError(f"MODEL.BACKBONE.NORM is {norm} but {name} has no norms: take {name}_bn")
+    features = getattr(torchvision.models, name)(weights=None).features
+    if norm != "BN":
+        make = norm_layer(norm)
+        for key, module in features.named_children():
+            if isinstance(module, nn.BatchNorm2d):
+                setattr(features, key, make(module.num_features))
+    return VGGBackbone(features)
+
+
+def _stages(backbone: nn.Module) -> list[list[nn.Module]]:
+    """Stem first; a VGG's stages are the blocks between its poolings."""
+    if isinstance(backbone, BackboneWithFPN):
+        return [[backbone.body[name] for name in names] for names in _RESNET_STAGES]
+    stages: list[list[nn.Module]] = [[]]
+    for layer in backbone.get_submodule("features").children():
+        stages[-1].append(layer)
+        if isinstance(layer, nn.MaxPool2d):
+            stages.append([])
+    return stages
+
+
+def freeze(backbone: nn.Module, freeze_at: int) -> None:
+    """Freezes the first `freeze_at` stages; their batch norms stop counting as well.
+
+    Args:
+        backbone: as `build_resnet_fpn` and `build_vgg` make it.
+        freeze_at: 0 to 5, with detectron2's meaning.
+    """
+    for stage in _stages(backbone)[:freeze_at]:
+        for module in stage:
+            module.requires_grad_(False)
+    frozen = {
+        id(m) for stage in _stages(backbone)[:freeze_at] for top in stage for m in top.modules()
+    }
+    for parent in list(backbone.modules()):
+        for name, child in parent.named_children():
+            if id(child) in frozen and isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm):
+                setattr(parent, name, FrozenBatchNorm2d(child.num_features, child.eps))

@@ -1,0 +1,161 @@
+"""Pictures: detections on images, a run's curves, a stem's filters. Each is a PNG file."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files, no windows
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from tract_det.errors import UserError
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with what is there and what was found.
+
+    Attributes:
+        path: the image file.
+        truth: `(n, 4)` boxes of the annotation, xyxy pixel edges.
+        boxes: `(m, 4)` detected boxes.
+        labels: `(m,)` 0..K-1.
+        scores: `(m,)`.
+    """
+
+    path: Path
+    truth: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+
+
+def detection_grid(
+    path: Path,
+    pictures: Sequence[Picture],
+    class_names: Sequence[str],
+    *,
+    score_thresh: float = 0.5,
+    columns: int = 4,
+) -> None:
+    """Draws detections (coloured, with class and score) over ground truth (white, dashed).
+
+    Args:
+        path: the PNG to write.
+        pictures: in reading order.
+        class_names: K names.
+        score_thresh: detections below are not drawn.
+        columns: pictures a row.
+    """
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.2 * columns, 3.2 * rows), squeeze=False, layout="constrained"
+    )
+    colors = plt.get_cmap("tab20" if len(class_names) > 10 else "tab10")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, picture in zip(axes.flat, pictures, strict=False):
+        with Image.open(picture.path) as image:
+            axis.imshow(image.convert("RGB"))
+        for box in picture.truth:
+            _rectangle(axis, box, edgecolor="white", linestyle=(0, (3, 3)), linewidth=1.2)
+        for box, label, score in zip(picture.boxes, picture.labels, picture.scores, strict=True):
+            if score < score_thresh:
+                continue
+            color = colors(int(label) % colors.N)
+            _rectangle(axis, box, edgecolor=color, linewidth=1.8)
+            axis.text(
+                max(box[0], 0),
+                max(box[1], 0),
+                f"{class_names[int(label)]} {score:.2f}",
+                fontsize=7,
+                color="white",
+                va="bottom",
+                clip_on=True,
+                bbox={"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.85},
+            )
+    handles = [
+        Rectangle((0, 0), 1, 1, fill=False, edgecolor="grey", linestyle="--", label="annotated"),
+        *(
+            Rectangle((0, 0), 1, 1, fill=False, edgecolor=colors(k % colors.N), label=name)
+            for k, name in enumerate(class_names)
+        ),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8))
+    _save(figure, path)
+
+
+def _rectangle(axis: Axes, box: np.ndarray, **style: object) -> None:
+    left, top, right, bottom = (float(value) - 0.5 for value in box)  # pixel centres are integers
+    axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, **style))  # type: ignore[arg-type]
+
+
+def training_curves(path: Path, runs: Mapping[str, Path]) -> None:
+    """Draws the loss and the mAP of one or several runs over their steps.
+
+    Args:
+        path: the PNG to write.
+        runs: name to `metrics.jsonl`.
+
+    Raises:
+        UserError: a file is missing or holds no steps.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for name, metrics in runs.items():
+        if not metrics.is_file():
+            raise UserError(f"{metrics} is missing: give the OUTPUT_DIR of a training run")
+        entries = [json.loads(line) for line in metrics.read_text().splitlines()]
+        for axis, key in ((left, "loss"), (right, "voc_area.mAP")):
+            points = [(e["iteration"], e[key]) for e in entries if e.get(key) is not None]
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), label=name, marker="." if key != "loss" else ""
+                )
+    left.set(xlabel="step", ylabel="loss", yscale="log")
+    right.set(xlabel="step", ylabel="mAP (area, IoU 0.5), %")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    _save(figure, path)
+
+
+def stem_filters(path: Path, weight: np.ndarray) -> None:
+    """Draws a stem's filters as RGB pictures, each scaled to its own range.
+
+    Args:
+        path: the PNG to write.
+        weight: `(M, 3, kh, kw)`.
+
+    Raises:
+        UserError: the filters do not have three input channels.
+    """
+    if weight.ndim != 4 or weight.shape[1] != 3:
+        raise UserError(f"a stem's filters are (M, 3, kh, kw), not {weight.shape}")
+    columns = min(16, len(weight))
+    rows = -(-len(weight) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(columns * 0.7, rows * 0.7), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, kernel in zip(axes.flat, weight, strict=False):
+        span = np.ptp(kernel)
+        axis.imshow(((kernel - kernel.min()) / (span or 1.0)).transpose(1, 2, 0))
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
+    figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+    temporary.replace(path)
