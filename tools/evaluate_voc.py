@@ -15,12 +15,8 @@ import argparse
 from pathlib import Path
 
 from tract_det.data.voc import VOC_CLASSES, find_devkit, read_split
-from tract_det.evaluation.evaluators import (
-    DetectionEvaluator,
-    format_table,
-    read_detections,
-    write_json,
-)
+from tract_det.evaluation.detection_files import read_detections
+from tract_det.evaluation.evaluators import DetectionEvaluator, format_table, write_json
 from tract_det.evaluation.voc_ap import RULES
 
 

@@ -12,9 +12,8 @@ Files inherit with `_BASE_`; trailing `KEY VALUE` pairs override them. All keys 
 """
 
 import argparse
-import dataclasses
-import math
 import re
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -33,12 +32,14 @@ from tract_det.data.loaders import evaluation_loader, training_loader
 from tract_det.data.transforms import detection_train
 from tract_det.data.voc import VOCSplit, read_dataset
 from tract_det.engine import checkpoint, ds
-from tract_det.engine.loop import Step, StopSignal, infer, train
+from tract_det.engine.loop import StopSignal, infer, train
 from tract_det.engine.optimizer import build_optimizer, parameter_groups
+from tract_det.engine.run import Run
 from tract_det.engine.schedule import lr_schedule
-from tract_det.engine.writers import Writers, say
+from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator, format_table, write_json
+from tract_det.files import write_text
 from tract_det.modeling.faster_rcnn import FasterRCNN, build_faster_rcnn
 from tract_det.modeling.weights import Weights, load_into, pixel_statistics, read_weights
 from tract_det.visualize import Picture, detection_grid
@@ -235,6 +236,20 @@ def _plain(node: Any) -> Any:
     return {k: _plain(v) for k, v in node.items()} if isinstance(node, dict) else node
 
 
+def build_schedule(cfg: CfgNode) -> Callable[[int], float]:
+    """The learning rate of a step."""
+    cosine = cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR"
+    return lr_schedule(
+        base_lr=cfg.SOLVER.BASE_LR,
+        max_iter=cfg.SOLVER.MAX_ITER,
+        steps=None if cosine else cfg.SOLVER.STEPS,
+        gamma=cfg.SOLVER.GAMMA,
+        end_lr=cfg.SOLVER.BASE_LR_END,
+        warmup_iters=cfg.SOLVER.WARMUP_ITERS,
+        warmup_factor=cfg.SOLVER.WARMUP_FACTOR,
+    )
+
+
 def build_loader(cfg: CfgNode, split: VOCSplit, start: int) -> Any:
     """This rank's micro-batches from step `start` on."""
     transform = detection_train(
@@ -257,97 +272,35 @@ def build_loader(cfg: CfgNode, split: VOCSplit, start: int) -> Any:
     )
 
 
-class Training:
-    """What happens after a step: writing, periodic evaluation, checkpoints."""
+def means(results: Results) -> dict[str, float]:
+    """The figures over all classes, by their path: `voc_07.mAP`, `coco.AP50`, ..."""
+    return {
+        f"{group}.{name}": value
+        for group in ("voc_07", "voc_area", "coco")
+        for name, value in results[group].items()
+        if isinstance(value, float)
+    }
 
-    def __init__(self, cfg: CfgNode, engine: Any, meta: dict[str, Any], evaluation: Evaluation):
-        self.cfg, self.engine, self.meta, self.evaluation = cfg, engine, meta, evaluation
-        self.output = Path(cfg.OUTPUT_DIR)
-        self.best = -math.inf
-        self.saved = -1
-        self.writers: Writers
-        # What a checkpoint cannot be resumed without.
-        self.identity = {
+
+def build_run(cfg: CfgNode, engine: Any, meta: dict[str, Any], evaluation: Evaluation) -> Run:
+    """What happens between the steps."""
+    return Run(
+        engine,
+        Path(cfg.OUTPUT_DIR),
+        max_iter=cfg.SOLVER.MAX_ITER,
+        log_period=cfg.LOG_PERIOD,
+        checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
+        eval_period=cfg.TEST.EVAL_PERIOD,
+        evaluate=lambda model: means(evaluation(model)[0]),
+        best_metric=cfg.TEST.BEST_METRIC,
+        meta=meta,
+        identity={
             "SEED": cfg.SEED,
             "SOLVER.IMS_PER_BATCH": cfg.SOLVER.IMS_PER_BATCH,
             "SOLVER.ACCUMULATION": cfg.SOLVER.ACCUMULATION,
             "DATASETS.TRAIN": list(cfg.DATASETS.TRAIN),
-        }
-
-    def start(self, resume: bool) -> int:
-        """Opens the writers and restores a checkpoint; returns the steps done before."""
-        state: dict[str, Any] = {"iteration": 0}
-        if resume:
-            state = checkpoint.load(self.engine, self.output)
-            for key, value in self.identity.items():
-                if state["identity"][key] != value:
-                    raise UserError(
-                        f"--resume: {key} was {state['identity'][key]} when the run began, now it "
-                        f"is {value}: set it back"
-                    )
-            self.best, self.saved = state["best"], state["iteration"]
-            say(f"resumed {self.output} at step {state['iteration']}")
-        elif distributed.is_main():
-            checkpoint.forget(self.output)
-        self.writers = Writers(
-            self.output,
-            start=state["iteration"],
-            max_iter=self.cfg.SOLVER.MAX_ITER,
-            period=self.cfg.LOG_PERIOD,
-            device=self.engine.device,
-        )
-        if resume:
-            pending = state["pending"][distributed.rank()]
-            self.writers.pending = [Step(**step) for step in pending]
-        return state["iteration"]
-
-    def after_step(self, step: Step) -> None:
-        """Called by the loop on every rank."""
-        self.writers.step(step)
-        last = step.iteration == self.cfg.SOLVER.MAX_ITER
-        period = self.cfg.TEST.EVAL_PERIOD
-        if period > 0 and step.iteration % period == 0 and not last:
-            distributed.average_buffers(self.engine.module)
-            self.note(self.evaluation(self.engine.module)[0], step.iteration)
-        if step.iteration % self.cfg.SOLVER.CHECKPOINT_PERIOD == 0 and not last:
-            self.save(step.iteration)
-
-    def note(self, results: Results, iteration: int) -> None:
-        """Logs an evaluation's means, and keeps the weights if they are the best so far."""
-        means = {
-            f"{group}.{name}": value
-            for group in ("voc_07", "voc_area", "coco")
-            for name, value in results[group].items()
-            if isinstance(value, float)
-        }
-        self.writers.scalars(iteration, means)
-        metric = self.cfg.TEST.BEST_METRIC
-        if metric not in means:
-            raise UserError(f"TEST.BEST_METRIC is '{metric}': it takes one of {', '.join(means)}")
-        say(f"step {iteration}: {metric} {means[metric]:.2f}")
-        if means[metric] > self.best:
-            self.best = means[metric]
-            if distributed.is_main():
-                checkpoint.save_weights(
-                    self.output / "model_best.pth", self.engine.module, self.meta
-                )
-
-    def save(self, iteration: int) -> None:
-        """Saves what resuming needs, once a step."""
-        if iteration == self.saved:
-            return
-        pending = distributed.gather([dataclasses.asdict(step) for step in self.writers.pending])
-        state = {"best": self.best, "pending": pending, "identity": self.identity}
-        checkpoint.save(self.engine, self.output, iteration, state)
-        self.saved = iteration
-
-    def finish(self, iteration: int) -> None:
-        """Final weights, final evaluation."""
-        self.save(iteration)
-        distributed.average_buffers(self.engine.module)
-        if distributed.is_main():
-            checkpoint.save_weights(self.output / "model_final.pth", self.engine.module, self.meta)
-        self.note(self.evaluation.report(self.engine.module, self.output), iteration)
+        },
+    )
 
 
 def do_train(cfg: CfgNode, device: torch.device, resume: bool) -> int:
@@ -361,11 +314,12 @@ def do_train(cfg: CfgNode, device: torch.device, resume: bool) -> int:
     model, meta = build_model(cfg, weights, split.class_names, strict=False)
     engine = build_engine(cfg, model.to(device))
     output.mkdir(parents=True, exist_ok=True)
-    training = Training(cfg, engine, meta, Evaluation(cfg, test, device))
+    evaluation = Evaluation(cfg, test, device)
+    this_run = build_run(cfg, engine, meta, evaluation)
     torch.manual_seed(cfg.SEED + distributed.rank())  # the ranks' dropout differs
-    start = training.start(resume)
+    start = this_run.start(resume=resume)
     if distributed.is_main():
-        checkpoint.atomically(output / "config.yaml", lambda path: _write(path, cfg.dump()))
+        write_text(output / "config.yaml", cfg.dump())
     steps = cfg.SOLVER.MAX_ITER
     epochs = steps * cfg.SOLVER.IMS_PER_BATCH / len(split.annotations)
     say(
@@ -374,7 +328,6 @@ def do_train(cfg: CfgNode, device: torch.device, resume: bool) -> int:
         f"{cfg.SOLVER.IMS_PER_BATCH} images, {epochs:.1f} epochs; "
         f"{distributed.world_size()} process(es) on {device.type}; output in {output}"
     )
-    cosine = cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR"
     with StopSignal() as stop:
         done = train(
             engine,
@@ -382,30 +335,18 @@ def do_train(cfg: CfgNode, device: torch.device, resume: bool) -> int:
             start=start,
             max_iter=steps,
             accumulation=cfg.SOLVER.ACCUMULATION,
-            lr_at=lr_schedule(
-                base_lr=cfg.SOLVER.BASE_LR,
-                max_iter=steps,
-                steps=None if cosine else cfg.SOLVER.STEPS,
-                gamma=cfg.SOLVER.GAMMA,
-                end_lr=cfg.SOLVER.BASE_LR_END,
-                warmup_iters=cfg.SOLVER.WARMUP_ITERS,
-                warmup_factor=cfg.SOLVER.WARMUP_FACTOR,
-            ),
+            lr_at=build_schedule(cfg),
             autocast=_autocast(cfg, device),
-            after_step=training.after_step,
+            after_step=this_run.after_step,
             stop=stop,
         )
         if done < steps:
-            training.save(done)
+            this_run.save(done)
             say(f"stopped after step {done}: the checkpoint is saved, go on with --resume")
         else:
-            training.finish(done)
-        training.writers.close()
-    return 128 + stop.number if done < steps else 0
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
+            this_run.finish(lambda model: means(evaluation.report(model, output)))
+        this_run.writers.close()
+    return 0 if done == steps else 128 + (stop.number or signal.SIGTERM)
 
 
 def do_eval(cfg: CfgNode, device: torch.device) -> int:

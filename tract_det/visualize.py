@@ -1,7 +1,6 @@
 """Pictures: detections on images, a run's curves, a stem's filters. Each is a PNG file."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from tract_det.errors import UserError
+from tract_det.files import atomically
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,7 @@ def stem_filters(path: Path, weight: np.ndarray) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    figure.savefig(temporary, dpi=130)
-    plt.close(figure)
-    temporary.replace(path)
+    try:
+        atomically(path, lambda temporary: figure.savefig(temporary, dpi=130))
+    finally:
+        plt.close(figure)

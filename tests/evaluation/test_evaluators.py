@@ -16,13 +16,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tract_det.errors import UserError
-from tract_det.evaluation.evaluators import (
-    DetectionEvaluator,
-    ImageDetections,
-    format_table,
-    read_detections,
-    write_json,
-)
+from tract_det.evaluation.detection_files import ImageDetections, read_detections
+from tract_det.evaluation.evaluators import DetectionEvaluator, format_table, write_json
 
 CLASSES = ("cat", "dog", "bus")
 BOX = np.array([[0.0, 0.0, 5.0, 5.0]])
@@ -365,7 +360,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(UserError, match=r"results\.json: cannot be written \(No space left"):
+    with pytest.raises(UserError, match=r"results\.json cannot be written: No space left"):
         write_json(path, {"images": 2})
     assert json.loads(path.read_text()) == {"images": 1}
     assert list(tmp_path.iterdir()) == [path]

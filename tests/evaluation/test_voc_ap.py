@@ -316,7 +316,7 @@ def test_classes_do_not_match_each_other():
 
 def test_curve_is_precision_over_recall_at_half():
     truths = [(0, A, False), (0, B, False)]
-    founds = [(0, A, 0.9), (0, FAR, 0.8), (0, (20, 0, 30, 6), 0.7)]
+    founds = [(0, A, 0.9), (0, FAR, 0.8), (0, (20, 0, 30, 5), 0.7)]  # the last by IoU 0.5
     curve = voc_ap(*arrays(truths, founds), ["thing"]).curves[0]
     np.testing.assert_allclose(curve.precision, [1, 1 / 2, 2 / 3])
     np.testing.assert_allclose(curve.recall, [1 / 2, 1 / 2, 1])

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tract_det.tools.evaluate_voc import main
 
+from tools.evaluate_voc import main
 from tract_det.data.voc import VOC_CLASSES
 from tract_det.errors import UserError
 

@@ -4,12 +4,11 @@
     OUTPUT_DIR/checkpoints/iter_0001000/  DeepSpeed's files
     OUTPUT_DIR/model_best.pth, model_final.pth
 
-A file appears under its name only when it is complete: it is written beside and renamed.
+A name appears only when what it names is complete.
 """
 
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,10 @@ from torch import nn
 from tract_det import distributed
 from tract_det.engine import ds
 from tract_det.errors import UserError
+from tract_det.files import atomically, write_text
 
 _POINTER = "last_checkpoint"
 _FOLDER = "checkpoints"
-
-
-def atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary name beside `path`, then renames it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_weights(path: Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
@@ -71,15 +60,11 @@ def save(engine: Any, output: Path, iteration: int, state: Mapping[str, Any]) ->
     }
     ds.save(engine, output / _FOLDER, tag, everything)
     if distributed.is_main():
-        atomically(output / _POINTER, lambda path: _write_text(path, tag + "\n"))
+        write_text(output / _POINTER, tag + "\n")
         for old in (output / _FOLDER).glob("iter_*"):
             if old.name != tag:
                 shutil.rmtree(old)
     distributed.barrier()
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 def load(engine: Any, output: Path) -> dict[str, Any]:

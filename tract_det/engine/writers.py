@@ -14,8 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from tract_det import distributed
-from tract_det.engine.checkpoint import atomically
 from tract_det.engine.loop import Step
+from tract_det.files import write_text
 
 _METRICS = "metrics.jsonl"
 
@@ -132,11 +132,7 @@ def _keep_until(path: Path, iteration: int) -> None:
     if not path.is_file():
         return
     kept = [line for line in path.read_text().splitlines() if _iteration(line) <= iteration]
-    atomically(path, lambda temporary: _write_lines(temporary, kept))
-
-
-def _write_lines(path: Path, lines: list[str]) -> None:
-    path.write_text("".join(line + "\n" for line in lines))
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _iteration(line: str) -> float:

@@ -1,34 +1,21 @@
-"""Detections of all ranks in; PASCAL VOC and COCO figures, and the challenge's files, out.
+"""Detections of all ranks in; PASCAL VOC and COCO figures, and the challenge's files, out."""
 
-Boxes are pixel edges, as in `voc_ap`. The challenge's files count pixels from 1, the last included:
-`xmin` and `ymin` are one higher there.
-"""
-
-import contextlib
-import io
 import json
 import math
-import os
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from tract_det.distributed import gather, is_main
 from tract_det.errors import UserError
+from tract_det.evaluation.coco import coco_ap
+from tract_det.evaluation.detection_files import ImageDetections, write_detections
 from tract_det.evaluation.voc_ap import RULES, Detections, Objects, VOCResult, mean_ap, voc_ap
-
-# COCOeval.stats in their order.
-_COCO_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-# The challenge's competitions for detection: trained on its own data alone (3) or on any (4).
-_COMPETITIONS = ("comp3", "comp4")
-_COLUMNS = "image_id score xmin ymin xmax ymax"
-_ONE_BASED = np.array([1.0, 1.0, 0.0, 0.0])
+from tract_det.files import write_text
 
 
 class Annotation(Protocol):
@@ -49,20 +36,6 @@ class Annotation(Protocol):
     @property
     def difficult(self) -> np.ndarray:
         """(n,) bool."""
-
-
-class ImageDetections(NamedTuple):
-    """What was found on one image.
-
-    Attributes:
-        boxes: (n, 4) float64, pixel edges.
-        scores: (n,) float64.
-        labels: (n,) int64, 0..K-1.
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
 
 
 class DetectionEvaluator:
@@ -187,32 +160,11 @@ class DetectionEvaluator:
         return self._voc
 
     def write_detections(self, folder: Path, split: str) -> None:
-        """Writes the challenge's files, `comp4_det_<split>_<class>.txt`, after `evaluate`.
+        """Writes the challenge's files, after `evaluate`; see `detection_files.write_detections`.
 
-        Each file appears whole or not at all. Numbers are written in full. One rank is enough.
-
-        Args:
-            folder: made if it is not there.
-            split: the split's name.
-
-        Raises:
-            UserError: if a file cannot be written.
+        One rank is enough.
         """
-        found = self._flat_detections()
-        for label, name in enumerate(self.class_names):
-            own = found.of_class(label)
-            rows = zip(
-                own.image.tolist(),
-                own.scores.tolist(),
-                (own.boxes + _ONE_BASED).tolist(),
-                strict=True,
-            )
-            lines = (
-                f"{self._ids[image]} {score!r} {' '.join(map(repr, box))}\n"
-                for image, score, box in rows
-            )
-            path = _detection_file(Path(folder), "comp4", split, name)
-            _write_whole(path, "".join(lines))
+        write_detections(Path(folder), split, self.class_names, self.detections)
 
     def _merged(self, ranks: Sequence[dict[str, ImageDetections]]) -> dict[str, ImageDetections]:
         """The ranks' detections as one, in the split's order."""
@@ -250,127 +202,6 @@ class DetectionEvaluator:
         }
 
 
-class _VOCasCOCO(COCOeval):
-    """COCO's evaluation with VOC's difficult objects ignored.
-
-    An ignored object is not in the recall, and the detection that is matched to it is neither right
-    nor wrong. pycocotools sets `ignore` to `iscrowd`, whatever the annotation says; but a difficult
-    object is one object, not a crowd, whose overlap would be measured by the detection's area and
-    which any number of detections may match. So `ignore` is set again.
-    """
-
-    def _prepare(self) -> None:
-        super()._prepare()
-        for objects in self._gts.values():
-            for one in objects:
-                one["ignore"] = one["difficult"]
-
-
-def coco_ap(
-    objects: Objects, detections: Detections, num_images: int, num_classes: int
-) -> dict[str, float]:
-    """COCO's average precision through pycocotools: 101 points, at most 100 detections an image.
-
-    Difficult objects are ignored, see `_VOCasCOCO`. Areas are in pixels of the annotated image.
-
-    Args:
-        objects: the ground truth.
-        detections: what was found.
-        num_images: images in the split.
-        num_classes: K.
-
-    Returns:
-        `AP`, `AP50`, `AP75`, `APs`, `APm`, `APl` in per cent; NaN where there is nothing to find.
-    """
-    common = {
-        "images": [{"id": image + 1} for image in range(num_images)],
-        "categories": [{"id": label + 1} for label in range(num_classes)],
-    }
-    truth, found = COCO(), COCO()
-    truth.dataset = {
-        **common,
-        "annotations": _coco_boxes(objects, "difficult", objects.difficult.astype(int)),
-    }
-    found.dataset = {**common, "annotations": _coco_boxes(detections, "score", detections.scores)}
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        found.createIndex()
-        evaluation = _VOCasCOCO(truth, found, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    stats = evaluation.stats[: len(_COCO_STATS)]
-    return {
-        name: math.nan if value < 0 else 100 * float(value)
-        for name, value in zip(_COCO_STATS, stats, strict=True)
-    }
-
-
-def _coco_boxes(boxes: Objects | Detections, key: str, values: np.ndarray) -> list[dict[str, Any]]:
-    """Boxes as COCO's annotations, each with one more entry."""
-    size = boxes.boxes[:, 2:] - boxes.boxes[:, :2]
-    columns = (
-        (boxes.image + 1).tolist(),
-        (boxes.labels + 1).tolist(),
-        np.concatenate([boxes.boxes[:, :2], size], axis=1).tolist(),
-        size.prod(axis=1).tolist(),
-        values.tolist(),
-    )
-    # Ids count from 1: pycocotools marks "unmatched" with 0, so an object 0 could not be found.
-    return [
-        {
-            "id": number,
-            "image_id": image,
-            "category_id": category,
-            "bbox": box,
-            "area": area,
-            "iscrowd": 0,
-            key: value,
-        }
-        for number, (image, category, box, area, value) in enumerate(
-            zip(*columns, strict=True), start=1
-        )
-    ]
-
-
-def read_detections(
-    folder: Path,
-    split: str,
-    class_names: Sequence[str],
-    image_ids: Collection[str] | None = None,
-) -> dict[str, ImageDetections]:
-    """Reads the challenge's files `comp3_det_<split>_<class>.txt` or `comp4_det_...`.
-
-    Args:
-        folder: where the files are.
-        split: the split's name.
-        class_names: the K classes; each must have a file, which may be empty.
-        image_ids: the images of the split; None: any image is accepted whose id has no blanks.
-
-    Returns:
-        The detections by image: of every one of `image_ids` in their order, also where there are
-        none, else of the images that occur.
-
-    Raises:
-        UserError: for a missing folder or file, files of two competitions, a line that is not an
-            image id and five numbers, or an image that is not in the split.
-    """
-    rows: dict[str, list[tuple[float, ...]]] = {image_id: [] for image_id in image_ids or ()}
-    known = None if image_ids is None else set(rows)
-    for label, path in enumerate(_find_detection_files(Path(folder), split, class_names)):
-        for image_id, numbers in _read_detection_file(path, known):
-            rows.setdefault(image_id, []).append((*numbers, label))
-    tables = {
-        image_id: np.array(row, dtype=np.float64).reshape(-1, 6) for image_id, row in rows.items()
-    }
-    return {
-        image_id: ImageDetections(
-            table[:, 1:5] - _ONE_BASED, table[:, 0], table[:, 5].astype(np.int64)
-        )
-        for image_id, table in tables.items()
-    }
-
-
 def format_table(results: dict[str, Any]) -> str:
     """The results of `DetectionEvaluator.evaluate` as text: a line a class, the means, and COCO."""
     columns = [(rule, ap) for rule in ("voc_07", "voc_area") for ap in ("AP", "AP_50_95")]
@@ -394,7 +225,7 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     Raises:
         UserError: if the file cannot be written.
     """
-    _write_whole(path, json.dumps(_without_nan(results), indent=2, allow_nan=False) + "\n")
+    write_text(Path(path), json.dumps(_without_nan(results), indent=2, allow_nan=False) + "\n")
 
 
 def _without_nan(value: Any) -> Any:
@@ -405,82 +236,6 @@ def _without_nan(value: Any) -> Any:
 
 def _percent(value: float) -> str:
     return "n/a" if math.isnan(value) else f"{value:.2f}"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Writes beside the file and renames, so that no reader or crash ever sees a part."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): choose another") from None
-
-
-def _detection_file(folder: Path, competition: str, split: str, class_name: str) -> Path:
-    return folder / f"{competition}_det_{split}_{class_name}.txt"
-
-
-def _find_detection_files(folder: Path, split: str, class_names: Sequence[str]) -> list[Path]:
-    """One existing file for each class, all of one competition."""
-    wanted = f"comp[34]_det_{split}_<class>.txt"
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: give the one that holds {wanted}")
-    files = [
-        [_detection_file(folder, competition, split, name) for name in class_names]
-        for competition in _COMPETITIONS
-    ]
-    there = [[path for path in paths if path.exists()] for paths in files]
-    if all(there):
-        raise UserError(
-            f"{folder}: has both {there[0][0].name} and {there[1][0].name}: move one competition's"
-            " files elsewhere"
-        )
-    if not any(there):
-        raise UserError(
-            f"{folder}: no {wanted} for any of {', '.join(class_names)}: check folder, split and"
-            " classes"
-        )
-    for path in files[bool(there[1])]:
-        if not path.exists():
-            raise UserError(f"{path}: is missing: make it, empty if nothing was found")
-    return files[bool(there[1])]
-
-
-def _read_detection_file(
-    path: Path, known: Collection[str] | None
-) -> Iterator[tuple[str, list[float]]]:
-    """Image id and (score, xmin, ymin, xmax, ymax) of each line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error}): write it anew") from None
-    for number, line in enumerate(lines, start=1):
-        columns = line.strip().rsplit(None, 5)  # from the right: an image id may have blanks
-        if not columns:
-            continue
-        where = f"{path}, line {number}"
-        image_id = columns[0]
-        is_known = known is not None and image_id in known
-        if len(columns) != 6 or (not is_known and len(image_id.split()) > 1):
-            raise UserError(f"{where}: has {len(line.split())} columns: write {_COLUMNS}")
-        try:
-            values = [float(column) for column in columns[1:]]
-        except ValueError:
-            values = [math.nan]
-        if not all(map(math.isfinite, values)):
-            raise UserError(f"{where}: {line.strip()!r} is not {_COLUMNS}: write finite numbers")
-        if known is not None and not is_known:
-            raise UserError(
-                f"{where}: image {image_id!r} is not in the split: evaluate the split that the"
-                " detections are of, or remove the line"
-            )
-        yield image_id, values
 
 
 def _array(values: Any, dtype: type) -> np.ndarray:
