@@ -216,8 +216,23 @@ def _plain(value: Any) -> Any:
     return value.as_subclass(torch.Tensor) if isinstance(value, torch.Tensor) else value
 
 
+class _Loader(DataLoader):
+    """A DataLoader whose readers have SIGTERM blocked from their first instruction on.
+
+    Blocked later, in `_init_worker`, it would reach the threads that libraries start in a reader
+    before.
+    """
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _loader(dataset: Dataset, batches: Any, num_workers: int, *, persistent: bool) -> DataLoader:
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
@@ -242,8 +257,7 @@ def _init_worker(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    if parent is not None and hasattr(signal, "sigwaitinfo"):  # macOS has no sigwaitinfo
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    if parent is not None:
         threading.Thread(target=_exit_with, args=(parent.pid,), daemon=True).start()
 
 

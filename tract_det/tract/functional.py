@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tract_det.tract.gram import damped_solve, patch_gram, rows_gram
+from tract_det.tract.gram import damped_solve, patch_gram, row_gram_sum
 
 
 class TrActError(ValueError):
@@ -55,13 +55,6 @@ def precondition(weight: Tensor, gram: Tensor, lambda_: float) -> Tensor:
     return _Precondition.apply(weight, gram, lambda_)
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    values = tuple(value)
-    return (values[0], values[-1])
-
-
 def conv_gram(
     input: Tensor,
     kernel_size: tuple[int, ...],
@@ -70,16 +63,9 @@ def conv_gram(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """`patch_gram` for `conv2d`'s own arguments, outside autograd and autocast."""
-    stride, dilation = _pair(stride), _pair(dilation)
+    """`patch_gram`, outside autograd and autocast."""
     with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-        images = input.detach()
-        if padding == "same":
-            totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
-            top, left = totals[0] // 2, totals[1] // 2  # the odd pixel goes to the end, as in torch
-            images = F.pad(images, (left, totals[1] - left, top, totals[0] - top))
-        pad = (0, 0) if isinstance(padding, str) else _pair(padding)
-        return patch_gram(images, _pair(kernel_size), stride, pad, dilation, groups)
+        return patch_gram(input, kernel_size, stride, padding, dilation, groups)
 
 
 def _trains(weight: Tensor) -> bool:
@@ -128,9 +114,10 @@ def tract_conv2d(
 
 
 def linear_gram(input: Tensor) -> Tensor:
-    """`rows_gram`, outside autograd and autocast."""
+    """`G`, `(1, K, K)`, of the rows `(..., K)` of a linear layer, outside autograd and autocast."""
     with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-        return rows_gram(input.detach())
+        X = input.detach().reshape(1, -1, input.shape[-1])
+        return row_gram_sum(X) / max(1, X.shape[1])
 
 
 def tract_linear(
