@@ -16,11 +16,15 @@ from tests.conftest import REPO, run_python, tiny_options, write_voc_tree
 from tract_det.errors import UserError
 
 TOOL = REPO / "tools/train_net.py"
-LAUNCHER = ["-m", "deepspeed.launcher.runner"]
+LAUNCHERS = {
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port"],
+}
 
 
-def train(root, output, *flags, ranks=1, env=None, **changes):
-    launch = [] if ranks == 1 else [*LAUNCHER, "--num_gpus", ranks, "--master_port", port()]
+def train(root, output, *flags, launcher=None, env=None, **changes):
+    """One process, or two of a launcher."""
+    launch = [*LAUNCHERS[launcher], port()] if launcher else []
     done = run_python(*launch, TOOL, *flags, *tiny_options(root, output, **changes), env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -118,18 +122,20 @@ def one_step(tmp_path_factory, voc_tree):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "changes"),
+    ("launcher", "changes"),
     [
-        (2, {}),
-        (2, {"DEEPSPEED__zero_optimization__stage": 1}),
-        (2, {"DEEPSPEED__zero_optimization__stage": 2}),
-        (1, {"SOLVER__ACCUMULATION": 2}),
-        (2, {"SOLVER__ACCUMULATION": 2, "DATALOADER__NUM_WORKERS": 1}),
+        ("deepspeed", {}),
+        ("deepspeed", {"DEEPSPEED__zero_optimization__stage": 1}),
+        ("deepspeed", {"DEEPSPEED__zero_optimization__stage": 2}),
+        (None, {"SOLVER__ACCUMULATION": 2}),
+        ("torchrun", {"SOLVER__ACCUMULATION": 2, "DATALOADER__NUM_WORKERS": 1}),
     ],
-    ids=["2-ranks", "2-ranks-zero1", "2-ranks-zero2", "accumulation", "2-ranks-accumulation"],
+    ids=["2-ranks", "zero1", "zero2", "accumulation", "torchrun-accumulation"],
 )
-def test_ranks_and_micro_batches_make_the_same_update(one_step, voc_tree, tmp_path, ranks, changes):
-    train(voc_tree, tmp_path, SOLVER__MAX_ITER=1, ranks=ranks, **changes)
+def test_ranks_and_micro_batches_make_the_same_update(
+    one_step, voc_tree, tmp_path, launcher, changes
+):
+    train(voc_tree, tmp_path, SOLVER__MAX_ITER=1, launcher=launcher, **changes)
     expected = weights(one_step)
     for key, value in weights(tmp_path).items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5)
@@ -138,7 +144,7 @@ def test_ranks_and_micro_batches_make_the_same_update(one_step, voc_tree, tmp_pa
 
 def test_two_ranks_evaluate_what_one_does_to_the_last_bit(one_step, voc_tree, tmp_path):
     model = one_step / "model_final.pth"
-    train(voc_tree, tmp_path, "--eval-only", ranks=2, MODEL__WEIGHTS=model)
+    train(voc_tree, tmp_path, "--eval-only", launcher="deepspeed", MODEL__WEIGHTS=model)
     assert results(tmp_path) == results(one_step)
 
 
