@@ -12,6 +12,7 @@ Files inherit with `_BASE_`; trailing `KEY VALUE` pairs override them. All keys 
 """
 
 import argparse
+import os
 import re
 import signal
 from collections.abc import Callable
@@ -20,11 +21,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+# Before torch loads OpenMP: threads that wait for each other sleep instead of spinning. On a CPU
+# that anything else uses, spinning was seen to cost four fifths of the speed.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from tract_det import __version__, apply_tract, distributed, find_stem
+from tract_det import __version__, apply_tract, distributed, find_stem, set_micro_batches
 from tract_det.cli import run
 from tract_det.config import load_cfg
 from tract_det.data.detection import VOCDetection, aspect_groups, drop_empty
@@ -40,8 +45,19 @@ from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator, format_table, write_json
 from tract_det.files import write_text
-from tract_det.modeling.faster_rcnn import FasterRCNN, build_faster_rcnn
-from tract_det.modeling.weights import Weights, load_into, pixel_statistics, read_weights
+from tract_det.modeling.faster_rcnn import (
+    BoxHeadOptions,
+    FasterRCNN,
+    ProposalOptions,
+    build_faster_rcnn,
+)
+from tract_det.modeling.weights import (
+    Weights,
+    input_variance,
+    load_into,
+    pixel_statistics,
+    read_weights,
+)
 from tract_det.visualize import Picture, detection_grid
 
 HERE = Path(__file__).resolve().parent.parent  # the checkout, or the installed package
@@ -116,26 +132,34 @@ def build_model(
         pixel_std=std,
         min_size=cfg.INPUT.MIN_SIZE_TEST,
         max_size=cfg.INPUT.MAX_SIZE_TEST,
-        anchor_sizes=cfg.MODEL.ANCHOR_GENERATOR.SIZES,
-        aspect_ratios=cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS,
-        rpn_pre_nms=(rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
-        rpn_post_nms=(rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
-        rpn_nms_thresh=rpn.NMS_THRESH,
-        rpn_batch_size=rpn.BATCH_SIZE_PER_IMAGE,
-        rpn_positive_fraction=rpn.POSITIVE_FRACTION,
-        roi_batch_size=roi.BATCH_SIZE_PER_IMAGE,
-        roi_positive_fraction=roi.POSITIVE_FRACTION,
-        fc_dim=cfg.MODEL.ROI_BOX_HEAD.FC_DIM,
-        dropout=cfg.MODEL.ROI_BOX_HEAD.DROPOUT,
-        score_thresh=roi.SCORE_THRESH_TEST,
-        nms_thresh=roi.NMS_THRESH_TEST,
-        detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        proposals=ProposalOptions(
+            anchor_sizes=cfg.MODEL.ANCHOR_GENERATOR.SIZES,
+            aspect_ratios=cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS,
+            pre_nms=(rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
+            post_nms=(rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
+            nms_thresh=rpn.NMS_THRESH,
+            batch_size=rpn.BATCH_SIZE_PER_IMAGE,
+            positive_fraction=rpn.POSITIVE_FRACTION,
+        ),
+        box_head=BoxHeadOptions(
+            batch_size=roi.BATCH_SIZE_PER_IMAGE,
+            positive_fraction=roi.POSITIVE_FRACTION,
+            fc_dim=cfg.MODEL.ROI_BOX_HEAD.FC_DIM,
+            dropout=cfg.MODEL.ROI_BOX_HEAD.DROPOUT,
+            score_thresh=roi.SCORE_THRESH_TEST,
+            nms_thresh=roi.NMS_THRESH_TEST,
+            detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        ),
     )
     if weights is not None:
         say(f"weights {weights.source}: {load_into(model, weights, class_names, strict=strict)}")
     if cfg.MODEL.TRACT.ENABLED and not strict:
-        apply_tract(model, cfg.MODEL.TRACT.LAMBDA)
-        say(f"TrAct on '{find_stem(model)}', lambda {cfg.MODEL.TRACT.LAMBDA:g}")
+        lambda_ = cfg.MODEL.TRACT.LAMBDA * input_variance(std)
+        set_micro_batches(apply_tract(model, lambda_), cfg.SOLVER.ACCUMULATION)
+        say(
+            f"TrAct on '{find_stem(model)}', lambda {cfg.MODEL.TRACT.LAMBDA:g} of standardised "
+            f"pixels, {lambda_:g} of this model's"
+        )
     meta = {
         "version": __version__,
         "backbone": cfg.MODEL.BACKBONE.NAME,

@@ -3,12 +3,15 @@
 from tract_det.tract import (
     TrActConv2d,
     TrActError,
+    TrActLayer,
     TrActLinear,
     apply_tract,
     find_stem,
     patch_gram,
     register_layer,
     remove_tract,
+    set_image_sizes,
+    set_micro_batches,
     tract_conv2d,
     tract_linear,
 )
@@ -17,6 +20,7 @@ from tract_det.version import __version__
 __all__ = [
     "TrActConv2d",
     "TrActError",
+    "TrActLayer",
     "TrActLinear",
     "__version__",
     "apply_tract",
@@ -24,6 +28,8 @@ __all__ = [
     "patch_gram",
     "register_layer",
     "remove_tract",
+    "set_image_sizes",
+    "set_micro_batches",
     "tract_conv2d",
     "tract_linear",
 ]

@@ -9,15 +9,19 @@ from torchvision.ops import FrozenBatchNorm2d
 from tract_det import apply_tract, find_stem
 from tract_det.errors import UserError
 from tract_det.modeling.backbones import build_vgg
-from tract_det.modeling.faster_rcnn import BalancedSampler, build_faster_rcnn
+from tract_det.modeling.faster_rcnn import (
+    BalancedSampler,
+    BoxHeadOptions,
+    ProposalOptions,
+    build_faster_rcnn,
+)
 
+ANCHORS = (16, 32, 48, 64, 96)
 SMALL = {
     "num_classes": 3,
     "fpn_channels": 32,
-    "fc_dim": 32,
-    "anchor_sizes": (16, 32, 48, 64, 96),
-    "rpn_post_nms": (60, 20),
-    "roi_batch_size": 32,
+    "proposals": ProposalOptions(anchor_sizes=ANCHORS, post_nms=(60, 20)),
+    "box_head": BoxHeadOptions(fc_dim=32, batch_size=32),
     "min_size": 0,
 }
 
@@ -151,7 +155,7 @@ def test_vgg16_bn_takes_every_norm(norm):
 
 def test_vgg_is_conv5_3_at_stride_16_with_fc6_and_fc7():
     with torch.device("meta"):
-        model = build_faster_rcnn(backbone="vgg16", num_classes=2, anchor_sizes=(64, 128))
+        model = build_faster_rcnn(backbone="vgg16", num_classes=2)
         features = model.backbone(torch.empty(1, 3, 64, 96))
         hidden = model.roi_heads.box_head(torch.empty(5, 512, 7, 7))
     assert features.shape == (1, 512, 4, 6)
@@ -165,7 +169,10 @@ def test_vgg_is_conv5_3_at_stride_16_with_fc6_and_fc7():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"backbone": "resnet18_fpn", "anchor_sizes": (32, 64)}, "SIZES has 2 entries"),
+        (
+            {"backbone": "resnet18_fpn", "proposals": ProposalOptions(anchor_sizes=(32, 64))},
+            "SIZES has 2 entries",
+        ),
         ({"backbone": "vgg16", "norm": "GN"}, "take vgg16_bn"),
     ],
 )

@@ -8,11 +8,12 @@ from torch import nn
 from tract_det.engine.checkpoint import save_weights
 from tract_det.errors import UserError
 from tract_det.modeling.backbones import VGGHead
-from tract_det.modeling.faster_rcnn import build_faster_rcnn
+from tract_det.modeling.faster_rcnn import BoxHeadOptions, build_faster_rcnn
 from tract_det.modeling.weights import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Weights,
+    input_variance,
     load_into,
     pixel_statistics,
     read_weights,
@@ -22,15 +23,9 @@ CLASSES = ["a", "b"]
 
 
 def small(**keywords):
-    return build_faster_rcnn(
-        **{
-            "backbone": "resnet18_fpn",
-            "num_classes": 2,
-            "fpn_channels": 16,
-            "fc_dim": 16,
-            **keywords,
-        }
-    )
+    small_head = BoxHeadOptions(fc_dim=16)
+    options = {"backbone": "resnet18_fpn", "num_classes": 2, "fpn_channels": 16, **keywords}
+    return build_faster_rcnn(**options, box_head=small_head)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +72,7 @@ def test_wrapped_and_prefixed_state_dicts_are_read(classifier, tmp_path, wrapped
 def test_a_vgg_classifier_fills_convolutions_fc6_and_fc7():
     shapes = {}
     with torch.device("meta"):
-        detector = build_faster_rcnn(backbone="vgg16", num_classes=2, anchor_sizes=(64,))
+        detector = build_faster_rcnn(backbone="vgg16", num_classes=2)
         state = torchvision.models.vgg16(weights=None).state_dict()
         shapes = {k: v.shape for k, v in detector.state_dict().items()}
     full = {k: torch.zeros(()).expand(v.shape) for k, v in state.items()}
@@ -93,7 +88,7 @@ def test_a_vgg_classifier_fills_convolutions_fc6_and_fc7():
 def test_a_classifier_full_of_nan_leaves_the_head_random():
     # As VGG16_Weights.IMAGENET1K_FEATURES has it.
     with torch.device("meta"):
-        detector = build_faster_rcnn(backbone="vgg16", num_classes=2, anchor_sizes=(64,))
+        detector = build_faster_rcnn(backbone="vgg16", num_classes=2)
         state = torchvision.models.vgg16(weights=None).state_dict()
     value = {True: torch.tensor(torch.nan), False: torch.tensor(0.5)}
     full = {k: value[k.startswith("classifier")].expand(v.shape) for k, v in state.items()}
@@ -177,3 +172,9 @@ def test_another_architecture_is_refused(file):
         load_into(small(norm="GN"), read_weights(file), CLASSES)
     with pytest.raises(UserError, match="is a classifier"):
         load_into(small(), read_weights(file), CLASSES, strict=True)
+
+
+def test_lambda_grows_with_the_square_of_the_inputs_scale():
+    assert input_variance(IMAGENET_STD) == pytest.approx(1)
+    assert input_variance([value / 2 for value in IMAGENET_STD]) == pytest.approx(4)
+    assert input_variance([1.0, 1.0, 1.0]) == pytest.approx(3321, rel=1e-3)

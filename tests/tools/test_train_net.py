@@ -83,7 +83,7 @@ def test_a_run_leaves_results_weights_detections_and_a_picture(trained):
     assert sorted(losses(output)) == [1, 2, 3, 4]
     assert all(math.isfinite(value) for value in losses(output).values())
     assert not list(output.rglob(".*")), "a temporary file stayed"
-    assert "TrAct on 'backbone.body.conv1', lambda 0.1" in done.stdout
+    assert "TrAct on 'backbone.body.conv1', lambda 0.1 of standardised pixels" in done.stdout
     assert "images/s, peak memory" in done.stdout
 
 
@@ -116,36 +116,48 @@ def test_the_challenges_files_evaluate_to_the_same_mean(trained, voc_tree, tmp_p
 # The same step, whatever the processes: exact sums but for their order.
 @pytest.fixture(scope="module")
 def one_step(tmp_path_factory, voc_tree):
-    output = tmp_path_factory.mktemp("one_step")
-    train(voc_tree, output, SOLVER__MAX_ITER=1)
-    return output
+    """One process and the whole batch, without and with TrAct."""
+    folders = {}
+    for tract in (False, True):
+        folders[tract] = tmp_path_factory.mktemp("one_step")
+        train(voc_tree, folders[tract], SOLVER__MAX_ITER=1, MODEL__TRACT__ENABLED=tract)
+    return folders
 
 
 @pytest.mark.parametrize(
-    ("launcher", "changes"),
+    ("launcher", "tract", "changes"),
     [
-        ("deepspeed", {}),
-        ("deepspeed", {"DEEPSPEED__zero_optimization__stage": 1}),
-        ("deepspeed", {"DEEPSPEED__zero_optimization__stage": 2}),
-        (None, {"SOLVER__ACCUMULATION": 2}),
-        ("torchrun", {"SOLVER__ACCUMULATION": 2, "DATALOADER__NUM_WORKERS": 1}),
+        ("deepspeed", False, {}),
+        ("deepspeed", True, {"DEEPSPEED__zero_optimization__stage": 1}),
+        ("deepspeed", True, {"DEEPSPEED__zero_optimization__stage": 2}),
+        (None, True, {"SOLVER__ACCUMULATION": 2}),
+        ("torchrun", True, {"SOLVER__ACCUMULATION": 2, "DATALOADER__NUM_WORKERS": 1}),
     ],
-    ids=["2-ranks", "zero1", "zero2", "accumulation", "torchrun-accumulation"],
+    ids=["plain", "zero1", "zero2", "accumulation", "torchrun-accumulation"],
 )
 def test_ranks_and_micro_batches_make_the_same_update(
-    one_step, voc_tree, tmp_path, launcher, changes
+    one_step, voc_tree, tmp_path, launcher, tract, changes
 ):
-    train(voc_tree, tmp_path, SOLVER__MAX_ITER=1, launcher=launcher, **changes)
-    expected = weights(one_step)
+    train(
+        voc_tree, tmp_path, SOLVER__MAX_ITER=1, launcher=launcher, MODEL__TRACT__ENABLED=tract,
+        **changes,
+    )  # fmt: skip
+    expected = weights(one_step[tract])
     for key, value in weights(tmp_path).items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5)
-    assert losses(tmp_path)[1] == pytest.approx(losses(one_step)[1], rel=1e-5)
+    assert losses(tmp_path)[1] == pytest.approx(losses(one_step[tract])[1], rel=1e-5)
+
+
+def test_tract_changes_the_first_update_of_the_stem_alone(one_step):
+    plain, ours = weights(one_step[False]), weights(one_step[True])
+    differ = [key for key in plain if not torch.equal(plain[key], ours[key])]
+    assert differ == ["backbone.body.conv1.weight"]
 
 
 def test_two_ranks_evaluate_what_one_does_to_the_last_bit(one_step, voc_tree, tmp_path):
-    model = one_step / "model_final.pth"
+    model = one_step[False] / "model_final.pth"
     train(voc_tree, tmp_path, "--eval-only", launcher="deepspeed", MODEL__WEIGHTS=model)
-    assert results(tmp_path) == results(one_step)
+    assert results(tmp_path) == results(one_step[False])
 
 
 def test_interrupted_and_resumed_is_uninterrupted(voc_tree, tmp_path):

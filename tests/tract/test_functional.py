@@ -8,7 +8,15 @@ from torch import nn
 
 from tests.conftest import photo_like
 from tests.reference import conv_gradient, tract_gradient
-from tract_det import TrActConv2d, TrActError, TrActLinear, tract_conv2d, tract_linear
+from tract_det import (
+    TrActConv2d,
+    TrActError,
+    TrActLinear,
+    set_image_sizes,
+    set_micro_batches,
+    tract_conv2d,
+    tract_linear,
+)
 
 
 def geometry(kernel_size, *, channels=3, **keywords):
@@ -160,7 +168,7 @@ def test_no_grad_and_frozen_weights_cost_nothing(monkeypatch):
     def fail(*_):
         raise AssertionError("the Gram matrix was computed")
 
-    monkeypatch.setattr("tract_det.tract.functional.patch_gram", fail)
+    monkeypatch.setattr("tract_det.tract.functional.patch_gram_sum", fail)
     weight = nn.Parameter(torch.randn(4, 3, 3, 3))
     images = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
@@ -197,3 +205,66 @@ def test_second_derivatives_are_refused(generator):
     (gradient,) = torch.autograd.grad(out, weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_micro_batches_give_the_step_of_the_whole_batch(k, generator):
+    conv = TrActConv2d(3, 8, 7, stride=2, padding=3)
+    images = photo_like(generator, 8, 3, 32, 32)
+    conv(images).square().mean().backward()
+    whole, conv.weight.grad = conv.weight.grad, None
+    set_micro_batches(conv, k)
+    for _ in range(2):  # the second step begins with nothing left of the first
+        conv.weight.grad = None
+        for i, part in enumerate(images.chunk(k)):
+            (conv(part).square().mean() / k).backward()
+            assert (i == k - 1) == bool(conv.weight.grad.any())
+        torch.testing.assert_close(conv.weight.grad, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_padded_batch_gives_the_gradient_of_the_unpadded_images(generator):
+    conv = TrActConv2d(3, 6, 7, stride=2, padding=3, bias=False)
+    sizes = [(30, 41), (48, 29), (30, 41)]
+    images = [photo_like(generator, 3, *size) for size in sizes]
+    X, dZ = [], []
+    batch = torch.zeros(3, 3, 48, 48)
+    gradient = torch.zeros(3, 6, 24, 24)
+    for i, (image, (height, width)) in enumerate(zip(images, sizes, strict=True)):
+        batch[i, :, :height, :width] = image
+        unfolded = F.unfold(image[None], 7, 1, 3, 2)[0]
+        out = ((height + 1) // 2, (width + 1) // 2)
+        dZ.append(torch.randn(6, *out, generator=generator))
+        gradient[i, :, : out[0], : out[1]] = dZ[-1]
+        X.append(unfolded.T)
+    expected, _, _ = tract_gradient(
+        torch.cat(X), torch.cat([z.flatten(1) for z in dZ], 1).T, conv.lambda_
+    )
+    set_image_sizes(conv, sizes)
+    conv(batch).backward(gradient)
+    ours = conv.weight.grad.reshape(6, -1).double()
+    assert (ours - expected).norm() <= 1e-5 * expected.norm()
+    with pytest.raises(TrActError, match="2 entries for 3 images"):
+        set_image_sizes(conv, sizes[:2])
+        conv(batch)
+
+
+@pytest.mark.parametrize("module", [TrActConv2d(3, 4, 3, padding=1), TrActLinear(8, 4)])
+def test_compiles_without_a_graph_break(module, generator):
+    x = torch.randn(2, 3, 8, 8, generator=generator)
+    module(x).square().sum().backward()
+    eager, module.weight.grad = module.weight.grad, None
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled(x).square().sum().backward()
+    torch.testing.assert_close(module.weight.grad, eager)
+
+
+def test_activation_checkpointing_changes_nothing(generator):
+    from torch.utils.checkpoint import checkpoint
+
+    conv, x = TrActConv2d(3, 4, 3), photo_like(generator, 2, 3, 12, 12).requires_grad_()
+    gradients = []
+    for run in (conv, lambda x: checkpoint(conv, x, use_reentrant=False)):
+        conv.weight.grad = None
+        run(x).square().sum().backward()
+        gradients.append(conv.weight.grad)
+    assert torch.equal(*gradients)

@@ -14,13 +14,14 @@ CVPR 2017.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -28,9 +29,19 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms.v2 import functional as tvf
 
 from tract_det.errors import UserError
-from tract_det.modeling.backbones import VGGHead, build_resnet_fpn, build_vgg, freeze
+from tract_det.modeling.backbones import (
+    VGGBackbone,
+    VGGHead,
+    build_resnet_fpn,
+    build_vgg,
+    freeze,
+)
+from tract_det.modeling.weights import IMAGENET_MEAN, IMAGENET_STD
+from tract_det.tract import set_image_sizes
 
 Losses = dict[str, Tensor]
+
+_FPN_LEVELS = ["0", "1", "2", "3"]  # those that boxes are pooled from
 
 
 class BalancedSampler:
@@ -164,8 +175,26 @@ class DetectorTransform(GeneralizedRCNNTransform):
         return tvf.resize(image, size, antialias=True), target
 
 
-class FasterRCNN(GeneralizedRCNN):
-    """A two-stage detector; see the module's docstring for what differs from torchvision's."""
+class FasterRCNN(nn.Module):
+    """A two-stage detector; see the module's docstring for what differs from torchvision's.
+
+    The submodules have the names of torchvision's `GeneralizedRCNN`, and so do the weights.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        rpn: ImagewiseRPN,
+        roi_heads: ImagewiseRoIHeads,
+        transform: DetectorTransform,
+    ) -> None:
+        super().__init__()
+        self.transform, self.backbone, self.rpn, self.roi_heads = (
+            transform,
+            backbone,
+            rpn,
+            roi_heads,
+        )
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Any]] | None = None
@@ -179,12 +208,71 @@ class FasterRCNN(GeneralizedRCNN):
         Returns:
             In training the four losses by name; else per image `boxes`, `scores`, `labels`.
         """
+        if self.training and targets is None:
+            raise ValueError("in training the detector needs targets")
         seeds = [t["seed"] for t in targets if "seed" in t] if targets and self.training else []
         for sampler in (self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler):
             sampler.seeds = list(seeds)
+        given_sizes = [tuple(image.shape[-2:]) for image in images]
         if targets is not None:
             targets = [{"boxes": t["boxes"], "labels": t["labels"]} for t in targets]
-        return super().forward(images, targets)
+        batch, targets = self.transform(images, targets)
+        if self.training:
+            set_image_sizes(self.backbone, batch.image_sizes)
+        features = self.backbone(batch.tensors)
+        if isinstance(features, Tensor):
+            features = {"0": features}
+        proposals, rpn_losses = self.rpn(batch, features, targets)
+        detections, losses = self.roi_heads(features, proposals, batch.image_sizes, targets)
+        if self.training:
+            return {**losses, **rpn_losses}
+        return self.transform.postprocess(detections, batch.image_sizes, given_sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProposalOptions:
+    """The region proposal network.
+
+    Attributes:
+        anchor_sizes: pixels; one a level for an FPN (five), all on the one level of a VGG.
+        aspect_ratios: height / width of the anchors.
+        pre_nms: proposals before suppression, (training, evaluation).
+        post_nms: proposals after suppression, (training, evaluation).
+        nms_thresh: IoU above which a proposal is suppressed.
+        batch_size: anchors an image in the loss.
+        positive_fraction: share of objects among them, at most.
+    """
+
+    anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512)
+    aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0)
+    pre_nms: tuple[int, int] = (2000, 1000)
+    post_nms: tuple[int, int] = (2000, 1000)
+    nms_thresh: float = 0.7
+    batch_size: int = 256
+    positive_fraction: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxHeadOptions:
+    """The second stage.
+
+    Attributes:
+        batch_size: proposals an image in the loss.
+        positive_fraction: share of objects among them, at most.
+        fc_dim: width of the two fully connected layers of an FPN's head.
+        dropout: of a VGG's fc6 and fc7.
+        score_thresh: detections below are dropped.
+        nms_thresh: IoU above which a detection is suppressed.
+        detections_per_image: at most.
+    """
+
+    batch_size: int = 512
+    positive_fraction: float = 0.25
+    fc_dim: int = 1024
+    dropout: float = 0.5
+    score_thresh: float = 0.05
+    nms_thresh: float = 0.5
+    detections_per_image: int = 100
 
 
 def build_faster_rcnn(
@@ -194,24 +282,12 @@ def build_faster_rcnn(
     norm: str = "BN",
     freeze_at: int = 0,
     fpn_channels: int = 256,
-    pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
-    pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+    pixel_mean: Sequence[float] = IMAGENET_MEAN,
+    pixel_std: Sequence[float] = IMAGENET_STD,
     min_size: int = 800,
     max_size: int = 1333,
-    anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
-    aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
-    rpn_pre_nms: tuple[int, int] = (2000, 1000),
-    rpn_post_nms: tuple[int, int] = (2000, 1000),
-    rpn_nms_thresh: float = 0.7,
-    rpn_batch_size: int = 256,
-    rpn_positive_fraction: float = 0.5,
-    roi_batch_size: int = 512,
-    roi_positive_fraction: float = 0.25,
-    fc_dim: int = 1024,
-    dropout: float = 0.5,
-    score_thresh: float = 0.05,
-    nms_thresh: float = 0.5,
-    detections_per_image: int = 100,
+    proposals: ProposalOptions | None = None,
+    box_head: BoxHeadOptions | None = None,
 ) -> FasterRCNN:
     """Faster R-CNN with random weights; `weights.load_into` fills it.
 
@@ -225,70 +301,70 @@ def build_faster_rcnn(
         pixel_std: of RGB, in units of [0, 255].
         min_size: shorter side in evaluation, pixels; 0 = as they are.
         max_size: longer side's bound in evaluation, pixels.
-        anchor_sizes: pixels; one a level for an FPN (five), all on the one level of a VGG.
-        aspect_ratios: height / width of the anchors.
-        rpn_pre_nms: proposals before suppression, (training, evaluation).
-        rpn_post_nms: proposals after suppression, (training, evaluation).
-        rpn_nms_thresh: IoU above which a proposal is suppressed.
-        rpn_batch_size: anchors an image in the loss.
-        rpn_positive_fraction: share of objects among them, at most.
-        roi_batch_size: proposals an image in the loss.
-        roi_positive_fraction: share of objects among them, at most.
-        fc_dim: width of the two fully connected layers of an FPN's head.
-        dropout: of a VGG's fc6 and fc7.
-        score_thresh: detections below are dropped.
-        nms_thresh: IoU above which a detection is suppressed.
-        detections_per_image: at most.
+        proposals: of the first stage; None = torchvision's defaults.
+        box_head: of the second stage; None = torchvision's defaults.
 
     Raises:
         UserError: a combination that does not exist, naming the config key.
     """
-    is_fpn = backbone.endswith("_fpn")
-    if is_fpn:
+    proposals, box_head = proposals or ProposalOptions(), box_head or BoxHeadOptions()
+    body: BackboneWithFPN | VGGBackbone
+    if backbone.endswith("_fpn"):
         body = build_resnet_fpn(backbone.removesuffix("_fpn"), norm, fpn_channels)
-        head: nn.Module = TwoMLPHead(body.out_channels * 7 * 7, fc_dim)
-        sizes: tuple[tuple[int, ...], ...] = tuple((size,) for size in anchor_sizes)
-        levels = ["0", "1", "2", "3"]
-        if len(sizes) != len(levels) + 1:
+        sizes: list[tuple[int, ...]] = [(size,) for size in proposals.anchor_sizes]
+        if len(sizes) != len(_FPN_LEVELS) + 1:  # the pooled level has anchors, but no boxes
             raise UserError(
                 f"MODEL.ANCHOR_GENERATOR.SIZES has {len(sizes)} entries: an FPN takes five, one a "
                 "level"
             )
+        head: nn.Module = TwoMLPHead(body.out_channels * 7 * 7, box_head.fc_dim)
+        roi_heads = _roi_heads(_FPN_LEVELS, head, box_head.fc_dim, num_classes, box_head)
     else:
-        body, head = build_vgg(backbone, norm), VGGHead(dropout)
-        sizes, levels, fc_dim = (tuple(anchor_sizes),), ["0"], 4096
+        body = build_vgg(backbone, norm)
+        sizes = [tuple(proposals.anchor_sizes)]
+        roi_heads = _roi_heads(["0"], VGGHead(box_head.dropout), 4096, num_classes, box_head)
     freeze(body, freeze_at)
-    anchors = AnchorGenerator(sizes, (tuple(aspect_ratios),) * len(sizes))
-    rpn = ImagewiseRPN(
-        anchors,
-        RPNHead(body.out_channels, anchors.num_anchors_per_location()[0]),
-        fg_iou_thresh=0.7,
-        bg_iou_thresh=0.3,
-        batch_size_per_image=rpn_batch_size,
-        positive_fraction=rpn_positive_fraction,
-        pre_nms_top_n={"training": rpn_pre_nms[0], "testing": rpn_pre_nms[1]},
-        post_nms_top_n={"training": rpn_post_nms[0], "testing": rpn_post_nms[1]},
-        nms_thresh=rpn_nms_thresh,
-    )
-    rpn.fg_bg_sampler = BalancedSampler(rpn_batch_size, rpn_positive_fraction, salt=0)
-    roi_heads = ImagewiseRoIHeads(
-        MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
-        head,
-        FastRCNNPredictor(fc_dim, num_classes + 1),
-        fg_iou_thresh=0.5,
-        bg_iou_thresh=0.5,
-        batch_size_per_image=roi_batch_size,
-        positive_fraction=roi_positive_fraction,
-        bbox_reg_weights=None,  # torchvision's default, (10, 10, 5, 5)
-        score_thresh=score_thresh,
-        nms_thresh=nms_thresh,
-        detections_per_img=detections_per_image,
-    )
-    roi_heads.fg_bg_sampler = BalancedSampler(roi_batch_size, roi_positive_fraction, salt=1)
+    anchors = AnchorGenerator(tuple(sizes), (tuple(proposals.aspect_ratios),) * len(sizes))
     transform = DetectorTransform(
         min_size,
         max_size,
         [mean / 255 for mean in pixel_mean],
         [std / 255 for std in pixel_std],
     )
-    return FasterRCNN(body, rpn, roi_heads, transform)
+    return FasterRCNN(body, _rpn(anchors, body.out_channels, proposals), roi_heads, transform)
+
+
+def _rpn(anchors: AnchorGenerator, channels: int, options: ProposalOptions) -> ImagewiseRPN:
+    rpn = ImagewiseRPN(
+        anchors,
+        RPNHead(channels, anchors.num_anchors_per_location()[0]),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=options.batch_size,
+        positive_fraction=options.positive_fraction,
+        pre_nms_top_n=dict(zip(("training", "testing"), options.pre_nms, strict=True)),
+        post_nms_top_n=dict(zip(("training", "testing"), options.post_nms, strict=True)),
+        nms_thresh=options.nms_thresh,
+    )
+    rpn.fg_bg_sampler = BalancedSampler(options.batch_size, options.positive_fraction, salt=0)
+    return rpn
+
+
+def _roi_heads(
+    levels: list[str], head: nn.Module, width: int, num_classes: int, options: BoxHeadOptions
+) -> ImagewiseRoIHeads:
+    roi_heads = ImagewiseRoIHeads(
+        MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
+        head,
+        FastRCNNPredictor(width, num_classes + 1),
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=options.batch_size,
+        positive_fraction=options.positive_fraction,
+        bbox_reg_weights=None,  # torchvision's default, (10, 10, 5, 5)
+        score_thresh=options.score_thresh,
+        nms_thresh=options.nms_thresh,
+        detections_per_img=options.detections_per_image,
+    )
+    roi_heads.fg_bg_sampler = BalancedSampler(options.batch_size, options.positive_fraction, salt=1)
+    return roi_heads

@@ -129,6 +129,18 @@ def pixel_statistics(
     return list(IMAGENET_MEAN), list(IMAGENET_STD)
 
 
+def input_variance(std: Sequence[float]) -> float:
+    """The variance of what a model with these statistics sees, in units of standardised pixels.
+
+    TrAct's `lambda_` is meant for inputs of variance 1 and grows with this number: 1 for ImageNet's
+    statistics, about 3,300 for weights of Caffe's kind, with a standard deviation of 1.
+
+    Args:
+        std: `MODEL.PIXEL_STD`, of RGB in [0, 255].
+    """
+    return sum((a / b) ** 2 for a, b in zip(IMAGENET_STD, std, strict=True)) / 3
+
+
 def _close(a: Sequence[float], b: Sequence[float]) -> bool:
     return all(abs(x - y) <= 1e-3 * max(1.0, abs(y)) for x, y in zip(a, b, strict=True))
 

@@ -4,16 +4,20 @@ The forward hands the weight on as it is; the backward solves the gradient that 
 against `G + lambda_ I` (Petersen, Borgelt, Ermon: "TrAct", NeurIPS 2024, equation for `grad_W`).
 The convolution itself is the framework's, so that everything around it stays as it is: stride,
 padding, memory formats, autocast, the input's and the bias's gradient.
+
+`G` is that of the whole batch: the sums `X^T X` and `N` are added up over the data-parallel ranks,
+and over the micro-batches of a step (`Pending`), so that neither changes what is learnt.
 """
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tract_det.tract.gram import damped_solve, patch_gram, row_gram_sum
+from tract_det.tract.gram import damped_solve, patch_count, patch_gram_sum, row_gram_sum
 
 
 class TrActError(ValueError):
@@ -27,45 +31,119 @@ def check_lambda(lambda_: float) -> float:
     return float(lambda_)
 
 
+class Sums:
+    """`X^T X` and `N` of a batch, on their way through the ranks.
+
+    Attributes:
+        packed: `(groups, K, K + 1)` float64: `X^T X`, and `N` in the last column.
+    """
+
+    def __init__(self, total: Tensor, count: int, *, sync: bool) -> None:
+        N = total.new_full((*total.shape[:-1], 1), count)
+        self.packed = torch.cat([total, N], -1)
+        self._work = None
+        if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # Needed in the backward pass alone: it travels while the forward pass goes on.
+            self._work = dist.all_reduce(self.packed, async_op=True)
+
+    def wait(self) -> Tensor:
+        """`packed`, over all ranks."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self.packed
+
+
+def gram_of(packed: Tensor) -> Tensor:
+    """`G = X^T X / N`, `(groups, K, K)`, from `Sums.packed`."""
+    return packed[..., :-1] / packed[..., -1:].clamp(min=1)
+
+
+class Pending:
+    """What the micro-batches of a step have left so far.
+
+    The exact step of `k` micro-batches needs the sum of their plain gradients and their pooled `G`:
+    the first `k - 1` give a gradient of zero, the last one that of them all.
+    """
+
+    def __init__(self, micro_batches: int) -> None:
+        self.micro_batches = micro_batches
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what there is: a step was given up."""
+        self.seen = 0
+        self.packed: Tensor | None = None
+        self.gradient: Tensor | None = None
+
+    def add(self, packed: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Takes a micro-batch in; returns the sums over all with the last one."""
+        packed = packed if self.packed is None else self.packed + packed
+        gradient = gradient if self.gradient is None else self.gradient + gradient
+        self.seen, self.packed, self.gradient = self.seen + 1, packed, gradient
+        if self.seen < self.micro_batches:
+            return None
+        self.clear()
+        return packed, gradient
+
+
 class _Precondition(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, gram: Tensor, lambda_: float) -> Tensor:
-        ctx.save_for_backward(gram)
-        ctx.lambda_ = lambda_
+    def forward(
+        ctx: Any, weight: Tensor, sums: Sums, lambda_: float, pending: Pending | None
+    ) -> Tensor:
+        ctx.sums, ctx.lambda_, ctx.pending = sums, lambda_, pending
         return weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (gram,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        packed, plain = ctx.sums.wait(), gradient
+        if ctx.pending is not None:
+            complete = ctx.pending.add(packed, gradient)
+            if complete is None:
+                return torch.zeros_like(gradient), None, None, None
+            packed, plain = complete
         with torch.autocast(gradient.device.type, enabled=False):
-            by_group = gradient.reshape(gram.shape[0], -1, gram.shape[-1])
+            gram = gram_of(packed)
+            by_group = plain.reshape(gram.shape[0], -1, gram.shape[-1])
             solved = damped_solve(by_group, gram, ctx.lambda_)
-        return solved.reshape(gradient.shape).to(gradient.dtype), None, None
+        return solved.reshape(gradient.shape).to(gradient.dtype), None, None, None
 
 
-def precondition(weight: Tensor, gram: Tensor, lambda_: float) -> Tensor:
+def precondition(
+    weight: Tensor, sums: Sums, lambda_: float, pending: Pending | None = None
+) -> Tensor:
     """The weight itself, whose gradient comes back as `gradient (G + lambda_ I)^-1`.
 
     Args:
         weight: `(M, ...)` with `K` entries an output channel.
-        gram: `(groups, K, K)`; output channels belong to the groups in order.
+        sums: of the layer's input; output channels belong to its groups in order.
         lambda_: damping, positive, in units of standardised pixels.
+        pending: collects the micro-batches of a step; None = each is a step.
     """
-    return _Precondition.apply(weight, gram, lambda_)
+    return _Precondition.apply(weight, sums, lambda_, pending)
 
 
-def conv_gram(
+def conv_sums(
     input: Tensor,
     kernel_size: tuple[int, ...],
     stride: int | tuple[int, ...] = 1,
     padding: int | tuple[int, ...] | str = 0,
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
-) -> Tensor:
-    """`patch_gram`, outside autograd and autocast."""
+) -> tuple[Tensor, int]:
+    """`X^T X`, `(groups, K, K)`, and `N` of a convolution; outside autograd and autocast."""
     with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-        return patch_gram(input, kernel_size, stride, padding, dilation, groups)
+        total = patch_gram_sum(input, kernel_size, stride, padding, dilation, groups)
+        return total, patch_count(input, kernel_size, stride, padding, dilation)
+
+
+def linear_sums(input: Tensor) -> tuple[Tensor, int]:
+    """`X^T X`, `(1, K, K)`, and `N` of the rows `(..., K)`; outside autograd and autocast."""
+    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+        X = input.detach().reshape(1, -1, input.shape[-1])
+        return row_gram_sum(X), X.shape[1]
 
 
 def _trains(weight: Tensor) -> bool:
@@ -82,6 +160,7 @@ def tract_conv2d(
     groups: int = 1,
     *,
     lambda_: float = 0.1,
+    sync: bool = True,
 ) -> Tensor:
     """`torch.nn.functional.conv2d` whose weight learns by TrAct.
 
@@ -98,6 +177,7 @@ def tract_conv2d(
         dilation: as for `conv2d`.
         groups: as for `conv2d`; each group has a Gram matrix of its own.
         lambda_: damping, in units of standardised pixels.
+        sync: where a process group exists, `G` is that of all ranks; every rank must take part.
 
     Returns:
         `(B, M, Ho, Wo)`, or `(M, Ho, Wo)`.
@@ -107,21 +187,18 @@ def tract_conv2d(
     """
     check_lambda(lambda_)
     if _trains(weight):
-        kh, kw = weight.shape[2:]
-        gram = conv_gram(input, (kh, kw), stride, padding, dilation, groups)
-        weight = precondition(weight, gram, lambda_)
+        sums = conv_sums(input, tuple(weight.shape[2:]), stride, padding, dilation, groups)
+        weight = precondition(weight, Sums(*sums, sync=sync), lambda_)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
-def linear_gram(input: Tensor) -> Tensor:
-    """`G`, `(1, K, K)`, of the rows `(..., K)` of a linear layer, outside autograd and autocast."""
-    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-        X = input.detach().reshape(1, -1, input.shape[-1])
-        return row_gram_sum(X) / max(1, X.shape[1])
-
-
 def tract_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, lambda_: float = 0.1
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lambda_: float = 0.1,
+    sync: bool = True,
 ) -> Tensor:
     """`torch.nn.functional.linear` whose weight learns by TrAct; see `tract_conv2d`.
 
@@ -130,6 +207,7 @@ def tract_linear(
         weight: `(M, K)`.
         bias: `(M,)` or None.
         lambda_: damping, in units of standardised inputs.
+        sync: where a process group exists, `G` is that of all ranks; every rank must take part.
 
     Returns:
         `(..., M)`.
@@ -139,5 +217,5 @@ def tract_linear(
     """
     check_lambda(lambda_)
     if _trains(weight):
-        weight = precondition(weight, linear_gram(input), lambda_)
+        weight = precondition(weight, Sums(*linear_sums(input), sync=sync), lambda_)
     return F.linear(input, weight, bias)

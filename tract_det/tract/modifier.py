@@ -5,7 +5,7 @@ from typing import TypeVar
 from torch import nn
 
 from tract_det.tract.functional import TrActError, check_lambda
-from tract_det.tract.modules import TrActConv2d, TrActLinear
+from tract_det.tract.modules import TrActConv2d, TrActLayer, TrActLinear
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -22,11 +22,13 @@ def register_layer(layer: type[nn.Module], tract_layer: type[nn.Module]) -> None
 
     Args:
         layer: the class as models use it.
-        tract_layer: its direct subclass with TrAct in its forward and a `lambda_` attribute; it
-            must need no attribute that `layer.__init__` does not set.
+        tract_layer: a subclass of it and of `TrActLayer`, with TrAct in its forward; it must need
+            no attribute that `layer.__init__` does not set.
     """
-    if not issubclass(tract_layer, layer):
-        raise TrActError(f"{tract_layer.__name__} must be a subclass of {layer.__name__}")
+    if not (issubclass(tract_layer, layer) and issubclass(tract_layer, TrActLayer)):
+        raise TrActError(
+            f"{tract_layer.__name__} must be a subclass of {layer.__name__} and of TrActLayer"
+        )
     TRACT_CLASSES[layer] = tract_layer
 
 
@@ -69,7 +71,9 @@ def _stem_module(model: nn.Module, stem: str) -> nn.Module:
         ) from None
 
 
-def apply_tract(model: ModelT, lambda_: float = 0.1, *, stem: str | None = None) -> ModelT:
+def apply_tract(
+    model: ModelT, lambda_: float = 0.1, *, stem: str | None = None, sync: bool = True
+) -> ModelT:
     """Makes the first layer of `model` learn by TrAct, in place.
 
     Only the class of that one layer changes: its parameters stay the same objects; hooks,
@@ -80,6 +84,9 @@ def apply_tract(model: ModelT, lambda_: float = 0.1, *, stem: str | None = None)
         lambda_: damping, in units of standardised pixels (mean 0, variance 1). The paper uses 0.1,
             and 0.2 for long trainings.
         stem: the layer's name where `find_stem` is not right.
+        sync: where a process group exists, learn from all ranks' batch as one process would from
+            the whole; every rank must then take part in every training forward pass. False: each
+            rank's batch by itself.
 
     Returns:
         The same model.
@@ -106,7 +113,7 @@ def apply_tract(model: ModelT, lambda_: float = 0.1, *, stem: str | None = None)
         )
     if not _is_tract(module):
         module.__class__ = tract_class  # type: ignore[assignment]
-    module.lambda_ = lambda_  # type: ignore[assignment]
+    module.lambda_, module.sync = lambda_, sync  # type: ignore[assignment]
     return model
 
 
@@ -116,5 +123,6 @@ def remove_tract(model: ModelT) -> ModelT:
     for module in model.modules():
         if type(module) in plain:
             module.__class__ = plain[type(module)]
-            del module.lambda_
+            for name in ("lambda_", "sync", "pending", "image_sizes"):
+                vars(module).pop(name, None)
     return model
