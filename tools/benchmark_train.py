@@ -19,10 +19,6 @@ from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
-# Before torch loads OpenMP: threads that wait for each other sleep instead of spinning. On a CPU
-# that anything else uses, spinning was seen to cost four fifths of the speed.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
 import torchvision
 from torch import nn

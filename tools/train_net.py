@@ -12,7 +12,6 @@ Files inherit with `_BASE_`; trailing `KEY VALUE` pairs override them. All keys 
 """
 
 import argparse
-import os
 import re
 import signal
 from collections.abc import Callable
@@ -20,10 +19,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-# Before torch loads OpenMP: threads that wait for each other sleep instead of spinning. On a CPU
-# that anything else uses, spinning was seen to cost four fifths of the speed.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from fvcore.common.config import CfgNode
