@@ -9,6 +9,7 @@ import torch
 from tests.conftest import REPO
 from tract_det.config import DERIVED_DEEPSPEED_KEYS, get_cfg, load_cfg
 from tract_det.errors import UserError
+from tract_det.modeling.weights import Weights
 
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 QUICK = REPO / "configs/quickstart/shapes.yaml"
@@ -33,10 +34,11 @@ def test_a_config_loads_and_opens_with_its_command(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_a_config_builds_its_model(path, train_net):
     cfg = load_cfg(path)
+    weights = Weights("made up", {}, {}) if cfg.MODEL.WEIGHTS else None
+    frozen = train_net.freeze_at(cfg, weights, strict=False)
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_AT = "", frozen
     with torch.device("meta"):
-        cfg.defrost()
-        cfg.MODEL.WEIGHTS = ""
-        cfg.MODEL.BACKBONE.FREEZE_AT = train_net.freeze_at(load_cfg(path))
         model, meta = train_net.build_model(cfg, None, ("a", "b"), strict=False)
     stem = model.backbone.get_parameter(
         "body.conv1.weight" if "resnet" in cfg.MODEL.BACKBONE.NAME else "features.0.weight"

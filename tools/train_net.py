@@ -104,11 +104,17 @@ def read_data(
     return split, read_dataset(cfg.DATASETS.TEST, root, split.class_names)
 
 
-def freeze_at(cfg: CfgNode) -> int:
-    """`MODEL.BACKBONE.FREEZE_AT`, chosen where it is -1."""
+def freeze_at(cfg: CfgNode, weights: Weights | None, *, strict: bool) -> int:
+    """`MODEL.BACKBONE.FREEZE_AT`, chosen where it is -1.
+
+    Frozen batch norms compute the same in another order. For evaluation they are those of the
+    training, so that the figures are the same to the last bit.
+    """
+    if strict and weights:
+        return weights.meta.get("freeze_at", 0)
     if cfg.MODEL.BACKBONE.FREEZE_AT >= 0:
         return cfg.MODEL.BACKBONE.FREEZE_AT
-    return 0 if cfg.MODEL.TRACT.ENABLED or not cfg.MODEL.WEIGHTS else 2
+    return 0 if cfg.MODEL.TRACT.ENABLED or not weights else 2
 
 
 def build_model(
@@ -117,11 +123,12 @@ def build_model(
     """The detector with its weights and TrAct, and what is to be saved with it."""
     mean, std = pixel_statistics(weights, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
     rpn, roi = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
+    frozen = freeze_at(cfg, weights, strict=strict)
     model = build_faster_rcnn(
         backbone=cfg.MODEL.BACKBONE.NAME,
         num_classes=len(class_names),
         norm=cfg.MODEL.BACKBONE.NORM,
-        freeze_at=freeze_at(cfg),
+        freeze_at=frozen,
         fpn_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         pixel_mean=mean,
         pixel_std=std,
@@ -159,6 +166,7 @@ def build_model(
         "version": __version__,
         "backbone": cfg.MODEL.BACKBONE.NAME,
         "norm": cfg.MODEL.BACKBONE.NORM,
+        "freeze_at": frozen,
         "pixel_mean": mean,
         "pixel_std": std,
         "class_names": list(class_names),

@@ -58,7 +58,7 @@ def trained(tmp_path_factory, voc_tree):
     done = train(
         voc_tree, output, MODEL__TRACT__ENABLED=True, MODEL__BACKBONE__NORM="BN",
         SOLVER__AMP__ENABLED=True, SOLVER__CLIP_GRADIENTS__ENABLED=True, DATALOADER__NUM_WORKERS=1,
-        TEST__EVAL_PERIOD=2,
+        MODEL__BACKBONE__FREEZE_AT=0, TEST__EVAL_PERIOD=2,
     )  # fmt: skip
     return output, done
 
@@ -94,12 +94,14 @@ def test_the_weights_are_fp32_and_know_their_classes_and_pixels(trained):
     assert all(v.dtype == torch.float32 for v in content["model"].values() if v.is_floating_point())
 
 
-def test_evaluating_the_saved_weights_gives_the_same_results(trained, voc_tree, tmp_path):
+def test_evaluating_the_saved_weights_gives_the_same_bits(trained, voc_tree, tmp_path):
     train(
         voc_tree, tmp_path, "--eval-only", MODEL__WEIGHTS=trained[0] / "model_final.pth",
         MODEL__BACKBONE__NORM="BN", SOLVER__AMP__ENABLED=True,
     )  # fmt: skip
     assert results(tmp_path) == results(trained[0])
+    for file in (trained[0] / "detections").iterdir():
+        assert (tmp_path / "detections" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_the_challenges_files_evaluate_to_the_same_mean(trained, voc_tree, tmp_path):
