@@ -77,6 +77,10 @@ def test_a_tract_config_differs_from_its_control_by_tract_alone(path):
         (["MODEL.PIXEL_MEAN", "[1,2,3]"], "given together"),
         (["DEEPSPEED.zero_optimization.stage", "3"], "takes 0, 1 or 2"),
         (["TEST.VOC_RULE", "coco"], "TEST.VOC_RULE is 'coco'"),
+        (["TEST.BEST_METRIC", "mAP"], "TEST.BEST_METRIC is 'mAP': it takes one of voc_07.mAP"),
+        (["MODEL.DEVICE", "cuda:1"], "MODEL.DEVICE is 'cuda:1'"),
+        (["DATASETS.CLASSES", "[0, 1]"], r"DATASETS.CLASSES takes names, not \[0, 1\]: quote"),
+        (["SEED", "-1"], "SEED is -1"),
     ],
 )
 def test_a_bad_override_is_refused_by_name(pairs, message):
@@ -103,6 +107,8 @@ def test_deepspeeds_own_keys_pass_through():
         ("SOLVER: {BASE_LR: [", "cannot be read"),
         ("_BASE_: nowhere.yaml", "cannot be read"),
         ("SOLVER: 3", "'SOLVER' is a section"),
+        ("", "cannot be read"),
+        ("- a", "cannot be read"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path, text, message):

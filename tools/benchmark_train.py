@@ -15,7 +15,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -117,7 +116,6 @@ def main(argv: list[str] | None = None) -> None:
                 max_iter=args.steps,
                 accumulation=1,
                 lr_at=lambda step: cfg.SOLVER.BASE_LR,
-                autocast=nullcontext,
                 after_step=seen.append,
                 stop=stop,
             )

@@ -15,8 +15,6 @@ import argparse
 import re
 import signal
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +196,7 @@ class Evaluation:
             world_size=distributed.world_size(),
             num_workers=self.cfg.DATALOADER.NUM_WORKERS,
         )
-        autocast = _autocast(self.cfg, self.device)
-        infer(model, loader, device=self.device, autocast=autocast, consume=consume)
+        infer(model, loader, device=self.device, consume=consume)
         return evaluator.evaluate(), evaluator
 
     def report(self, model: nn.Module, output: Path) -> Results:
@@ -225,12 +222,6 @@ class Evaluation:
             for one in annotations[::step][:PICTURES]
             for found in [evaluator.detections[one.image_id]]
         ]
-
-
-def _autocast(cfg: CfgNode, device: torch.device) -> Callable[[], AbstractContextManager]:
-    return partial(
-        torch.autocast, device.type, dtype=torch.bfloat16, enabled=cfg.SOLVER.AMP.ENABLED
-    )
 
 
 def build_engine(cfg: CfgNode, model: nn.Module) -> Any:
@@ -325,7 +316,12 @@ def build_run(cfg: CfgNode, engine: Any, meta: dict[str, Any], evaluation: Evalu
             "SEED": cfg.SEED,
             "SOLVER.IMS_PER_BATCH": cfg.SOLVER.IMS_PER_BATCH,
             "SOLVER.ACCUMULATION": cfg.SOLVER.ACCUMULATION,
+            "SOLVER.OPTIMIZER": cfg.SOLVER.OPTIMIZER,
             "DATASETS.TRAIN": list(cfg.DATASETS.TRAIN),
+            "DATALOADER": _plain(cfg.DATALOADER) | {"NUM_WORKERS": 0},  # readers change nothing
+            "MODEL.BACKBONE": _plain(cfg.MODEL.BACKBONE),
+            "MODEL.TRACT": _plain(cfg.MODEL.TRACT),
+            "DEEPSPEED.zero_optimization.stage": cfg.DEEPSPEED.zero_optimization.stage,
         },
     )
 
@@ -339,8 +335,13 @@ def do_train(cfg: CfgNode, device: torch.device, resume: bool) -> int:
     split, test = read_data(cfg, weights, train=True)
     assert split is not None
     model, meta = build_model(cfg, weights, split.class_names, strict=False)
+    if cfg.SOLVER.AMP.ENABLED:
+        ds.autocast_forward(model, device)
     engine = build_engine(cfg, model.to(device))
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {output} cannot be made: {error.strerror}") from error
     evaluation = Evaluation(cfg, test, device)
     this_run = build_run(cfg, engine, meta, evaluation)
     torch.manual_seed(cfg.SEED + distributed.rank())  # the ranks' dropout differs
@@ -363,7 +364,6 @@ def do_train(cfg: CfgNode, device: torch.device, resume: bool) -> int:
             max_iter=steps,
             accumulation=cfg.SOLVER.ACCUMULATION,
             lr_at=build_schedule(cfg),
-            autocast=_autocast(cfg, device),
             after_step=this_run.after_step,
             stop=stop,
         )
@@ -383,6 +383,8 @@ def do_eval(cfg: CfgNode, device: torch.device) -> int:
     weights = read_weights(cfg.MODEL.WEIGHTS)
     _, test = read_data(cfg, weights, train=False)
     model, _ = build_model(cfg, weights, test.class_names, strict=True)
+    if cfg.SOLVER.AMP.ENABLED:
+        ds.autocast_forward(model, device)
     Evaluation(cfg, test, device).report(model.to(device), Path(cfg.OUTPUT_DIR))
     return 0
 
@@ -393,10 +395,9 @@ def main(argv: list[str] | None = None) -> int:
     cfg = load_cfg(find_config(args.config_file), args.opts)
     device = ds.start(cfg.MODEL.DEVICE)
     torch.manual_seed(cfg.SEED)
-    try:
-        return do_eval(cfg, device) if args.eval_only else do_train(cfg, device, args.resume)
-    finally:
-        ds.stop()
+    code = do_eval(cfg, device) if args.eval_only else do_train(cfg, device, args.resume)
+    ds.stop()
+    return code
 
 
 if __name__ == "__main__":

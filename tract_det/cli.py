@@ -44,4 +44,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     sys.stdout.flush()
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The other ranks may be waiting for this one in a collective, where an orderly exit would
+        # join them; the launcher ends them when this process is gone.
+        os._exit(code)
     sys.exit(code)

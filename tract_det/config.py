@@ -22,6 +22,10 @@ BACKBONES = (
     "vgg16",
     "vgg16_bn",
 )
+METRICS = (
+    *(f"{rule}.{mean}" for rule in ("voc_07", "voc_area") for mean in ("mAP", "mAP_50_95")),
+    *(f"coco.{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")),
+)
 NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
 
 # What SOLVER already says; writing it again under DEEPSPEED could only contradict it.
@@ -41,8 +45,8 @@ DERIVED_DEEPSPEED_KEYS = {
 def _model() -> CfgNode:
     return CfgNode(
         {
-            # "" = from scratch; "torchvision://resnet50/IMAGENET1K_V2"; or a file: a classifier's
-            # state dict with torchvision's keys, or this project's own model_final.pth.
+            # "" = from scratch; "ResNet50_Weights.IMAGENET1K_V2"; or a file: a classifier's state
+            # dict with torchvision's keys, or this project's own model_final.pth.
             "WEIGHTS": "",
             "DEVICE": "",  # "" = cuda where there is one, else cpu
             # RGB, in units of [0, 255]. [] = those the weights were trained with; ImageNet's
@@ -168,9 +172,11 @@ def load_cfg(config_file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
         raise UserError(f"config file {config_file} does not exist")
     try:
         loaded = CfgNode.load_yaml_with_base(str(config_file))
-    except (OSError, yaml.YAMLError, AssertionError) as error:
+    except (OSError, yaml.YAMLError, AssertionError, TypeError, AttributeError) as error:
         message = " ".join(str(error).split())
         raise UserError(f"config file {config_file} cannot be read: {message}") from error
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"config file {config_file} cannot be read: it holds no keys")
     _merge(cfg, loaded, where=f"{config_file}: ")
     _merge(cfg, pairs_to_tree(overrides), where="")
     validate(cfg)
@@ -280,6 +286,13 @@ def validate(cfg: CfgNode) -> None:
     _one_of(cfg, "SOLVER.OPTIMIZER", ("SGD", "AdamW"))
     _one_of(cfg, "SOLVER.LR_SCHEDULER_NAME", ("WarmupMultiStepLR", "WarmupCosineLR"))
     _one_of(cfg, "TEST.VOC_RULE", ("devkit", "detectron2"))
+    _one_of(cfg, "TEST.BEST_METRIC", METRICS)
+    _one_of(cfg, "MODEL.DEVICE", ("", "cpu", "cuda"))
+    for key in ("TRAIN", "TEST", "CLASSES"):
+        words = [word for word in cfg.DATASETS[key] if not isinstance(word, str)]
+        _require(not words, f"DATASETS.{key} takes names, not {words}: quote them")
+    for key, value in (("SEED", cfg.SEED), ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS)):
+        _require(value >= 0, f"{key} is {value}: it must not be negative")
     for key in ("IMS_PER_BATCH", "ACCUMULATION", "MAX_ITER", "BASE_LR", "CHECKPOINT_PERIOD"):
         _require(solver[key] > 0, f"SOLVER.{key} is {solver[key]}: it must be positive")
     _require(cfg.LOG_PERIOD > 0, f"LOG_PERIOD is {cfg.LOG_PERIOD}: it must be positive")

@@ -239,7 +239,7 @@ def _loader(dataset: Dataset, batches: Any, num_workers: int, *, persistent: boo
         num_workers=num_workers,
         persistent_workers=persistent and num_workers > 0,
         prefetch_factor=4 if num_workers > 0 else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized(),  # not on a CPU run beside a GPU
         worker_init_fn=_init_worker,
         # DataLoader draws a number at every start of an iteration. From a generator of its own:
         # evaluating must not change the training's random numbers.

@@ -63,7 +63,7 @@ def save(engine: Any, output: Path, iteration: int, state: Mapping[str, Any]) ->
         write_text(output / _POINTER, tag + "\n")
         for old in (output / _FOLDER).glob("iter_*"):
             if old.name != tag:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
     distributed.barrier()
 
 

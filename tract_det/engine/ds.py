@@ -25,7 +25,7 @@ def start(device: str = "") -> torch.device:
     """Joins the process group of `deepspeed` or `torchrun`, or makes one of this process alone.
 
     Args:
-        device: "cuda", "cpu", or "" for CUDA where there is one.
+        device: "cuda", "cpu", or "" for CUDA where there is one and `DS_ACCELERATOR` is not "cpu".
 
     Returns:
         This process's device.
@@ -33,8 +33,9 @@ def start(device: str = "") -> torch.device:
     Raises:
         UserError: CUDA is asked for where there is none.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind.startswith("cuda") and not torch.cuda.is_available():
+    is_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+    kind = device or ("cpu" if is_cpu else "cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("MODEL.DEVICE is cuda, but torch sees no CUDA device: leave it out")
     if kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -43,7 +44,7 @@ def start(device: str = "") -> torch.device:
             torch.set_num_threads(max(1, cores // distributed.local_world_size()))
     else:
         torch.cuda.set_device(distributed.local_rank())
-    backend = "nccl" if kind.startswith("cuda") else "gloo"
+    backend = "nccl" if kind == "cuda" else "gloo"
     if not dist.is_initialized():
         if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
             dist.init_process_group(backend)
@@ -116,6 +117,15 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     return engine
 
 
+def autocast_forward(model: nn.Module, device: torch.device) -> None:
+    """Makes the model's own forward, in training and evaluation, run under bf16 autocast.
+
+    Around the engine it would be lost: DeepSpeed turns an autocast that is not its own off, on
+    CUDA, inside `engine(...)`. Its own one would reduce gradients in bf16 as well.
+    """
+    model.forward = torch.autocast(device.type, dtype=torch.bfloat16)(model.forward)
+
+
 def save(engine: Any, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
     """Writes the engine's whole state and `state` under `folder/tag`. Every rank must call it."""
     engine.save_checkpoint(str(folder), tag=tag, client_state=dict(state), save_latest=False)
@@ -133,7 +143,7 @@ def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
     """
     try:
         path, state = engine.load_checkpoint(str(folder), tag=tag)
-    except (OSError, RuntimeError, KeyError, AssertionError) as error:
+    except (OSError, RuntimeError, LookupError, AssertionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"checkpoint {folder / tag} cannot be loaded: {reason}") from error
     if path is None:

@@ -4,7 +4,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -71,7 +70,6 @@ def train(
     max_iter: int,
     accumulation: int,
     lr_at: Callable[[int], float],
-    autocast: Callable[[], AbstractContextManager],
     after_step: Callable[[Step], None],
     stop: StopSignal,
 ) -> int:
@@ -84,7 +82,6 @@ def train(
         max_iter: steps in all.
         accumulation: micro-batches a step.
         lr_at: learning rate of a step, counted from 0.
-        autocast: makes the context of the forward pass.
         after_step: called on every rank when a step is done.
         stop: asked after each step; a signal to any rank stops them all.
 
@@ -99,8 +96,7 @@ def train(
         ds.set_lr(engine, step.lr)
         for _ in range(accumulation):
             images, targets = _to(engine.device, _timed_next(stream, step))
-            with autocast():
-                losses = engine(images, targets)
+            losses = engine(images, targets)
             loss = sum(losses.values())
             _record(step, losses, targets, accumulation)
             engine.backward(loss)
@@ -155,7 +151,6 @@ def infer(
     batches: Iterable[Batch],
     *,
     device: torch.device,
-    autocast: Callable[[], AbstractContextManager],
     consume: Callable[[list[dict[str, Any]], list[dict[str, torch.Tensor]]], None],
 ) -> int:
     """Runs the model over this rank's batches; returns the number of images.
@@ -164,15 +159,13 @@ def infer(
         model: put into evaluation mode, and back into the mode that it was in.
         batches: `(images, targets)`; the targets are handed on.
         device: where the model is.
-        autocast: makes the context of the forward pass.
         consume: called with a batch's targets and its detections, on the CPU.
     """
     was_training = model.training
     model.eval()
     count = 0
     for images, targets in batches:
-        with autocast():
-            found = model([image.to(device, non_blocking=True) for image in images])
+        found = model([image.to(device, non_blocking=True) for image in images])
         consume(targets, [{k: v.cpu() for k, v in one.items()} for one in found])
         count += len(images)
     model.train(was_training)

@@ -65,10 +65,11 @@ class Run:
         if resume:
             state = checkpoint.load(self.engine, self.output)
             for key, value in self.identity.items():
-                if state["identity"][key] != value:
+                before = state["identity"].get(key, value)
+                if before != value:
                     raise UserError(
-                        f"--resume: {key} was {state['identity'][key]} when the run began, now it "
-                        f"is {value}: set it back"
+                        f"--resume: {key} was {before} when the run began, now it is {value}: set "
+                        "it back"
                     )
             self.best, self.saved = state["best"], state["iteration"]
             say(f"resumed {self.output} at step {state['iteration']}")
@@ -115,10 +116,6 @@ class Run:
     def _note(self, means: Means, iteration: int) -> None:
         """Logs an evaluation, and keeps the weights if they are the best so far."""
         self.writers.scalars(iteration, means)
-        if self.best_metric not in means:
-            raise UserError(
-                f"TEST.BEST_METRIC is '{self.best_metric}': it takes one of {', '.join(means)}"
-            )
         value = means[self.best_metric]
         say(f"step {iteration}: {self.best_metric} {value:.2f}")
         if value > self.best:

@@ -42,8 +42,12 @@ def lr_schedule(
             milestones=milestones,
             num_updates=max_iter,
         )
-    length = min(warmup_iters, max_iter) / max_iter
-    if 0 < length < 1:
+    length = warmup_iters / max_iter
+    if length >= 1:  # a run cut short is all warm-up
+        return lambda step: (
+            base_lr * (warmup_factor + (1 - warmup_factor) * min(step / warmup_iters, 1.0))
+        )
+    if length > 0:
         top = main(length)
         warmup = LinearParamScheduler(warmup_factor * top, top)
         main = CompositeParamScheduler(

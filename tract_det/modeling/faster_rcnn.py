@@ -220,6 +220,7 @@ class FasterRCNN(nn.Module):
         if self.training:
             set_image_sizes(self.backbone, batch.image_sizes)
         features = self.backbone(batch.tensors)
+        set_image_sizes(self.backbone, None)
         if isinstance(features, Tensor):
             features = {"0": features}
         proposals, rpn_losses = self.rpn(batch, features, targets)

@@ -117,6 +117,7 @@ def set_micro_batches(model: nn.Module, micro_batches: int) -> None:
     Args:
         model: with TrAct layers, or without: then nothing happens.
         micro_batches: backward passes a step, each of its share of the loss; 1 = no accumulation.
+            Called again, it also forgets the passes of a step that was given up.
     """
     if micro_batches < 1:
         raise TrActError(f"micro_batches is {micro_batches}: it must be at least 1")
@@ -130,7 +131,8 @@ def set_image_sizes(model: nn.Module, sizes: Sequence[tuple[int, int]] | None) -
 
     Args:
         model: with TrAct layers, or without: then nothing happens.
-        sizes: `(height, width)` of each image, pixels; None = no padding.
+        sizes: `(height, width)` of each image, pixels; None = no padding. They hold until the next
+            call.
     """
     for module in model.modules():
         if isinstance(module, TrActConv2d):
