@@ -114,6 +114,9 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
     )
+    if distributed.world_size() == 1 and not engine.zero_optimization():
+        # One process has nothing to sum; DeepSpeed would copy all gradients to a bucket and back.
+        engine.enable_backward_allreduce = False
     return engine
 
 
