@@ -76,13 +76,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def find_config(name: str) -> Path:
     """The file as given, else the one that was installed with the package."""
-    return (
-        Path(name)
-        if Path(name).exists()
-        else next(
-            (path for path in (HERE / name, HERE / "configs" / name) if path.is_file()), Path(name)
-        )
-    )
+    places = (Path(name), HERE / name, HERE / "configs" / name)
+    return next((path for path in places if path.is_file()), Path(name))
 
 
 def read_data(
@@ -170,6 +165,13 @@ def build_model(
         "class_names": list(class_names),
     }
     return model, meta
+
+
+def place(cfg: CfgNode, model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on its device, in the config's precision."""
+    if cfg.SOLVER.AMP.ENABLED:
+        ds.autocast_forward(model, device)
+    return model.to(device)
 
 
 class Evaluation:
@@ -329,15 +331,13 @@ def build_run(cfg: CfgNode, engine: Any, meta: dict[str, Any], evaluation: Evalu
 def do_train(cfg: CfgNode, device: torch.device, resume: bool) -> int:
     """Trains, evaluates, saves; returns the exit code."""
     output = Path(cfg.OUTPUT_DIR)
-    if resume and checkpoint.last(output) is None:
-        raise UserError(f"--resume: there is no checkpoint in {output}; start without --resume")
+    if resume:
+        checkpoint.last(output)  # refuses before anything is read
     weights = read_weights(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
     split, test = read_data(cfg, weights, train=True)
     assert split is not None
     model, meta = build_model(cfg, weights, split.class_names, strict=False)
-    if cfg.SOLVER.AMP.ENABLED:
-        ds.autocast_forward(model, device)
-    engine = build_engine(cfg, model.to(device))
+    engine = build_engine(cfg, place(cfg, model, device))
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -383,9 +383,7 @@ def do_eval(cfg: CfgNode, device: torch.device) -> int:
     weights = read_weights(cfg.MODEL.WEIGHTS)
     _, test = read_data(cfg, weights, train=False)
     model, _ = build_model(cfg, weights, test.class_names, strict=True)
-    if cfg.SOLVER.AMP.ENABLED:
-        ds.autocast_forward(model, device)
-    Evaluation(cfg, test, device).report(model.to(device), Path(cfg.OUTPUT_DIR))
+    Evaluation(cfg, test, device).report(place(cfg, model, device), Path(cfg.OUTPUT_DIR))
     return 0
 
 

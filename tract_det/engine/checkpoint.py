@@ -76,8 +76,6 @@ def load(engine: Any, output: Path) -> dict[str, Any]:
         UserError: there is none, or it is of another number of processes.
     """
     tag = last(output)
-    if tag is None:
-        raise UserError(f"--resume: there is no checkpoint in {output}; start without --resume")
     state = ds.load(engine, output / _FOLDER, tag)
     if state["world_size"] != distributed.world_size():
         raise UserError(
@@ -91,13 +89,17 @@ def load(engine: Any, output: Path) -> dict[str, Any]:
     return state
 
 
-def last(output: Path) -> str | None:
-    """The name of a run's newest complete checkpoint, or None."""
+def last(output: Path) -> str:
+    """The name of a run's newest complete checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
     pointer = output / _POINTER
-    if not pointer.is_file():
-        return None
-    tag = pointer.read_text().strip()
-    return tag if (output / _FOLDER / tag).is_dir() else None
+    tag = pointer.read_text().strip() if pointer.is_file() else ""
+    if not tag or not (output / _FOLDER / tag).is_dir():
+        raise UserError(f"--resume: there is no checkpoint in {output}; start without --resume")
+    return tag
 
 
 def forget(output: Path) -> None:
