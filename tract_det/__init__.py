@@ -11,8 +11,10 @@ from tract_det.tract import (
     register_layer,
     remove_tract,
     set_image_sizes,
+    set_lambda,
     set_micro_batches,
     tract_conv2d,
+    tract_diagnostics,
     tract_linear,
 )
 from tract_det.version import __version__
@@ -29,7 +31,9 @@ __all__ = [
     "register_layer",
     "remove_tract",
     "set_image_sizes",
+    "set_lambda",
     "set_micro_batches",
     "tract_conv2d",
+    "tract_diagnostics",
     "tract_linear",
 ]

@@ -168,7 +168,7 @@ def test_no_grad_and_frozen_weights_cost_nothing(monkeypatch):
     def fail(*_):
         raise AssertionError("the Gram matrix was computed")
 
-    monkeypatch.setattr("tract_det.tract.functional.patch_gram_sum", fail)
+    monkeypatch.setattr("tract_det.tract.sums.patch_gram_sum", fail)
     weight = nn.Parameter(torch.randn(4, 3, 3, 3))
     images = torch.randn(1, 3, 8, 8)
     with torch.no_grad():

@@ -10,7 +10,8 @@ from tests.conftest import photo_like
 from tests.reference import patches
 from tract_det import patch_gram
 from tract_det.tract import correlation, gram, windows
-from tract_det.tract.gram import damped_solve, damped_solve_rows, patch_count, row_gram_sum
+from tract_det.tract.gram import patch_count, row_gram_sum
+from tract_det.tract.solve import damped_solve, damped_solve_rows
 
 
 def by_patches(images, kernel, stride, padding, dilation, groups):

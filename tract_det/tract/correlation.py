@@ -15,9 +15,11 @@ from torch import Tensor
 
 from tract_det.tract.windows import BLOCK_BYTES, Windows, crop
 
-# Rows in one transform. Bands of one image count as a batch in the cross-spectra, and few images
-# need that: with blocks of 8 MiB, B takes 135 ms in bands of 128 rows and 67 in bands of 64.
+# Rows in one transform, and transforms in one block at least. Bands of one image count as a batch
+# in the cross-spectra, and few images need that: B takes 102 ms in bands of 96 rows, 70 of 64, 57
+# of 32; A, with more images in a block, 51, 52 and 56.
 _BAND = 64
+_TRANSFORMS = 5
 # Bytes of cross-spectra that exist at a time: 1, 2 and 4 MiB are the same within 5 %.
 _SPECTRA_BYTES = 2 * 2**20
 
@@ -162,7 +164,7 @@ def correlation_sum(x: Tensor, windows: Windows) -> tuple[Tensor, int]:
     channels = C * sh * sw
     # Bands of `rows` window rows. The zeros after each keep the correlation from wrapping around.
     nw = _fft_size(Wo + 2 * qw)
-    most = min(_BAND, BLOCK_BYTES // (channels * nw * 8)) - 2 * qh
+    most = min(_BAND, BLOCK_BYTES // (_TRANSFORMS * channels * nw * 8)) - 2 * qh
     bands = -(-Ho // max(1, most))
     rows = Ho // bands
     nh = _fft_size(rows + 2 * qh)

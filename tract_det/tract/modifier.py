@@ -1,63 +1,80 @@
 """Puts TrAct on a model's stem, and takes it off: nothing changes but the layer's class."""
 
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
 
-from tract_det.tract.functional import TrActError, check_lambda
-from tract_det.tract.modules import TrActConv2d, TrActLayer, TrActLinear
+from tract_det.tract.registry import TRACT_CLASSES, tract_class_of
+from tract_det.tract.state import State, TrActError
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-# Layer class -> its TrAct class. An exact match: a subclass may do more in its forward than its
-# parent does (detectron2's convolution holds a norm), and losing that would be silent.
-TRACT_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv2d: TrActConv2d,
-    nn.Linear: TrActLinear,
-}
-
-
-def register_layer(layer: type[nn.Module], tract_layer: type[nn.Module]) -> None:
-    """Teaches `apply_tract` another layer class.
-
-    Args:
-        layer: the class as models use it.
-        tract_layer: a subclass of it and of `TrActLayer`, with TrAct in its forward; it must need
-            no attribute that `layer.__init__` does not set.
-    """
-    if not (issubclass(tract_layer, layer) and issubclass(tract_layer, TrActLayer)):
-        raise TrActError(
-            f"{tract_layer.__name__} must be a subclass of {layer.__name__} and of TrActLayer"
-        )
-    TRACT_CLASSES[layer] = tract_layer
 
 
 def _is_tract(module: nn.Module) -> bool:
     return type(module) in TRACT_CLASSES.values()
 
 
-def find_stem(model: nn.Module) -> str:
-    """The name of the model's first layer, as in `model.named_modules()`.
+def _named_by_timm(prefix: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The layers that see the pixels where `module`, named `prefix`, is a timm model; or none."""
+    config = getattr(module, "pretrained_cfg", None)
+    first = config.get("first_conv") if isinstance(config, Mapping) else None
+    if first is None:
+        return []
+    if not first:
+        raise TrActError(
+            f"no single layer of {type(module).__name__} sees the pixels, says its pretrained_cfg: "
+            "name the layers with stem='...', one call of apply_tract each"
+        )
+    found = []
+    for name in [first] if isinstance(first, str) else first:
+        # In a feature extractor the stages of a stem can be children of the model themselves.
+        for spelling in dict.fromkeys((name, name.replace(".", "_", 1))):
+            full = f"{prefix}.{spelling}" if prefix else spelling
+            if isinstance(modules.get(full), nn.Conv2d | nn.Linear):
+                found.append(full)
+    return found
 
-    That is the first module with parameters of its own and no submodules, in the order in which the
-    model registers them: for torchvision's classifiers and detectors, the layer that sees the
-    pixels. In a detector that is a layer of its backbone.
+
+def find_stem(model: nn.Module) -> str:
+    """The name of the layer that sees the pixels, as in `model.named_modules()`.
+
+    In a timm model that is the layer that `pretrained_cfg["first_conv"]` names. Elsewhere it is the
+    first module that is a convolution or a linear layer, or else has parameters of its own and no
+    submodules, in the order in which the model registers them: right for torchvision's classifiers
+    and detectors, and for the vision models of Hugging Face. In a detector it is a layer of the
+    backbone.
 
     Raises:
-        TrActError: that module is neither a convolution nor a linear layer, or there is none.
+        TrActError: several layers see the pixels; or the first is neither a convolution nor a
+            linear layer; or there is none.
     """
-    for name, module in model.named_modules():
-        has_parameters = any(True for _ in module.parameters(recurse=False))
-        if not has_parameters or any(True for _ in module.children()):
-            continue
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        named = _named_by_timm(name, module, modules)
+        if len(named) > 1:
+            raise TrActError(
+                f"{len(named)} layers of {type(module).__name__} see the pixels: name each with "
+                f"stem='...', one call of apply_tract each: {', '.join(map(repr, named))}"
+            )
+        if named:
+            return named[0]
         if isinstance(module, nn.Conv2d | nn.Linear) or type(module) in TRACT_CLASSES:
             return name
-        raise TrActError(
-            f"the first layer, '{name}', is a {type(module).__name__}: TrAct is for Conv2d and "
-            "Linear; name another layer with stem='...'"
-        )
+        has_parameters = any(True for _ in module.parameters(recurse=False))
+        if has_parameters and not any(True for _ in module.children()):
+            raise TrActError(_not_a_stem(name, modules))
     raise TrActError(
         f"{type(model).__name__} has no layer with parameters: nothing to put TrAct on"
+    )
+
+
+def _not_a_stem(name: str, modules: Mapping[str, nn.Module]) -> str:
+    convolutions = [other for other, module in modules.items() if isinstance(module, nn.Conv2d)]
+    hint = f"; the first Conv2d is '{convolutions[0]}'" if convolutions else ""
+    return (
+        f"the first layer, '{name}', is a {type(modules[name]).__name__}: TrAct is for Conv2d and "
+        f"Linear; name another layer with stem='...'{hint}"
     )
 
 
@@ -72,21 +89,32 @@ def _stem_module(model: nn.Module, stem: str) -> nn.Module:
 
 
 def apply_tract(
-    model: ModelT, lambda_: float = 0.1, *, stem: str | None = None, sync: bool = True
+    model: ModelT,
+    lambda_: float = 0.1,
+    *,
+    stem: str | Sequence[str] | None = None,
+    sync: bool = True,
+    relative: bool = False,
+    gram_patches: int = 0,
 ) -> ModelT:
     """Makes the first layer of `model` learn by TrAct, in place.
 
     Only the class of that one layer changes: its parameters stay the same objects; hooks,
-    state-dict keys and outputs stay as they are. Applied again, it sets `lambda_` anew.
+    state-dict keys and outputs stay as they are. Applied again, it sets everything anew but the
+    number of micro-batches.
 
     Args:
         model: any model whose first layer is an `nn.Conv2d` or an `nn.Linear`.
         lambda_: damping, in units of standardised pixels (mean 0, variance 1). The paper uses 0.1,
             and 0.2 for long trainings.
-        stem: the layer's name where `find_stem` is not right.
+        stem: the layer's name where `find_stem` is not right; several where several see the pixels.
         sync: where a process group exists, learn from all ranks' batch as one process would from
             the whole; every rank must then take part in every training forward pass. False: each
             rank's batch by itself.
+        relative: take `lambda_` in units of `trace(G) / K`, the mean square of what the layer sees,
+            for inputs that are not standardised. The effective value then follows the batch.
+        gram_patches: estimate `G` from so many random patches of each batch and rank, with the
+            error that `tract.gram.estimated_gram_sum` documents; 0 = exact.
 
     Returns:
         The same model.
@@ -94,27 +122,32 @@ def apply_tract(
     Raises:
         TrActError: the layer is frozen, of an unknown class, or missing; `lambda_` is not positive.
     """
-    lambda_ = check_lambda(lambda_)
-    name = find_stem(model) if stem is None else stem
-    module = _stem_module(model, name)
-    if not _is_tract(module):
-        tract_class = TRACT_CLASSES.get(type(module))
-        if tract_class is None:
-            raise TrActError(
-                f"'{name}' is a {type(module).__module__}.{type(module).__name__}: TrAct knows "
-                f"{', '.join(c.__name__ for c in TRACT_CLASSES)}; teach it this class with "
-                "register_layer, or name another layer with stem='...'"
-            )
+    stem = find_stem(model) if stem is None else stem
+    for name in [stem] if isinstance(stem, str) else stem:
+        state = State(lambda_, relative=relative, sync=sync, gram_patches=gram_patches)
+        _change(_stem_module(model, name), name, state)
+    return model
+
+
+def _change(module: nn.Module, name: str, state: State) -> None:
+    """Makes `module`, which the model calls `name`, a TrAct layer with this state."""
+    tract_class = type(module) if _is_tract(module) else tract_class_of(type(module))
+    if tract_class is None:
+        raise TrActError(
+            f"'{name}' is a {type(module).__module__}.{type(module).__name__}: TrAct knows "
+            f"{', '.join(c.__name__ for c in TRACT_CLASSES)}; teach it this class with "
+            "register_layer, or name another layer with stem='...'"
+        )
     if not module.weight.requires_grad:
         raise TrActError(
             f"'{name}' is frozen (weight.requires_grad is False), so TrAct would do nothing: call "
             f"model.get_submodule('{name}').requires_grad_(True) first, or build the model with "
             "nothing frozen (FREEZE_AT 0, trainable_backbone_layers=5)"
         )
-    if not _is_tract(module):
-        module.__class__ = tract_class  # type: ignore[assignment]
-    module.lambda_, module.sync = lambda_, sync  # type: ignore[assignment]
-    return model
+    if _is_tract(module):
+        state.pending = module.tract.pending  # type: ignore[union-attr, assignment]
+    module.__class__ = tract_class
+    module.tract = state  # type: ignore[assignment]
 
 
 def remove_tract(model: ModelT) -> ModelT:
@@ -123,6 +156,6 @@ def remove_tract(model: ModelT) -> ModelT:
     for module in model.modules():
         if type(module) in plain:
             module.__class__ = plain[type(module)]
-            for name in ("lambda_", "sync", "pending", "image_sizes"):
+            for name in ("tract", "image_sizes"):
                 vars(module).pop(name, None)
     return model

@@ -56,4 +56,4 @@ def crop(x: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
         start = min(max(first, 0), x.shape[axis])
         x = x.narrow(axis, start, max(min(last, x.shape[axis]) - start, 0))
         pads += [before, last - first - before - x.shape[axis]]
-    return F.pad(x, pads)
+    return F.pad(x, pads) if any(pads) else x

@@ -1,0 +1,247 @@
+"""Settings, schedules, diagnostics and copies of TrAct layers, and what a change of scale does."""
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import nn
+
+from tests.conftest import photo_like
+from tests.reference import conv_gradient, tract_gradient
+from tract_det import (
+    TrActConv2d,
+    TrActError,
+    TrActLinear,
+    apply_tract,
+    set_lambda,
+    set_micro_batches,
+    tract_diagnostics,
+)
+from tract_det.tract import sums
+
+
+def stem(lambda_=0.1, **keywords):
+    torch.manual_seed(0)
+    return apply_tract(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1)), lambda_, **keywords)
+
+
+def gradient(model, images):
+    model.zero_grad()
+    model(images).square().sum().backward()
+    return model[0].weight.grad.clone()
+
+
+def test_relative_lambda_is_in_units_of_the_mean_square_that_the_layer_sees(generator):
+    images = 7 + 3 * photo_like(generator, 2, 3, 16, 16)
+    X = F.unfold(images, 3, padding=1).transpose(1, 2).flatten(0, 1).double()
+    mean_square = float(X.square().mean())
+    expected = gradient(stem(0.05 * mean_square), images)
+    torch.testing.assert_close(gradient(stem(0.05, relative=True), images), expected)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 8, 8), torch.zeros(0, 3, 8, 8)])
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_black_or_empty_batch_teaches_nothing(images, relative):
+    assert torch.equal(gradient(stem(relative=relative), images), torch.zeros(6, 3, 3, 3))
+
+
+@pytest.mark.parametrize("scale", [0.01, 255.0])
+@pytest.mark.parametrize("optimizer", ["SGD", "momentum"])
+def test_input_times_s_weight_by_s_and_lambda_times_s_squared_is_the_same_training(
+    scale, optimizer, generator
+):
+    images = photo_like(generator, 5, 4, 3, 16, 16).double()
+    targets = torch.randint(4, (5, 4), generator=generator)
+    weights = []
+    for s in (1.0, scale):
+        torch.manual_seed(1)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+        ).double()
+        with torch.no_grad():
+            model[0].weight /= s
+        apply_tract(model, 0.1 * s**2)
+        momentum = 0.9 if optimizer == "momentum" else 0.0
+        steps = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+        for x, y in zip(images, targets, strict=True):
+            steps.zero_grad()
+            F.cross_entropy(model(s * x), y).backward()
+            steps.step()
+        weights.append([model[0].weight * s, *list(model.parameters())[1:]])
+    for plain, scaled in zip(*weights, strict=True):
+        torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"kernel_size": 7, "stride": 2, "padding": 3},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 16, "stride": 16},
+    ],
+)
+def test_pixels_in_0_to_255_with_a_lambda_meant_for_standardised_ones(keywords, mean, generator):
+    conv = TrActConv2d(3, 6, **keywords, bias=False)
+    images = (118 + 58 * photo_like(generator, 2, 3, 64, 80)).clamp(0, 255).round()
+    dZ = torch.randn(conv(images).shape, generator=generator) + mean
+    conv(images).backward(dZ)
+    expected, _, _ = conv_gradient(conv, images, dZ, conv.lambda_)
+    error = conv.weight.grad.reshape(expected.shape) - expected
+    assert error.norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("size", [7, 24])
+def test_the_users_precision_of_products_does_not_touch_the_gram_matrix(precision, size, generator):
+    conv = TrActConv2d(3, 6, size, stride=size)
+    images = photo_like(generator, 2, 3, 48, 48)
+    exact = conv._sums(images)[0]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert torch.equal(conv._sums(images)[0], exact)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("N", [5, 40])
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_linear_layer_solves_the_smaller_system(N, relative, generator, monkeypatch):
+    called = []
+    original = sums.linear_sums
+    monkeypatch.setattr(sums, "linear_sums", lambda X: called.append(1) or original(X))
+    layer = apply_tract(nn.Sequential(nn.Linear(20, 4)), 0.1, relative=relative)
+    X, dZ = torch.randn(N, 20, generator=generator), torch.randn(N, 4, generator=generator)
+    layer(X).backward(dZ)
+    assert bool(called) == (N > 20)
+    lambda_ = 0.1 * float(X.square().mean()) if relative else 0.1
+    expected, _, damped = tract_gradient(X, dZ, lambda_)
+    torch.testing.assert_close(layer[0].weight.grad.double(), expected, rtol=1e-4, atol=1e-4)
+    found = tract_diagnostics(layer)
+    assert found["tract_condition"] == pytest.approx(float(torch.linalg.cond(damped)), rel=1e-5)
+
+
+def test_diagnostics_are_those_of_the_last_gradient(generator):
+    model, images = stem(0.2), photo_like(generator, 2, 3, 16, 16)
+    assert tract_diagnostics(model) == {}
+    found = gradient(model, images)
+    out = model(images)
+    expected, plain, damped = conv_gradient(model[0], images, 2 * out.detach(), 0.2)
+    assert tract_diagnostics(model) == pytest.approx(
+        {
+            "tract_lambda": 0.2,
+            "tract_condition": float(torch.linalg.cond(damped[0])),
+            "stem_plain_grad_norm": float(plain.norm()),
+            "stem_grad_norm": float(expected.norm()),
+        },
+        rel=1e-5,
+    )
+    assert tract_diagnostics(model)["stem_grad_norm"] == pytest.approx(float(found.norm()))
+    two = nn.Sequential(model, stem())
+    gradient(two[1], images)
+    assert {key.partition("/")[2] for key in tract_diagnostics(two)} == {"0.0", "1.0"}
+
+
+def test_lambda_follows_a_schedule_and_tract_goes_off_and_on(generator):
+    model, images = stem(), photo_like(generator, 2, 3, 16, 16)
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1))
+    plain.load_state_dict(model.state_dict())
+    for lambda_ in (0.2, None, 0.05):
+        set_lambda(model, lambda_)
+        expected = plain if lambda_ is None else stem(lambda_)
+        assert torch.equal(gradient(model, images), gradient(expected, images))
+        assert ("TrAct off" in str(model)) == (lambda_ is None)
+        assert bool(tract_diagnostics(model)) == (lambda_ is not None)
+    with pytest.raises(TrActError, match="must be positive"):
+        set_lambda(model, 0.0)
+
+
+def test_a_compiled_model_follows_schedule_and_micro_batches_without_being_compiled_again(
+    generator,
+):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model, images = stem(), photo_like(generator, 4, 3, 8, 8)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    found = []
+    for lambda_ in (0.1, 0.2, 0.3):
+        set_lambda(model, lambda_)
+        model.zero_grad()
+        compiled(images).square().sum().backward()
+        found.append(model[0].weight.grad.clone())
+    assert counter.frame_count == 1
+    for lambda_, ours in zip((0.1, 0.2, 0.3), found, strict=True):
+        torch.testing.assert_close(ours, gradient(stem(lambda_), images))
+    set_micro_batches(model, 2)
+    model.zero_grad()
+    for part in images.chunk(2):
+        compiled(part).square().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, found[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_has_the_settings_and_not_the_state(generator):
+    model, images = stem(0.2, relative=True, gram_patches=50), photo_like(generator, 4, 3, 8, 8)
+    set_micro_batches(model, 2)
+    model(images).sum().backward()  # a step half done
+    twin = copy.deepcopy(model)
+    assert str(twin) == str(model) and "lambda_=0.2 * trace(G) / K, gram_patches=50" in str(twin)
+    assert twin[0].tract.pending.seen == 0 and model[0].tract.pending.seen == 1
+    set_lambda(twin, 0.3)
+    assert model[0].lambda_ == 0.2
+
+
+def test_an_estimated_gram_matrix_comes_closer_with_more_patches(generator):
+    images = photo_like(generator, 8, 3, 64, 64)
+    exact, errors = gradient(stem(), images), []
+    for patches in (64, 4096):
+        torch.manual_seed(0)
+        found = torch.stack([gradient(stem(gram_patches=patches), images) for _ in range(5)])
+        errors.append(float((found - exact).norm() / exact.norm() / 5**0.5))
+    assert errors[1] < 0.25 * errors[0]
+    assert torch.equal(gradient(stem(gram_patches=10**6), images), exact)  # all there are: exact
+    with pytest.raises(TrActError, match="gram_patches is -1"):
+        stem(gram_patches=-1)
+
+
+def test_an_estimate_from_every_patch_is_the_sum(generator, monkeypatch):
+    every = lambda high, size, device: torch.arange(size[0]) % high  # noqa: E731
+    monkeypatch.setattr(torch, "randint", every)
+    images = photo_like(generator, 2, 4, 9, 8)
+    geometry = (images, (3, 2), (2, 1), (2, 0), (1, 2), 2)
+    exact, count = sums.conv_sums(*geometry)
+    estimate = sums.estimated_gram_sum(*geometry, patches=3 * count)
+    torch.testing.assert_close(estimate, exact)
+
+
+def test_fp16_and_its_loss_scale(generator):
+    model, images = stem(), photo_like(generator, 2, 3, 16, 16)
+    exact = gradient(model, images)
+    model.zero_grad()
+    (1024 * model.half()(images.half()).float().square().sum() / 2**16).backward()
+    found = model[0].weight.grad.float() * 64
+    assert model[0].weight.grad.dtype == torch.float16
+    assert (found - exact).norm() <= 0.02 * exact.norm()
+
+
+def test_the_gradient_of_a_layer_in_channels_last(generator):
+    model, images = stem(), photo_like(generator, 2, 3, 16, 16)
+    exact = gradient(model, images)
+    model = model.to(memory_format=torch.channels_last)
+    found = gradient(model, images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(found, exact)
+    assert model(images).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_input_of_a_linear_layer_gets_the_frameworks_gradient(generator):
+    layer, plain = TrActLinear(6, 4), nn.Linear(6, 4)
+    plain.load_state_dict(layer.state_dict())
+    found = []
+    for module in (layer, plain):
+        X = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        module(X).square().sum().backward()
+        found.append((X.grad, module.bias.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)

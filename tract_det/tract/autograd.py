@@ -1,0 +1,242 @@
+"""Convolution and linear layer with the framework's forward and TrAct's weight gradient.
+
+The weight gradient is an operator of its own, which `torch.compile` takes as it is. What it asks of
+a layer it looks up when it runs: a compiled model follows a schedule without being compiled again.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tract_det.tract.gradient import conv_gradient, linear_gradient
+from tract_det.tract.operators import operator
+from tract_det.tract.solve import (
+    damped_solve,
+    damped_solve_rows,
+    effective_lambda,
+    needs_float64,
+    trace,
+)
+from tract_det.tract.state import NO_KEY, STATES, Diagnosis, State
+from tract_det.tract.sums import Sums
+from tract_det.tract.windows import Windows, windows_of
+
+
+def _settings(lambda_: float, key: int) -> tuple[float, bool, State | None]:
+    """`lambda_`, whether it is relative, and the layer's state where there is a layer."""
+    if key == NO_KEY:
+        return lambda_, False, None
+    state = STATES[key]
+    return state.lambda_, state.relative, state
+
+
+def _needs_float64(total: Tensor, count: Tensor, lambda_: float, key: int) -> bool:
+    value, relative, _ = _settings(lambda_, key)
+    gram_trace = trace(total) / count.clamp(min=1)
+    return needs_float64(
+        gram_trace, effective_lambda(gram_trace / total.shape[-1], value, relative)
+    )
+
+
+def _solve(plain: Tensor, total: Tensor, count: Tensor, lambda_: float, key: int) -> Tensor:
+    """TrAct's gradient `(groups, M, K)`; zero in all but the last micro-batch of a step."""
+    lambda_, relative, state = _settings(lambda_, key)
+    if state is not None and state.pending is not None:
+        complete = state.pending.add(total, count, plain)
+        if complete is None:
+            return torch.zeros_like(plain)
+        total, count, plain = complete
+    N, K = count.clamp(min=1), total.shape[-1]
+    damping = effective_lambda(trace(total) / (N * K), lambda_, relative)
+    # N G + N lambda instead of G + lambda: a division of all K^2 entries less.
+    solved = damped_solve(plain, total, damping * N) * N
+    if state is not None:
+        state.last = Diagnosis(total, N, damping, plain.norm(), solved.norm())
+    return solved
+
+
+def _solve_rows(plain: Tensor, X: Tensor, lambda_: float, key: int) -> Tensor:
+    """The same, `(1, M, K)`, of a linear layer with fewer rows than columns."""
+    lambda_, relative, state = _settings(lambda_, key)
+    rows = X.double()[None]
+    damping = effective_lambda(rows.square().mean((1, 2)), lambda_, relative)
+    solved = damped_solve_rows(plain, rows, damping)
+    if state is not None:
+        N = damping.new_full((), rows.shape[1])
+        state.last = Diagnosis(rows.mT @ rows, N, damping, plain.norm(), solved.norm())
+    return solved
+
+
+@operator("conv_weight_gradient")
+def _conv_weight_gradient(
+    dZ: Tensor,
+    input: Tensor,
+    total: Tensor,
+    count: Tensor,
+    geometry: Sequence[int],
+    groups: int,
+    dtype: torch.dtype,
+    bias: bool,
+    lambda_: float,
+    key: int,
+) -> tuple[Tensor, Tensor]:
+    windows = Windows(*((geometry[i], geometry[i + 1]) for i in range(0, len(geometry), 2)))
+    exact = _needs_float64(total, count, lambda_, key)
+    plain, grad_bias = conv_gradient(
+        input.detach(), dZ.detach(), windows, groups, bias=bias, exact=exact
+    )
+    by_group = plain.reshape(groups, -1, total.shape[-1])
+    solved = _solve(by_group, total, count, lambda_, key).reshape(plain.shape)
+    return solved.to(dtype).contiguous(), grad_bias.to(dtype)
+
+
+@_conv_weight_gradient.register_fake
+def _(dZ, input, total, count, geometry, groups, dtype, *others):  # type: ignore[no-untyped-def]
+    size = (dZ.shape[1], input.shape[1] // groups, geometry[0], geometry[1])
+    return dZ.new_empty(size, dtype=dtype), dZ.new_empty(dZ.shape[1], dtype=dtype)
+
+
+@operator("linear_weight_gradient")
+def _linear_weight_gradient(
+    dZ: Tensor,
+    input: Tensor,
+    total: Tensor | None,
+    count: Tensor | None,
+    dtype: torch.dtype,
+    lambda_: float,
+    key: int,
+) -> Tensor:
+    X, dZ = input.detach().reshape(-1, input.shape[-1]), dZ.detach().reshape(-1, dZ.shape[-1])
+    if total is None or count is None:
+        solved = _solve_rows(linear_gradient(X, dZ, True)[None], X, lambda_, key)
+    else:
+        exact = _needs_float64(total, count, lambda_, key)
+        solved = _solve(linear_gradient(X, dZ, exact)[None], total, count, lambda_, key)
+    return solved[0].to(dtype).contiguous()
+
+
+@_linear_weight_gradient.register_fake
+def _(dZ, input, total, count, dtype, *others):  # type: ignore[no-untyped-def]
+    return dZ.new_empty((dZ.shape[-1], input.shape[-1]), dtype=dtype)
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        total: Tensor,
+        count: Tensor,
+        conv: tuple[Any, ...],
+        lambda_: float,
+        key: int,
+    ) -> Tensor:
+        ctx.conv, ctx.lambda_, ctx.key, ctx.dtype = conv, lambda_, key, weight.dtype
+        windows = windows_of(input.shape[2:], weight.shape[2:], *conv[:3])
+        ctx.geometry = [number for field in windows for number in field]
+        ctx.save_for_backward(input, total, count, weight if ctx.needs_input_grad[0] else None)
+        return F.conv2d(input, weight, bias, *conv)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dZ: Tensor) -> tuple[Tensor | None, ...]:
+        input, total, count, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.conv
+        grad_input = None
+        with torch.autocast(dZ.device.type, enabled=False):
+            if weight is not None:
+                x, w = input.to(dZ.dtype), weight.to(dZ.dtype)
+                grad_input, _, _ = torch.ops.aten.convolution_backward(
+                    *(dZ, x, w, None, stride, padding, dilation, False, (0, 0), groups),
+                    output_mask=(True, False, False),
+                )
+                grad_input = grad_input.to(input.dtype)
+            grad_weight, sum_dZ = _conv_weight_gradient(
+                *(dZ, input, total, count, ctx.geometry, groups, ctx.dtype),
+                *(ctx.needs_input_grad[2], ctx.lambda_, ctx.key),
+            )
+        grad_bias = sum_dZ if ctx.needs_input_grad[2] else None
+        return grad_input, grad_weight, grad_bias, *(None,) * 5
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        total: Tensor | None,
+        count: Tensor | None,
+        lambda_: float,
+        key: int,
+    ) -> Tensor:
+        ctx.lambda_, ctx.key, ctx.dtype = lambda_, key, weight.dtype
+        ctx.save_for_backward(input, total, count, weight if ctx.needs_input_grad[0] else None)
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dZ: Tensor) -> tuple[Tensor | None, ...]:
+        input, total, count, weight = ctx.saved_tensors
+        grad_input = grad_bias = None
+        with torch.autocast(dZ.device.type, enabled=False):
+            if weight is not None:
+                grad_input = (dZ @ weight.to(dZ.dtype)).to(input.dtype)
+            if ctx.needs_input_grad[2]:
+                grad_bias = dZ.flatten(0, -2).sum(0, dtype=ctx.dtype) if dZ.dim() > 1 else dZ
+            grad_weight = _linear_weight_gradient(
+                dZ, input, total, count, ctx.dtype, ctx.lambda_, ctx.key
+            )
+        return grad_input, grad_weight, grad_bias, *(None,) * 4
+
+
+def learning_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | tuple[int, ...],
+    padding: int | tuple[int, ...] | str,
+    dilation: int | tuple[int, ...],
+    groups: int,
+    sums: Sums,
+    *,
+    lambda_: float = 0.0,
+    key: int = NO_KEY,
+) -> Tensor:
+    """`F.conv2d` whose weight learns by TrAct, given the sums over its input.
+
+    `key` names the layer's state, and then `lambda_` is not asked for.
+    """
+    if input.dim() == 3:
+        args = (weight, bias, stride, padding, dilation, groups, sums)
+        return learning_conv2d(input[None], *args, lambda_=lambda_, key=key)[0]
+    windows = windows_of(input.shape[2:], tuple(weight.shape[2:]), stride, padding, dilation)
+    if padding == "same":  # the same as in F.conv2d: what the two sides do not share is padded
+        over = [d * (k - 1) % 2 for d, k in zip(windows.dilation, windows.kernel, strict=True)]
+        input = F.pad(input, (0, over[1], 0, over[0])) if any(over) else input
+    zeros = (-windows.origin[0], -windows.origin[1])
+    conv = (windows.stride, zeros, windows.dilation, groups)
+    return _Conv2d.apply(input, weight, bias, *sums, conv, lambda_, key)
+
+
+def learning_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sums: Sums | None,
+    *,
+    lambda_: float = 0.0,
+    key: int = NO_KEY,
+) -> Tensor:
+    """`F.linear` whose weight learns by TrAct, given the sums over its input.
+
+    Without them it solves the `N x N` system of this batch.
+    """
+    return _Linear.apply(input, weight, bias, *(sums or (None, None)), lambda_, key)
