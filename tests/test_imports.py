@@ -11,7 +11,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "tract_det"
 # Folder or module -> what it may import of this project, and of other packages (None: anything).
 ALLOWED = {
     "tract": ({"tract"}, {"torch"}),
-    "modeling": ({"modeling", "tract", "errors"}, {"torch", "torchvision"}),
+    "modeling": (
+        {"modeling", "tract", "errors", "files"},
+        {"torch", "torchvision", "timm", "safetensors", "numpy"},
+    ),
     "data": ({"data", "errors"}, {"torch", "torchvision", "numpy", "PIL", "matplotlib"}),
     "evaluation": (
         {"evaluation", "distributed", "errors", "files"},
@@ -19,9 +22,11 @@ ALLOWED = {
     ),
     "engine": (
         {"engine", "distributed", "errors", "files"},
-        {"torch", "fvcore", "tqdm", "deepspeed"},
+        {"torch", "fvcore", "tqdm", "deepspeed", "timm"},
     ),
-    "config": ({"errors"}, {"fvcore", "yaml"}),
+    "config": ({"config_common"}, {"fvcore"}),
+    "config_classification": ({"config_common"}, {"fvcore"}),
+    "config_common": ({"errors"}, {"fvcore", "yaml"}),
     "visualize": ({"errors", "files"}, {"torch", "torchvision", "numpy", "PIL", "matplotlib"}),
     "distributed": (set(), {"torch"}),
     "errors": (set(), set()),

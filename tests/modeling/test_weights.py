@@ -8,6 +8,7 @@ from torch import nn
 from tract_det.engine.checkpoint import save_weights
 from tract_det.errors import UserError
 from tract_det.modeling.backbones import VGGHead
+from tract_det.modeling.classifiers import build_classifier
 from tract_det.modeling.faster_rcnn import BoxHeadOptions, build_faster_rcnn
 from tract_det.modeling.weights import (
     IMAGENET_MEAN,
@@ -15,6 +16,7 @@ from tract_det.modeling.weights import (
     Weights,
     input_variance,
     load_into,
+    load_into_classifier,
     pixel_statistics,
     read_weights,
 )
@@ -178,3 +180,116 @@ def test_lambda_grows_with_the_square_of_the_inputs_scale():
     assert input_variance(IMAGENET_STD) == pytest.approx(1)
     assert input_variance([value / 2 for value in IMAGENET_STD]) == pytest.approx(4)
     assert input_variance([1.0, 1.0, 1.0]) == pytest.approx(3321, rel=1e-3)
+
+
+def classifier_weights(model, **meta):
+    return Weights("w.pth", dict(model.state_dict()), meta)
+
+
+def test_a_pretrained_resnet_enters_the_detector_and_one_for_small_images_does_not():
+    own = build_classifier("resnet18", 5)
+    report = load_into(small(), classifier_weights(own, class_names=list("abcde")), CLASSES)
+    assert report.left == ["backbone.body.fc.weight", "backbone.body.fc.bias"]
+    other = build_classifier("resnet18", 5, small_images=True)
+    with pytest.raises(
+        UserError, match=r"3x3 stem .*MODEL\.BACKBONE\.NAME .* MODEL\.SMALL_IMAGES False"
+    ):
+        load_into(small(), classifier_weights(other), CLASSES)
+
+
+@pytest.mark.parametrize("form", ["small", "timm"])
+def test_a_vgg_of_another_form_fills_what_it_has(form):
+    with torch.device("meta"):
+        detector = build_faster_rcnn(backbone="vgg16", num_classes=2)
+        if form == "small":
+            model = build_classifier("vgg16", 2, small_images=True)
+        else:
+            model = build_classifier("timm:vgg16", 2)
+        state = model.state_dict()
+    full = {k: torch.zeros(()).expand(v.shape) for k, v in state.items()}
+    detector.to_empty(device="cpu")
+    report = load_into(detector, Weights("vgg", full, {}), CLASSES)
+    fc = [key for key in report.random if key.startswith("roi_heads.box_head.")]
+    assert len(fc) == (4 if form == "small" else 0)
+    assert len(report.used) == (26 if form == "small" else 30) and len(report.left) == 2
+
+
+def test_a_classifier_goes_on_with_its_own_classes_and_keeps_no_head_of_others():
+    one, other = build_classifier("resnet10", 2, width=8), build_classifier("resnet10", 2, width=8)
+    weights = classifier_weights(one, class_names=CLASSES)
+    report = load_into_classifier(other, weights, CLASSES, strict=True)
+    assert not report.random and not report.left
+    for key, value in one.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value)
+    head = other.fc.weight.clone()
+    with torch.no_grad():
+        one.fc.weight.zero_()
+    weights = classifier_weights(one, class_names=["b", "a"])
+    assert load_into_classifier(other, weights, CLASSES).random == ["fc.weight", "fc.bias"]
+    assert torch.equal(other.fc.weight, head)
+    with pytest.raises(
+        UserError, match=r"w\.pth knows other classes .* b, a, \.\.\.: set DATASETS"
+    ):
+        load_into_classifier(other, weights, CLASSES, strict=True)
+
+
+@pytest.mark.parametrize("name", ["vgg11", "timm:vgg11", "timm:test_vit", "timm:test_convnext"])
+def test_the_head_of_another_number_of_classes_stays_random(name):
+    with torch.device("meta"):
+        theirs, ours = build_classifier(name, 3), build_classifier(name, 2)
+    state = {k: torch.zeros(()).expand(v.shape) for k, v in theirs.state_dict().items()}
+    ours.to_empty(device="cpu")
+    report = load_into_classifier(ours, Weights("w", state, {}), CLASSES)
+    head = {"vgg11": "classifier.6", "timm:vgg11": "head.fc", "timm:test_convnext": "head.fc"}
+    expected = head.get(name, "head")
+    assert report.random == [f"{expected}.weight", f"{expected}.bias"] and not report.left
+
+
+def test_a_vgg_for_small_images_takes_the_convolutions_of_a_large_one():
+    with torch.device("meta"):
+        large = build_classifier("vgg11_bn", 2).state_dict()
+        own = build_classifier("vgg11_bn", 2, small_images=True)
+    state = {k: torch.zeros(()).expand(v.shape) for k, v in large.items()}
+    own.to_empty(device="cpu")
+    report = load_into_classifier(own, Weights("w", state, {}), CLASSES)
+    assert report.random == ["classifier.weight", "classifier.bias"]
+    assert len(report.left) == 6
+    with pytest.raises(UserError, match="is not for this model"):
+        load_into_classifier(own, Weights("w", state, {}), CLASSES, strict=True)
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_position_embeddings_are_resampled_for_another_image_size(library):
+    def build(size):
+        if library == "timm":
+            return build_classifier("timm:test_vit", 2, image_size=size)
+        return torchvision.models.VisionTransformer(size, 16, 1, 2, 32, 32, num_classes=2)
+
+    torch.manual_seed(0)
+    small_one, large = build(32), build(64)
+    key = "pos_embed" if library == "timm" else "encoder.pos_embedding"
+    with torch.no_grad():
+        small_one.get_parameter(key).fill_(0.5)
+    report = load_into_classifier(large, classifier_weights(small_one), CLASSES, strict=True)
+    assert list(report.resampled) == [key] and "1 resampled" in str(report)
+    torch.testing.assert_close(
+        large.state_dict()[key], torch.full_like(large.state_dict()[key], 0.5)
+    )
+    report = load_into_classifier(build(32), classifier_weights(small_one), CLASSES, strict=True)
+    assert not report.resampled
+
+
+def test_another_classifier_is_refused_by_key():
+    own = build_classifier("resnet10", 2, width=8)
+    for model, message in (
+        (build_classifier("resnet10", 2, width=16), r"'conv1\.weight' is .*check MODEL\.NAME"),
+        (build_classifier("resnet10", 2, width=8, small_images=True), r"'conv1\.weight' is"),
+        (build_classifier("resnet10", 2, width=8, norm="GN"), r"of its tensors are missing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_into_classifier(own, classifier_weights(model), CLASSES)
+    groups = build_classifier("resnet10", 2, width=8, norm="GN")
+    with pytest.raises(UserError, match=r"with batch norm: set MODEL\.NORM"):
+        load_into_classifier(groups, classifier_weights(own), CLASSES)
+    with pytest.raises(UserError, match=r"is a whole detector"):
+        load_into_classifier(own, classifier_weights(small()), CLASSES)

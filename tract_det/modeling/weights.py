@@ -1,11 +1,12 @@
-"""Weights: where they come from, which pixels they expect, and how they enter a detector.
+"""Weights: where they come from, which pixels they expect, and how they enter a model.
 
 A file of this project is `{"model": state_dict, "meta": {...}}`, tensors and plain values alone, so
 that `torch.load(..., weights_only=True)` reads it: a checkpoint from the internet runs no code.
 """
 
-import pickle
-from collections.abc import Sequence
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ from urllib.error import URLError
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 from tract_det.errors import UserError
+from tract_det.modeling import convert
 from tract_det.modeling.backbones import VGGBackbone
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB in [0, 255]
 IMAGENET_STD = (58.395, 57.12, 57.375)
+
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,43 +49,51 @@ class Weights:
         return any(key.startswith("roi_heads.") for key in self.state)
 
 
-def read_weights(source: str) -> Weights:
+def read_weights(
+    source: str, *, key: str = "MODEL.WEIGHTS", channels: str = "", stride_in_3x3: bool = False
+) -> Weights:
     """Reads a file, or one of torchvision's weights by its name (`ResNet50_Weights.IMAGENET1K_V2`).
 
+    Files are torch's, `.safetensors`, and detectron2's `.pkl`: the latter as torchvision names its
+    tensors, for RGB.
+
+    Args:
+        source: the file or name.
+        key: where the user gave it, for messages.
+        channels: as in `convert.read_detectron2`.
+        stride_in_3x3: as there.
+
     Raises:
-        UserError: the file is missing or is no state dict; the name is unknown; no network.
+        UserError: the file is missing, is no state dict, or would run code; the name is unknown;
+            no network.
     """
-    if "_Weights." in source and not Path(source).exists():
-        return _torchvision_weights(source)
-    if not Path(source).is_file():
+    path, what = Path(source), f"{key} {source}"
+    if "_Weights." in source and not path.exists():
+        return _torchvision_weights(source, key)
+    if not path.is_file():
         raise UserError(
-            f"MODEL.WEIGHTS {source} is no file: give a file, one of torchvision's names like "
-            "ResNet50_Weights.IMAGENET1K_V2, or '' for random weights"
+            f"{what} is no file: give a file, or one of torchvision's names like "
+            "ResNet50_Weights.IMAGENET1K_V2"
         )
-    try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(
-            f"MODEL.WEIGHTS {source} cannot be read as a file of tensors: "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
-    meta: dict[str, Any] = {}
-    if isinstance(content, dict) and isinstance(content.get("meta"), dict):
-        meta = content["meta"]
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+    if convert.is_detectron2(path):
+        state, meta = convert.read_detectron2(
+            path, what, channels=channels, stride_in_3x3=stride_in_3x3
+        )
+        return Weights(source, state, meta)
+    if path.suffix == ".safetensors":
+        return Weights(source, *convert.read_safetensors(path, what))
+    content, meta = convert.read_torch(path, what)
     if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
-        raise UserError(f"MODEL.WEIGHTS {source} holds no state dict (names of tensors)")
-    state = {str(key).removeprefix("module."): value for key, value in content.items()}
+        raise UserError(f"{what} holds no state dict (names of tensors)")
+    state = {str(name).removeprefix("module."): value for name, value in content.items()}
     return Weights(source, state, meta)
 
 
-def _torchvision_weights(name: str) -> Weights:
+def _torchvision_weights(name: str, key: str) -> Weights:
     try:
         entry = torchvision.models.get_weight(name)
     except (ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"MODEL.WEIGHTS {name}: torchvision has no such weights") from error
+        raise UserError(f"{key} {name}: torchvision has no such weights") from error
     preset = entry.transforms()
     meta = {}
     if hasattr(preset, "mean"):
@@ -91,7 +105,7 @@ def _torchvision_weights(name: str) -> Weights:
         return Weights(name, dict(entry.get_state_dict(check_hash=True)), meta)
     except (URLError, OSError) as error:
         raise UserError(
-            f"MODEL.WEIGHTS {name} cannot be downloaded ({error}): fetch {entry.url} elsewhere and "
+            f"{key} {name} cannot be downloaded ({error}): fetch {entry.url} elsewhere and "
             f"put it into {torch.hub.get_dir()}/checkpoints"
         ) from error
 
@@ -161,15 +175,24 @@ def _detector_key(key: str, backbone: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Which tensors were used, which of the model stay random, which of the file were left."""
+    """Which tensors were used, which of the model stay random, which of the file were left.
+
+    Attributes:
+        resampled: those of the used ones that were fitted to another image size.
+    """
 
     used: list[str]
     random: list[str]
     left: list[str]
+    resampled: Sequence[str] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.used)} tensors used"]
-        for what, keys in (("stay random", self.random), ("left", self.left)):
+        for what, keys in (
+            ("stay random", self.random),
+            ("left", self.left),
+            ("resampled", self.resampled),
+        ):
             if keys:
                 names = ", ".join(keys[:6]) + (", ..." if len(keys) > 6 else "")
                 lines.append(f"{len(keys)} {what} ({names})")
@@ -183,7 +206,7 @@ def load_into(
 
     Args:
         detector: as `build_faster_rcnn` makes it.
-        weights: a classifier with torchvision's keys, or a detector of this project.
+        weights: a ResNet or VGG with torchvision's keys, or timm's; or a detector of this project.
         class_names: the detector's classes. A detector's weights of other classes keep their box
             predictor to themselves.
         strict: every tensor of the model must be in the file (for evaluation).
@@ -198,6 +221,7 @@ def load_into(
                 f"MODEL.WEIGHTS {weights.source} is a classifier: --eval-only takes a detector's"
             )
         backbone = detector.get_submodule("backbone")
+        state = convert.to_torchvision(state)
         state = {_detector_key(key, backbone): tensor for key, tensor in state.items()}
     theirs = weights.meta.get("class_names")
     if weights.is_detector and theirs is not None and list(theirs) != list(class_names):
@@ -214,41 +238,157 @@ def load_into(
         # VGG16_Weights.IMAGENET1K_FEATURES fills the classifier that it lacks with NaN.
         if not (key.startswith("roi_heads.box_head.") and not tensor.isfinite().all())
     }
-    _check_fit(own, state, weights, strict=strict)
+    _check_norm(own, state, weights, "MODEL.BACKBONE.NORM to BN, FrozenBN or SyncBN")
+    _check_stem(own, state, weights)
+    needed = [
+        key for key in own if strict or key.startswith(("backbone.body.", "backbone.features."))
+    ]
+    _check_fit(
+        own,
+        state,
+        weights,
+        needed,
+        missing="MODEL.BACKBONE.NAME and NORM",
+        shape="MODEL.BACKBONE.NAME and DATASETS.CLASSES",
+    )
+    return _load(detector, own, state)
+
+
+def _load(model: nn.Module, own: State, state: State, resampled: Sequence[str] = ()) -> LoadReport:
     used = {key: tensor for key, tensor in state.items() if key in own}
-    detector.load_state_dict(used, strict=False)
+    model.load_state_dict(used, strict=False)
     return LoadReport(
         used=list(used),
-        random=[key for key in own if key not in used and "num_batches_tracked" not in key],
-        left=[key for key in state if key not in own and "num_batches_tracked" not in key],
+        random=[key for key in own if key not in used and _counts(key)],
+        left=[key for key in state if key not in own and _counts(key)],
+        resampled=resampled,
     )
 
 
-def _check_fit(
-    own: dict[str, Tensor], state: dict[str, Tensor], weights: Weights, *, strict: bool
-) -> None:
-    statistics = [key for key in state if key.startswith("backbone.") and "running_mean" in key]
-    if statistics and not any("running_mean" in key for key in own):
+def _counts(key: str) -> bool:
+    return "num_batches_tracked" not in key
+
+
+def _check_norm(own: State, state: State, weights: Weights, mend: str) -> None:
+    theirs = [key for key in state if "running_mean" in key and not key.startswith("rpn.")]
+    if theirs and not any("running_mean" in key for key in own):
+        raise UserError(f"MODEL.WEIGHTS {weights.source} was trained with batch norm: set {mend}")
+
+
+def _check_stem(own: State, state: State, weights: Weights) -> None:
+    key = "backbone.body.conv1.weight"
+    if key in own and key in state and state[key].shape[-1] < own[key].shape[-1]:
         raise UserError(
-            f"MODEL.WEIGHTS {weights.source} was trained with batch norm: set MODEL.BACKBONE.NORM "
-            "to BN, FrozenBN or SyncBN"
+            f"MODEL.WEIGHTS {weights.source} is a ResNet for small images, with a 3x3 stem and no "
+            "pooling (MODEL.SMALL_IMAGES True); the detector's MODEL.BACKBONE.NAME has a 7x7 stem: "
+            "pretrain with MODEL.SMALL_IMAGES False and larger images (INPUT.SIZE 64)"
         )
-    needed = [
-        key
-        for key in own
-        if "num_batches_tracked" not in key
-        and (strict or key.startswith(("backbone.body.", "backbone.features.")))
-    ]
-    missing = [key for key in needed if key not in state]
-    if missing:
+
+
+def _check_fit(
+    own: State, state: State, weights: Weights, needed: Sequence[str], *, missing: str, shape: str
+) -> None:
+    """Refuses weights that lack `needed` tensors or have other shapes; names the keys to check."""
+    absent = [key for key in needed if key not in state and _counts(key)]
+    if absent:
         raise UserError(
-            f"MODEL.WEIGHTS {weights.source} is not for this model: {len(missing)} of its tensors "
-            f"are missing, the first '{missing[0]}'; check MODEL.BACKBONE.NAME and NORM"
+            f"MODEL.WEIGHTS {weights.source} is not for this model: {len(absent)} of its tensors "
+            f"are missing, the first '{absent[0]}'; check {missing}"
         )
     for key, tensor in state.items():
         if key in own and own[key].shape != tensor.shape:
             raise UserError(
                 f"MODEL.WEIGHTS {weights.source} is not for this model: '{key}' is "
-                f"{tuple(tensor.shape)} there and {tuple(own[key].shape)} here; check "
-                "MODEL.BACKBONE.NAME and DATASETS.CLASSES"
+                f"{tuple(tensor.shape)} there and {tuple(own[key].shape)} here; check {shape}"
             )
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """The names of the layers that give the logits."""
+    config = getattr(model, "pretrained_cfg", None)  # timm's
+    named = config.get("classifier") if isinstance(config, Mapping) else None
+    if named:
+        return [named] if isinstance(named, str) else list(named)
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return layers[-1:]
+
+
+def load_into_classifier(
+    model: nn.Module, weights: Weights, class_names: Sequence[str] = (), *, strict: bool = False
+) -> LoadReport:
+    """Copies a classifier's weights into a classifier, in place.
+
+    Position embeddings of another image size are resampled, as timm and torchvision do it.
+
+    Args:
+        model: as `build_classifier` makes it.
+        weights: of the same architecture, by torchvision's keys or timm's.
+        class_names: of the data set; weights of others leave the head random.
+        strict: every tensor of the model must be in the file (for evaluation).
+
+    Raises:
+        UserError: the weights are a detector's, of another architecture, or (strict) other classes.
+    """
+    if weights.is_detector:
+        raise UserError(
+            f"MODEL.WEIGHTS {weights.source} is a whole detector: give a classifier's weights"
+        )
+    own = model.state_dict()
+    state = convert.to_torchvision(weights.state)
+    if "pre_logits.fc1.weight" in own:
+        state = convert.to_timm(state)
+    heads = _heads(model)
+    in_head = tuple(f"{head}." for head in heads)
+    if _other_classes(own, state, weights, class_names, in_head):
+        if strict:
+            theirs = weights.meta.get("class_names") or []
+            raise UserError(
+                f"MODEL.WEIGHTS {weights.source} knows other classes than the data set's "
+                f"{len(class_names)} ({', '.join(class_names[:3])}, ...): "
+                f"{', '.join(theirs[:3]) or 'of another number'}, ...: set DATASETS.ROOT or other "
+                "weights"
+            )
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(in_head)}
+    _check_norm(own, state, weights, "MODEL.NORM to BN or SyncBN")
+    state, resampled = _fit_positions(model, own, state)
+    tops = tuple(f"{head.split('.')[0]}." for head in heads)  # a VGG's fc6 and fc7 are in it
+    needed = [key for key in own if strict or not key.startswith(tops)]
+    what = "MODEL.NAME, SMALL_IMAGES, NORM, PATCH_NORM and WIDTH"
+    _check_fit(own, state, weights, needed, missing=what, shape=f"{what}, and INPUT.SIZE")
+    return _load(model, own, state, resampled)
+
+
+def _other_classes(
+    own: State, state: State, weights: Weights, class_names: Sequence[str], in_head: tuple[str, ...]
+) -> bool:
+    theirs = weights.meta.get("class_names")
+    if theirs and class_names:
+        return list(theirs) != list(class_names)
+    shared = [key for key in state if key.startswith(in_head) and key in own]
+    return any(len(state[key]) != len(own[key]) for key in shared)
+
+
+def _fit_positions(model: nn.Module, own: State, state: State) -> tuple[State, list[str]]:
+    """The state with a ViT's position embeddings for the model's image size, and their keys."""
+    key = "encoder.pos_embedding" if isinstance(model, VisionTransformer) else "pos_embed"
+    old, new = state.get(key), own.get(key)
+    if old is None or new is None or old.shape == new.shape or old.shape[-1] != new.shape[-1]:
+        return state, []
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if isinstance(model, VisionTransformer):
+        whole = OrderedDict(state)
+        size, patch = model.image_size, model.patch_size
+        return dict(interpolate_embeddings(size, patch, whole)), [key]
+    prefix = (
+        0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
+    )
+    if (
+        grid is None
+        or old.dim() != 3
+        or math.isqrt(old.shape[1] - prefix) ** 2 + prefix != old.shape[1]
+    ):
+        return state, []
+    from timm.layers import resample_abs_pos_embed  # not needed for a detector
+
+    fitted = resample_abs_pos_embed(old, list(grid), num_prefix_tokens=prefix)
+    return {**state, key: fitted}, [key]
