@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from tract_det.data import detection
+from tract_det.data import images
 from tract_det.data.detection import VOCDetection, aspect_groups, drop_empty
 from tract_det.data.voc import read_split
 from tract_det.errors import UserError
@@ -107,7 +107,7 @@ def test_pillow_reads_what_torchvision_was_not_built_for(tree, monkeypatch, deco
     tree.add("a", CAT)
     dataset = read(tree)
     expected, _ = dataset[0]
-    monkeypatch.setattr(detection, "decode_image", decoder)
+    monkeypatch.setattr(images, "decode_image", decoder)
     image, _ = dataset[0]
     assert (image.int() - expected.int()).abs().max() <= 2
 

@@ -8,21 +8,15 @@ else does.
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision import tv_tensors
 
+from tract_det.data.images import read_rgb
 from tract_det.data.voc import Annotation, VOCSplit
 from tract_det.errors import UserError
-
-try:
-    from torchvision.io import ImageReadMode, decode_image, read_file
-except ImportError:  # deprecated in torchvision 0.29, to be removed
-    decode_image = None
 
 Target = dict[str, Any]
 
@@ -72,7 +66,7 @@ class VOCDetection(torch.utils.data.Dataset):
             UserError: The image cannot be read, or is not as large as its annotation says.
         """
         annotation = self.split.annotations[index]
-        image = tv_tensors.Image(_read_rgb(annotation.path))
+        image = tv_tensors.Image(read_rgb(annotation.path))
         _check_size(annotation, height=image.shape[-2], width=image.shape[-1])
         keep = np.ones(len(annotation.boxes), dtype=bool)
         if not self.use_difficult:
@@ -138,35 +132,6 @@ def _drop_thin(target: Target) -> Target:
         return target
     boxes = tv_tensors.wrap(target["boxes"][keep], like=target["boxes"])
     return target | {"boxes": boxes, "labels": target["labels"][keep]}
-
-
-def _read_rgb(path: Path) -> torch.Tensor:
-    """(3, H, W) uint8 from JPEG or PNG; grey, palette, CMYK and transparent images become RGB.
-
-    torchvision's decoder: the same pixels as Pillow's, bit for bit, in 0.7 ms instead of 2.0 ms
-    for a 640 x 480 JPEG (one core, torchvision 0.29, Pillow 13). Pillow where it fails: builds
-    without libjpeg, rare formats, releases without the decoder.
-    """
-    if decode_image is None:
-        return _read_rgb_pillow(path)
-    try:
-        image = decode_image(read_file(str(path)), ImageReadMode.RGB)
-    except RuntimeError:
-        return _read_rgb_pillow(path)
-    if image.dtype != torch.uint8:  # a PNG of 16 bits a channel
-        image = (image.to(torch.int32) >> 8).to(torch.uint8)
-    return image
-
-
-def _read_rgb_pillow(path: Path) -> torch.Tensor:
-    try:
-        with Image.open(path) as file:
-            pixels = np.array(file.convert("RGB"))  # (H, W, 3)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three on broken files
-        raise UserError(
-            f"{path}: the image cannot be read ({error}): replace it or remove it from the split"
-        ) from None
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def _check_size(annotation: Annotation, *, height: int, width: int) -> None:
