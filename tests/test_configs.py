@@ -1,34 +1,54 @@
 """Every config file loads, builds and says how to run it."""
 
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from fvcore.common.config import CfgNode
 
 from tests.conftest import REPO
-from tract_det.config import DERIVED_DEEPSPEED_KEYS, get_cfg, load_cfg
+from tract_det import config, config_classification
+from tract_det.config import load_cfg
+from tract_det.config_common import DERIVED_DEEPSPEED_KEYS
 from tract_det.errors import UserError
 from tract_det.modeling.weights import Weights
 
-CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
+FOLDERS = {
+    "train_net.py": ("BCCD-Detection", "PascalVOC-Detection", "quickstart"),
+    "pretrain_net.py": ("CIFAR", "ImageNet-Classification", "Transfer"),
+}
+FILES = {
+    tool: sorted(path for name in names for path in (REPO / "configs" / name).glob("*.yaml"))
+    for tool, names in FOLDERS.items()
+}
+CONFIGS = FILES["train_net.py"]  # detection
+RECIPES = FILES["pretrain_net.py"]  # classification
 QUICK = REPO / "configs/quickstart/shapes.yaml"
 
 
+def loader(path):
+    """The `load_cfg` of a file's tool."""
+    return load_cfg if path in CONFIGS else config_classification.load_cfg
+
+
 def test_none_is_forgotten():
+    assert sorted(CONFIGS + RECIPES) == sorted((REPO / "configs").rglob("*.yaml"))
     assert len(CONFIGS) == 17
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CONFIGS + RECIPES, ids=lambda p: p.stem)
 def test_a_config_loads_and_opens_with_its_command(path):
-    cfg = load_cfg(path)
+    cfg = loader(path)(path)
     command = path.read_text().splitlines()[0]
     words = shlex.split(command.removeprefix("# "))
-    assert words[0] in ("python", "deepspeed") and "tools/train_net.py" in words
+    tool = "train_net.py" if path in CONFIGS else "pretrain_net.py"
+    assert words[0] in ("python", "deepspeed") and f"tools/{tool}" in words
     if path != QUICK:  # the default
         assert words[words.index("--config-file") + 1] == str(path.relative_to(REPO))
     if "quickstart" not in str(path):
-        assert cfg.OUTPUT_DIR.endswith(path.stem)
+        assert f"output/{path.parent.name}/{path.stem}" == cfg.OUTPUT_DIR
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -47,14 +67,17 @@ def test_a_config_builds_its_model(path, train_net):
     assert meta["class_names"] == ["a", "b"]
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if "tract" in p.stem], ids=lambda p: p.stem)
+TRACT = [p for p in CONFIGS + RECIPES if "_tract" in p.stem and "_from_tract" not in p.stem]
+
+
+@pytest.mark.parametrize("path", TRACT, ids=lambda p: p.stem)
 def test_a_tract_config_differs_from_its_control_by_tract_alone(path):
-    control = path.with_name(path.name.replace("_tract", ""))
-    ours, theirs = load_cfg(path), load_cfg(control)
+    control = path.with_name(re.sub(r"_tract(_lambda[\d.]+(?=_))?", "", path.name))
+    ours, theirs = loader(path)(path), loader(path)(control)
     assert ours.MODEL.TRACT.ENABLED and not theirs.MODEL.TRACT.ENABLED
     for cfg in (ours, theirs):
         cfg.defrost()
-        cfg.MODEL.TRACT.ENABLED, cfg.OUTPUT_DIR = True, ""
+        cfg.MODEL.TRACT, cfg.OUTPUT_DIR = CfgNode(), ""
     assert ours == theirs
 
 
@@ -132,7 +155,40 @@ def test_numbers_take_the_type_of_their_default():
     assert load_cfg(QUICK, ["SOLVER.BASE_LR", "1e-3"]).SOLVER.BASE_LR == 1e-3
 
 
-def test_the_defaults_are_valid():
-    from tract_det.config import validate
+@pytest.mark.parametrize("module", [config, config_classification])
+def test_the_defaults_are_valid(module):
+    module.validate(module.get_cfg())
 
-    validate(get_cfg())
+
+SMALL = REPO / "configs/CIFAR/cpu_small.yaml"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["SOLVER.EPOCH", "1"], "did you mean 'SOLVER.EPOCHS'"),
+        (["SOLVER.EPOCHS", "0"], "SOLVER.EPOCHS is 0.0"),
+        (["SOLVER.STEM.OPTIMIZER", "sgd"], "SOLVER.STEM.OPTIMIZER is 'sgd': it takes one of"),
+        (["SOLVER.BETAS", "0.9"], "SOLVER.BETAS takes two numbers"),
+        (["MODEL.NORM", "FrozenBN"], "MODEL.NORM is 'FrozenBN'"),
+        (["MODEL.PIXEL_MEAN", "[1,2,3]"], "given together"),
+        (["MODEL.EMA.DECAY", "1"], "MODEL.EMA.DECAY is 1.0"),
+        (["TEST.BEST_METRIC", "ema.top1"], r"ema\.top1 needs MODEL\.EMA\.ENABLED True"),
+        (["INPUT.RESIZE_TEST", "16"], "INPUT.RESIZE_TEST 16 is less than INPUT.SIZE 32"),
+        (["INPUT.ERASING", "2"], "INPUT.ERASING is 2.0: it takes 0 to 1"),
+        (["MIX.MIXUP_ALPHA", "-1"], "MIX.MIXUP_ALPHA is -1.0"),
+        (["DATASETS.HOLDOUT", "1"], "DATASETS.HOLDOUT is 1.0"),
+        (["DEEPSPEED.zero_optimization.stage", "4"], "it takes 0, 1, 2 or 3"),
+        (
+            ["DEEPSPEED.zero_optimization.stage", "3", "MODEL.EMA.ENABLED", "True"],
+            "no rank whole weights, which MODEL.EMA.ENABLED needs",
+        ),
+        (["MODEL.TRACT.SCHEDULE", "linear"], "MODEL.TRACT.SCHEDULE linear and LAMBDA_END -1.0"),
+        (["MODEL.TRACT.LAMBDA_END", "0"], "MODEL.TRACT.LAMBDA_END is 0.0"),
+        (["MODEL.TRACT.STOP_AT", "-1"], "MODEL.TRACT.STOP_AT is -1"),
+    ],
+)
+def test_a_bad_override_of_a_recipe_is_refused_by_name(pairs, message):
+    with pytest.raises(UserError, match=message) as caught:
+        config_classification.load_cfg(SMALL, pairs)
+    assert "\n" not in str(caught.value)

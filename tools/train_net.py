@@ -13,16 +13,29 @@ Files inherit with `_BASE_`; trailing `KEY VALUE` pairs override them. All keys 
 
 import argparse
 import re
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import nn
+from tract_det.tools import common
+from tract_det.tools.common import (
+    HERE,
+    begin,
+    build_engine,
+    build_lambda,
+    build_schedule,
+    find_config,
+    fit,
+    identity,
+    make_output,
+    place,
+    plain,
+    put_tract,
+)
 
-from tract_det import __version__, apply_tract, distributed, find_stem, set_micro_batches
+from tract_det import __version__, distributed, tract_diagnostics
 from tract_det.cli import run
 from tract_det.config import load_cfg
 from tract_det.data.detection import VOCDetection, aspect_groups, drop_empty
@@ -30,14 +43,11 @@ from tract_det.data.loaders import evaluation_loader, training_loader
 from tract_det.data.transforms import detection_train
 from tract_det.data.voc import VOCSplit, read_dataset
 from tract_det.engine import checkpoint, ds
-from tract_det.engine.loop import StopSignal, infer, train
-from tract_det.engine.optimizer import build_optimizer, parameter_groups
+from tract_det.engine.loop import infer
 from tract_det.engine.run import Run
-from tract_det.engine.schedule import lr_schedule
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator, format_table, write_json
-from tract_det.files import write_text
 from tract_det.modeling.faster_rcnn import (
     BoxHeadOptions,
     FasterRCNN,
@@ -53,7 +63,6 @@ from tract_det.modeling.weights import (
 )
 from tract_det.visualize import Picture, detection_grid
 
-HERE = Path(__file__).resolve().parent.parent  # the checkout, or the installed package
 QUICK_START = HERE / "configs" / "quickstart" / "shapes.yaml"
 PICTURES = 16
 
@@ -61,23 +70,8 @@ Results = dict[str, Any]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """detectron2's command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", default=str(QUICK_START), metavar="FILE")
-    parser.add_argument("--resume", action="store_true", help="go on where OUTPUT_DIR stopped")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
-    # Launchers append one or the other; the environment says the same.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
-    return parser.parse_args(argv)
-
-
-def find_config(name: str) -> Path:
-    """The file as given, else the one that was installed with the package."""
-    places = (Path(name), HERE / name, HERE / "configs" / name)
-    return next((path for path in places if path.is_file()), Path(name))
+    """The command line."""
+    return common.parse(__doc__, QUICK_START, argv)
 
 
 def read_data(
@@ -148,13 +142,8 @@ def build_model(
     )
     if weights is not None:
         say(f"weights {weights.source}: {load_into(model, weights, class_names, strict=strict)}")
-    if cfg.MODEL.TRACT.ENABLED and not strict:
-        lambda_ = cfg.MODEL.TRACT.LAMBDA * input_variance(std)
-        set_micro_batches(apply_tract(model, lambda_), cfg.SOLVER.ACCUMULATION)
-        say(
-            f"TrAct on '{find_stem(model)}', lambda {cfg.MODEL.TRACT.LAMBDA:g} of standardised "
-            f"pixels, {lambda_:g} of this model's"
-        )
+    if not strict:
+        put_tract(cfg, model, input_variance(std))
     meta = {
         "version": __version__,
         "backbone": cfg.MODEL.BACKBONE.NAME,
@@ -165,13 +154,6 @@ def build_model(
         "class_names": list(class_names),
     }
     return model, meta
-
-
-def place(cfg: CfgNode, model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on its device, in the config's precision."""
-    if cfg.SOLVER.AMP.ENABLED:
-        ds.autocast_forward(model, device)
-    return model.to(device)
 
 
 class Evaluation:
@@ -226,50 +208,6 @@ class Evaluation:
         ]
 
 
-def build_engine(cfg: CfgNode, model: nn.Module) -> Any:
-    """DeepSpeed's engine with the optimizer of the config."""
-    solver = cfg.SOLVER
-    clip = solver.CLIP_GRADIENTS
-    config = ds.ds_config(
-        batch_size=solver.IMS_PER_BATCH,
-        accumulation=solver.ACCUMULATION,
-        clip_norm=clip.CLIP_VALUE if clip.ENABLED else 0.0,
-        extra=_plain(cfg.DEEPSPEED),
-    )
-    groups = parameter_groups(
-        model,
-        weight_decay=solver.WEIGHT_DECAY,
-        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-    )
-    optimizer = build_optimizer(
-        groups,
-        name=solver.OPTIMIZER,
-        lr=solver.BASE_LR,
-        momentum=solver.MOMENTUM,
-        nesterov=solver.NESTEROV,
-    )
-    return ds.initialize(model, optimizer, config)
-
-
-def _plain(node: Any) -> Any:
-    return {k: _plain(v) for k, v in node.items()} if isinstance(node, dict) else node
-
-
-def build_schedule(cfg: CfgNode) -> Callable[[int], float]:
-    """The learning rate of a step."""
-    cosine = cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR"
-    return lr_schedule(
-        base_lr=cfg.SOLVER.BASE_LR,
-        max_iter=cfg.SOLVER.MAX_ITER,
-        steps=None if cosine else cfg.SOLVER.STEPS,
-        gamma=cfg.SOLVER.GAMMA,
-        end_lr=cfg.SOLVER.BASE_LR_END,
-        warmup_iters=cfg.SOLVER.WARMUP_ITERS,
-        warmup_factor=cfg.SOLVER.WARMUP_FACTOR,
-    )
-
-
 def build_loader(cfg: CfgNode, split: VOCSplit, start: int) -> Any:
     """This rank's micro-batches from step `start` on."""
     transform = detection_train(
@@ -311,20 +249,15 @@ def build_run(cfg: CfgNode, engine: Any, meta: dict[str, Any], evaluation: Evalu
         log_period=cfg.LOG_PERIOD,
         checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
         eval_period=cfg.TEST.EVAL_PERIOD,
-        evaluate=lambda model: means(evaluation(model)[0]),
+        evaluate=lambda model, _: means(evaluation(model)[0]),
         best_metric=cfg.TEST.BEST_METRIC,
         meta=meta,
-        identity={
-            "SEED": cfg.SEED,
-            "SOLVER.IMS_PER_BATCH": cfg.SOLVER.IMS_PER_BATCH,
-            "SOLVER.ACCUMULATION": cfg.SOLVER.ACCUMULATION,
-            "SOLVER.OPTIMIZER": cfg.SOLVER.OPTIMIZER,
+        identity=identity(cfg)
+        | {
             "DATASETS.TRAIN": list(cfg.DATASETS.TRAIN),
-            "DATALOADER": _plain(cfg.DATALOADER) | {"NUM_WORKERS": 0},  # readers change nothing
-            "MODEL.BACKBONE": _plain(cfg.MODEL.BACKBONE),
-            "MODEL.TRACT": _plain(cfg.MODEL.TRACT),
-            "DEEPSPEED.zero_optimization.stage": cfg.DEEPSPEED.zero_optimization.stage,
+            "MODEL.BACKBONE": plain(cfg.MODEL.BACKBONE),
         },
+        diagnostics=lambda: tract_diagnostics(engine.module),
     )
 
 
@@ -337,17 +270,12 @@ def do_train(cfg: CfgNode, device: torch.device, resume: bool) -> int:
     split, test = read_data(cfg, weights, train=True)
     assert split is not None
     model, meta = build_model(cfg, weights, split.class_names, strict=False)
-    engine = build_engine(cfg, place(cfg, model, device))
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"OUTPUT_DIR {output} cannot be made: {error.strerror}") from error
+    stem = cfg.MODEL.TRACT.STEM or None
+    engine = build_engine(cfg, place(cfg, model, device), stem)
+    make_output(output)
     evaluation = Evaluation(cfg, test, device)
     this_run = build_run(cfg, engine, meta, evaluation)
-    torch.manual_seed(cfg.SEED + distributed.rank())  # the ranks' dropout differs
-    start = this_run.start(resume=resume)
-    if distributed.is_main():
-        write_text(output / "config.yaml", cfg.dump())
+    start = begin(cfg, this_run, resume=resume)
     steps = cfg.SOLVER.MAX_ITER
     epochs = steps * cfg.SOLVER.IMS_PER_BATCH / len(split.annotations)
     say(
@@ -356,24 +284,17 @@ def do_train(cfg: CfgNode, device: torch.device, resume: bool) -> int:
         f"{cfg.SOLVER.IMS_PER_BATCH} images, {epochs:.1f} epochs; "
         f"{distributed.world_size()} process(es) on {device.type}; output in {output}"
     )
-    with StopSignal() as stop:
-        done = train(
-            engine,
-            build_loader(cfg, split, start),
-            start=start,
-            max_iter=steps,
-            accumulation=cfg.SOLVER.ACCUMULATION,
-            lr_at=build_schedule(cfg),
-            after_step=this_run.after_step,
-            stop=stop,
-        )
-        if done < steps:
-            this_run.save(done)
-            say(f"stopped after step {done}: the checkpoint is saved, go on with --resume")
-        else:
-            this_run.finish(lambda model: means(evaluation.report(model, output)))
-        this_run.writers.close()
-    return 0 if done == steps else 128 + (stop.number or signal.SIGTERM)
+    return fit(
+        cfg,
+        this_run,
+        build_loader(cfg, split, start),
+        lambda model, _: means(evaluation.report(model, output)),
+        start=start,
+        lr_at=build_schedule(
+            cfg, max_iter=steps, steps=cfg.SOLVER.STEPS, warmup_iters=cfg.SOLVER.WARMUP_ITERS
+        ),
+        lambda_at=build_lambda(cfg, input_variance(meta["pixel_std"]), steps),
+    )
 
 
 def do_eval(cfg: CfgNode, device: torch.device) -> int:

@@ -1,7 +1,24 @@
+import copy
+
+import pytest
 import torch
 from torch import nn
 
-from tract_det.engine.optimizer import build_optimizer, parameter_groups
+from tract_det.engine.optimizer import (
+    OPTIMIZERS,
+    Rule,
+    StemRule,
+    TwoRules,
+    build_optimizer,
+    parameter_groups,
+)
+from tract_det.errors import UserError
+
+
+def groups_of(model, stem=None, decay=0.1):
+    return parameter_groups(
+        model, weight_decay=decay, weight_decay_norm=0.0, weight_decay_bias=0.0, stem=stem
+    )
 
 
 def test_every_trainable_parameter_is_in_one_group_with_its_own_decay():
@@ -24,10 +41,122 @@ def test_equal_decays_share_a_group():
     assert len(groups) == 1
 
 
-def test_names_choose_the_optimizer():
-    groups = parameter_groups(
-        nn.Linear(2, 2), weight_decay=0.1, weight_decay_norm=0.0, weight_decay_bias=0.0
-    )
-    assert isinstance(build_optimizer(groups, name="AdamW", lr=0.1), torch.optim.AdamW)
-    sgd = build_optimizer(groups, name="SGD", lr=0.1, momentum=0.8, nesterov=True)
+class Scaled(nn.Module):
+    """A layer scale and a position embedding, as timm's models have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, 4, 8))
+        self.gamma = nn.Parameter(torch.ones(8))
+        self.weight = nn.Parameter(torch.zeros(8, 8))
+
+    def no_weight_decay(self):
+        return {"pos_embed"}
+
+
+def test_a_scale_and_what_the_model_itself_spares_decay_like_biases():
+    model = nn.Sequential(Scaled())  # the name that it spares is its own, not the wrapper's
+    spared = next(group for group in groups_of(model) if group["weight_decay"] == 0)
+    assert {id(p) for p in spared["params"]} == {id(model[0].pos_embed), id(model[0].gamma)}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_name_chooses_the_optimizer_and_it_lowers_the_loss(name, generator):
+    model = nn.Linear(4, 2)
+    optimizer = build_optimizer(groups_of(model), Rule(name, nesterov=True), lr=0.02)
+    assert type(optimizer).__name__.upper() == name.upper()
+    x = torch.randn(16, 4, generator=generator)
+    y = x[:, :2] * 3
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+
+def test_settings_arrive():
+    groups = groups_of(nn.Linear(2, 2))
+    sgd = build_optimizer(groups, Rule("SGD", momentum=0.8, nesterov=True), lr=0.1)
     assert sgd.defaults["momentum"] == 0.8 and sgd.defaults["nesterov"]
+    adam = build_optimizer(groups_of(nn.Linear(2, 2)), Rule("AdamW", betas=(0.8, 0.9)), lr=0.1)
+    assert adam.defaults["betas"] == (0.8, 0.9)
+
+
+def test_lamb_is_refused_where_zero_would_hand_it_slices():
+    with pytest.raises(UserError, match=r"SOLVER.OPTIMIZER LAMB .* stage 1"):
+        build_optimizer(groups_of(nn.Linear(2, 2)), Rule("LAMB"), lr=0.1, zero_stage=1)
+
+
+STEM = StemRule("0", Rule("SGD", momentum=0.5), lr_scale=10.0, weight_decay=0.3)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+def step(model, optimizer, seed):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    (model(x) ** 2).sum().backward()
+    optimizer.step()
+
+
+def two_rules(model, lr=0.001):
+    optimizer = build_optimizer(groups_of(model, STEM), Rule("Adam"), lr=lr, stem=STEM.rule)
+    assert isinstance(optimizer, TwoRules)
+    return optimizer
+
+
+def test_a_stem_by_sgd_inside_adam_is_two_optimizers_side_by_side():
+    ours, theirs = net(), net()
+    optimizer = two_rules(ours)
+    sgd = torch.optim.SGD([theirs[0].weight], lr=0.01, momentum=0.5, weight_decay=0.3)
+    adam = torch.optim.Adam(
+        [
+            {"params": [theirs[2].weight], "weight_decay": 0.1},
+            {"params": [theirs[0].bias, theirs[2].bias]},
+        ],
+        lr=0.001,
+    )
+
+    class Both:
+        def zero_grad(self):
+            sgd.zero_grad()
+            adam.zero_grad()
+
+        def step(self):
+            sgd.step()
+            adam.step()
+
+    for seed in range(5):
+        step(ours, optimizer, seed)
+        step(theirs, Both(), seed)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_two_rules_go_on_from_their_saved_state():
+    whole, parts = net(), net()
+    optimizer, first = two_rules(whole), two_rules(parts)
+    for seed in range(4):
+        step(whole, optimizer, seed)
+    for seed in range(2):
+        step(parts, first, seed)
+    second = two_rules(parts)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for seed in range(2, 4):
+        step(parts, second, seed)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_stem_of_the_same_rule_needs_no_second_optimizer():
+    stem = StemRule("0", Rule("SGD"), lr_scale=0.1)
+    optimizer = build_optimizer(groups_of(net(), stem), Rule("SGD"), lr=1.0, stem=stem.rule)
+    assert isinstance(optimizer, torch.optim.SGD)
+    own = [group for group in optimizer.param_groups if group.get("stem")]
+    assert len(own) == 1 and own[0]["lr_scale"] == 0.1 and own[0]["weight_decay"] == 0.1

@@ -1,6 +1,6 @@
 import pytest
 
-from tract_det.engine.schedule import lr_schedule
+from tract_det.engine.schedule import lambda_schedule, lr_schedule
 
 
 def test_steps_and_warmup_factor_by_factor():
@@ -30,3 +30,22 @@ def test_a_run_shortened_on_the_command_line_keeps_its_warm_up():
     short = lr_schedule(base_lr=1.0, max_iter=5, steps=[50, 80], warmup_iters=100)
     whole = lr_schedule(base_lr=1.0, max_iter=900, steps=[500, 800], warmup_iters=100)
     assert [short(k) for k in range(5)] == pytest.approx([whole(k) for k in range(5)])
+
+
+def test_lambda_stays_where_nothing_is_scheduled():
+    at = lambda_schedule(lambda_=0.1, max_iter=10)
+    assert [at(k) for k in (0, 5, 9)] == [0.1] * 3
+
+
+def test_lambda_goes_to_its_end_in_a_line_or_a_cosine():
+    line = lambda_schedule(lambda_=0.1, end=0.3, kind="linear", max_iter=100)
+    wave = lambda_schedule(lambda_=0.1, end=0.3, kind="cosine", max_iter=100)
+    assert [line(k) for k in (0, 25, 50, 100)] == pytest.approx([0.1, 0.15, 0.2, 0.3])
+    assert [wave(k) for k in (0, 50, 100)] == pytest.approx([0.1, 0.2, 0.3])
+    assert wave(25) < line(25)
+
+
+def test_tract_is_off_from_its_stop_on_and_the_schedule_ends_there():
+    at = lambda_schedule(lambda_=0.1, end=0.3, kind="linear", stop_at=10, max_iter=100)
+    assert at(9) == pytest.approx(0.28)
+    assert at(10) is None and at(99) is None

@@ -4,9 +4,11 @@ DeepSpeed is the training engine in every case, also for one process on a CPU, s
 tested on a laptop is what runs on many GPUs.
 """
 
+import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +113,42 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     with suppress(AttributeError):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
+    is_sharded = config.get("zero_optimization", {}).get("stage", 0) == 3
+    # A copy made later would have DeepSpeed's hooks.
+    template = _without_weights(model) if is_sharded else None
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
     )
     if distributed.world_size() == 1 and not engine.zero_optimization():
         # One process has nothing to sum; DeepSpeed would copy all gradients to a bucket and back.
         engine.enable_backward_allreduce = False
+    engine.template = partial(copy.deepcopy, template) if is_sharded else None
     return engine
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A copy whose parameters take no memory."""
+    empty = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
+    }
+    return copy.deepcopy(model, empty)
+
+
+def whole_model(engine: Any) -> nn.Module:
+    """The model with all its weights on this rank: the engine's own, or under ZeRO 3 a copy.
+
+    Under ZeRO 3 every forward pass of the engine's own model needs all ranks, which do not evaluate
+    the same number of batches. Every rank must call it.
+    """
+    if engine.template is None:
+        return engine.module
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        state = {key: value.clone() for key, value in engine.module.state_dict().items()}
+    model = engine.template()
+    model.load_state_dict(state, assign=True)
+    return model
 
 
 def autocast_forward(model: nn.Module, device: torch.device) -> None:
@@ -126,7 +157,13 @@ def autocast_forward(model: nn.Module, device: torch.device) -> None:
     Around the engine it would be lost: DeepSpeed turns an autocast that is not its own off, on
     CUDA, inside `engine(...)`. Its own one would reduce gradients in bf16 as well.
     """
-    model.forward = torch.autocast(device.type, dtype=torch.bfloat16)(model.forward)
+    # A partial object, unlike a function, is copied with the model that it belongs to.
+    model.forward = partial(_call_in_bf16, device.type, model.forward)
+
+
+def _call_in_bf16(device_type: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with torch.autocast(device_type, dtype=torch.bfloat16):
+        return function(*args, **kwargs)
 
 
 def save(engine: Any, folder: Path, tag: str, state: Mapping[str, Any]) -> None:

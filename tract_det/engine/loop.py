@@ -15,7 +15,8 @@ from tract_det import distributed
 from tract_det.engine import ds
 from tract_det.errors import UserError
 
-Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
+# Images, then targets: lists of tensors and of dicts for a detector, tensors for a classifier.
+Batch = tuple[Any, ...]
 
 
 @dataclass
@@ -72,6 +73,8 @@ def train(
     lr_at: Callable[[int], float],
     after_step: Callable[[Step], None],
     stop: StopSignal,
+    before_step: Callable[[int], None] | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
 ) -> int:
     """Trains from step `start` to `max_iter`; returns the number of steps done.
 
@@ -84,6 +87,8 @@ def train(
         lr_at: learning rate of a step, counted from 0.
         after_step: called on every rank when a step is done.
         stop: asked after each step; a signal to any rank stops them all.
+        before_step: called on every rank with the number of steps done.
+        memory_format: of the images, where they are one tensor.
 
     Raises:
         UserError: a loss is not finite; names the step, the losses and the images.
@@ -94,8 +99,10 @@ def train(
         began = time.perf_counter()
         step = Step(iteration + 1, lr=lr_at(iteration))
         ds.set_lr(engine, step.lr)
+        if before_step is not None:
+            before_step(iteration)
         for _ in range(accumulation):
-            images, targets = _to(engine.device, _timed_next(stream, step))
+            images, targets = _to(engine.device, _timed_next(stream, step), memory_format)
             losses = engine(images, targets)
             loss = sum(losses.values())
             _record(step, losses, targets, accumulation)
@@ -116,30 +123,36 @@ def _timed_next(stream: Iterator[Batch], step: Step) -> Batch:
     return batch
 
 
-def _to(device: torch.device, batch: Batch) -> Batch:
-    images, targets = batch
-    moved = [
-        {
-            key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-            for key, value in target.items()
-        }
-        for target in targets
-    ]
-    return [image.to(device, non_blocking=True) for image in images], moved
+def _to(
+    device: torch.device | str,
+    value: Any,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Any:
+    """The tensors in `value` on the device; the format is for those of four dimensions."""
+    if torch.is_tensor(value):
+        form = memory_format if value.ndim == 4 else torch.preserve_format
+        return value.to(device, non_blocking=device != "cpu", memory_format=form)
+    if isinstance(value, dict):
+        return {key: _to(device, one, memory_format) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to(device, one, memory_format) for one in value)
+    return value
 
 
 def _record(
-    step: Step, losses: Mapping[str, torch.Tensor], targets: list[dict[str, Any]], accumulation: int
+    step: Step, losses: Mapping[str, torch.Tensor], targets: Any, accumulation: int
 ) -> None:
     """Adds a micro-batch's losses to the step's means; refuses one that is not finite."""
     values = {name: float(value.detach()) for name, value in losses.items()}
     values["loss"] = sum(values.values())
     if not math.isfinite(values["loss"]):
-        names = ", ".join(str(target.get("image_id", "?")) for target in targets)
+        names = ""
+        if isinstance(targets, list):
+            names = "images: " + ", ".join(str(t.get("image_id", "?")) for t in targets) + "; "
         parts = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         raise UserError(
-            f"the loss is not finite at step {step.iteration}: {parts}; images: {names}; lower "
-            "SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS.ENABLED True"
+            f"the loss is not finite at step {step.iteration}: {parts}; {names}lower "
+            "SOLVER.BASE_LR, lengthen the warm-up or set SOLVER.CLIP_GRADIENTS.ENABLED True"
         )
     for name, value in values.items():
         step.losses[name] = step.losses.get(name, 0.0) + value / accumulation
@@ -151,22 +164,24 @@ def infer(
     batches: Iterable[Batch],
     *,
     device: torch.device,
-    consume: Callable[[list[dict[str, Any]], list[dict[str, torch.Tensor]]], None],
+    consume: Callable[..., None],
+    memory_format: torch.memory_format = torch.preserve_format,
 ) -> int:
     """Runs the model over this rank's batches; returns the number of images.
 
     Args:
         model: put into evaluation mode, and back into the mode that it was in.
-        batches: `(images, targets)`; the targets are handed on.
+        batches: `(images, ...)`; what follows the images is handed on.
         device: where the model is.
-        consume: called with a batch's targets and its detections, on the CPU.
+        consume: called with what follows a batch's images, and the model's output on the CPU.
+        memory_format: of the images, where they are one tensor.
     """
     was_training = model.training
     model.eval()
     count = 0
-    for images, targets in batches:
-        found = model([image.to(device, non_blocking=True) for image in images])
-        consume(targets, [{k: v.cpu() for k, v in one.items()} for one in found])
+    for images, *others in batches:
+        found = model(_to(device, images, memory_format))
+        consume(*others, _to("cpu", found))
         count += len(images)
     model.train(was_training)
     return count

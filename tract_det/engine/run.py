@@ -9,12 +9,15 @@ from typing import Any
 from torch import nn
 
 from tract_det import distributed
-from tract_det.engine import checkpoint
+from tract_det.engine import checkpoint, ds
+from tract_det.engine.ema import Ema
 from tract_det.engine.loop import Step
 from tract_det.engine.writers import Writers, say
 from tract_det.errors import UserError
 
 Means = Mapping[str, float]
+Models = tuple[nn.Module, nn.Module | None]  # a model and, where there is one, its moving average
+Evaluate = Callable[[nn.Module, nn.Module | None], Means]  # figures by name of both
 
 
 class Run:
@@ -27,10 +30,13 @@ class Run:
         log_period: steps between lines of the log.
         checkpoint_period: steps between checkpoints to resume from.
         eval_period: steps between evaluations; 0 = at the end alone.
-        evaluate: gives a model's figures by name.
+        evaluate: gives the figures by name.
         best_metric: the figure by which `model_best.pth` is kept; more is better.
         meta: saved with the weights.
         identity: config keys with the values that a resumed run must share.
+        ema: the moving average that goes along, if any.
+        saved_part: the part of the model whose weights are saved.
+        diagnostics: figures of the last step that belong into the log.
     """
 
     def __init__(
@@ -42,15 +48,19 @@ class Run:
         log_period: int,
         checkpoint_period: int,
         eval_period: int,
-        evaluate: Callable[[nn.Module], Means],
+        evaluate: Evaluate,
         best_metric: str,
         meta: Mapping[str, Any],
         identity: Mapping[str, Any],
+        ema: Ema | None = None,
+        saved_part: Callable[[nn.Module], nn.Module] = lambda model: model,
+        diagnostics: Callable[[], Means] = dict,
     ) -> None:
         self.engine, self.output, self.max_iter = engine, output, max_iter
         self.log_period, self.checkpoint_period = log_period, checkpoint_period
         self.eval_period, self.evaluate, self.best_metric = eval_period, evaluate, best_metric
         self.meta, self.identity = meta, dict(identity)
+        self.ema, self.saved_part, self.diagnostics = ema, saved_part, diagnostics
         self.best = -math.inf
         self.saved = -1  # the step of the newest checkpoint
         self.writers: Writers
@@ -72,6 +82,8 @@ class Run:
                         "it back"
                     )
             self.best, self.saved = state["best"], state["iteration"]
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
             say(f"resumed {self.output} at step {state['iteration']}")
         elif distributed.is_main():
             checkpoint.forget(self.output)
@@ -81,6 +93,7 @@ class Run:
             max_iter=self.max_iter,
             period=self.log_period,
             device=self.engine.device,
+            diagnostics=self.diagnostics,
         )
         if state["pending"]:
             pending = state["pending"][distributed.rank()]
@@ -89,12 +102,14 @@ class Run:
 
     def after_step(self, step: Step) -> None:
         """To be called by the loop after each step."""
+        if self.ema is not None:
+            self.ema.update(self.engine.module, step.iteration)
         self.writers.step(step)
         if step.iteration == self.max_iter:  # `finish` does it all
             return
         if self.eval_period > 0 and step.iteration % self.eval_period == 0:
-            distributed.average_buffers(self.engine.module)
-            self._note(self.evaluate(self.engine.module), step.iteration)
+            models = self._models()
+            self._note(self.evaluate(*models), step.iteration, models)
         if step.iteration % self.checkpoint_period == 0:
             self.save(step.iteration)
 
@@ -102,26 +117,43 @@ class Run:
         """Saves what resuming needs, once a step."""
         if iteration == self.saved:
             return
+        ema = None
+        if self.ema is not None:
+            distributed.average_buffers(self.ema.model)
+            ema = self.ema.state_dict()
         pending = distributed.gather([dataclasses.asdict(step) for step in self.writers.pending])
-        state = {"best": self.best, "pending": pending, "identity": self.identity}
+        state = {"best": self.best, "pending": pending, "identity": self.identity, "ema": ema}
         checkpoint.save(self.engine, self.output, iteration, state)
         self.saved = iteration
 
-    def finish(self, report: Callable[[nn.Module], Means]) -> None:
+    def finish(self, report: Evaluate) -> None:
         """Saves the final weights, then evaluates them by `report`."""
         self.save(self.max_iter)
-        self._save_weights("model_final.pth")
-        self._note(report(self.engine.module), self.max_iter)
+        models = self._models()
+        self._save_weights("model_final", models)
+        self._note(report(*models), self.max_iter, models)
 
-    def _note(self, means: Means, iteration: int) -> None:
+    def _models(self) -> Models:
+        """The model and its moving average, whole and the same on every rank."""
+        distributed.average_buffers(self.engine.module)
+        if self.ema is None:
+            return ds.whole_model(self.engine), None
+        distributed.average_buffers(self.ema.model)
+        return ds.whole_model(self.engine), self.ema.model
+
+    def _note(self, means: Means, iteration: int, models: Models) -> None:
         """Logs an evaluation, and keeps the weights if they are the best so far."""
         self.writers.scalars(iteration, means)
         value = means[self.best_metric]
         say(f"step {iteration}: {self.best_metric} {value:.2f}")
         if value > self.best:
             self.best = value
-            self._save_weights("model_best.pth")
+            self._save_weights("model_best", models)
 
-    def _save_weights(self, name: str) -> None:
-        if distributed.is_main():
-            checkpoint.save_weights(self.output / name, self.engine.module, self.meta)
+    def _save_weights(self, name: str, models: Models) -> None:
+        if not distributed.is_main():
+            return
+        for suffix, model in zip(("", "_ema"), models, strict=True):
+            if model is not None:
+                path = self.output / f"{name}{suffix}.pth"
+                checkpoint.save_weights(path, self.saved_part(model), self.meta)

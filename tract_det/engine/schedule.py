@@ -1,9 +1,10 @@
-"""The learning rate as a pure function of the step, from fvcore's schedulers."""
+"""The learning rate and TrAct's lambda as pure functions of the step, from fvcore's schedulers."""
 
 from collections.abc import Callable, Sequence
 
 from fvcore.common.param_scheduler import (
     CompositeParamScheduler,
+    ConstantParamScheduler,
     CosineParamScheduler,
     LinearParamScheduler,
     MultiStepParamScheduler,
@@ -54,3 +55,30 @@ def lr_schedule(
             [warmup, main], interval_scaling=["rescaled", "fixed"], lengths=[length, 1 - length]
         )
     return lambda step: main(step / max_iter)
+
+
+def lambda_schedule(
+    *,
+    lambda_: float,
+    end: float | None = None,
+    kind: str = "constant",
+    stop_at: int = 0,
+    max_iter: int,
+) -> Callable[[int], float | None]:
+    """A function from the optimizer step, counted from 0, to TrAct's lambda; None = TrAct is off.
+
+    Args:
+        lambda_: of the first step.
+        end: where "linear" and "cosine" lead to; None = `lambda_`.
+        kind: "constant", "linear" or "cosine".
+        stop_at: the first step without TrAct, where the schedule ends as well; 0 = never.
+        max_iter: steps in all.
+    """
+    last = lambda_ if end is None else end
+    value: ParamScheduler = {
+        "constant": ConstantParamScheduler(lambda_),
+        "linear": LinearParamScheduler(lambda_, last),
+        "cosine": CosineParamScheduler(lambda_, last),
+    }[kind]
+    length = stop_at or max_iter
+    return lambda step: None if 0 < stop_at <= step else value(min(step / length, 1.0))

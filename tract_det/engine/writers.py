@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,27 @@ class Writers:
 
     Losses are means over the period and over the ranks; `images_per_second` counts the training
     steps alone, without evaluation and checkpoints. All ranks call `step` and `scalars`.
+
+    Args:
+        output: the run's folder.
+        start: steps done before.
+        max_iter: steps in all.
+        period: steps between lines.
+        device: whose memory is measured.
+        diagnostics: further figures of the last step; called on every rank.
     """
 
     def __init__(
-        self, output: Path, *, start: int, max_iter: int, period: int, device: torch.device
+        self,
+        output: Path,
+        *,
+        start: int,
+        max_iter: int,
+        period: int,
+        device: torch.device,
+        diagnostics: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
+        self.diagnostics = diagnostics
         self.max_iter, self.period, self.device = max_iter, period, device
         self.pending: list[Step] = []
         self.images = 0
@@ -93,6 +109,7 @@ class Writers:
                 "images_per_second": rate,
                 "data_fraction": sum(step.data_seconds for step in steps) / seconds,
                 "peak_memory_gib": peak_memory(self.device),
+                **self.diagnostics(),
             },
         )
         parts = "  ".join(f"{name.removeprefix('loss_')} {v:.3f}" for name, v in losses.items())

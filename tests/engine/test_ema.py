@@ -1,0 +1,85 @@
+import torch
+from torch import nn
+
+from tract_det.engine.ds import autocast_forward
+from tract_det.engine.ema import Ema
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+
+def walk(net, ema, steps):
+    """The values of every float tensor after each step."""
+    history = []
+    for iteration in range(1, steps + 1):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        net(torch.randn(8, 3))
+        ema.update(net, iteration)
+        history.append({k: v.clone() for k, v in net.state_dict().items()})
+    return history
+
+
+def test_it_is_the_decaying_mean_from_the_first_step_on_buffers_included():
+    net = model()
+    ema = Ema(net, decay=0.7)
+    history = walk(net, ema, 5)
+    for key, value in ema.state_dict().items():
+        if not value.is_floating_point():
+            assert value == history[-1][key]
+            continue
+        expected = history[0][key].double()
+        for state in history[1:]:
+            expected = 0.7 * expected + 0.3 * state[key].double()
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_between_periods_it_stands_still():
+    net = model()
+    ema = Ema(net, decay=0.5, period=3)
+    history = walk(net, ema, 5)
+    assert torch.equal(ema.state_dict()["0.weight"], history[2]["0.weight"])
+
+
+def test_warm_up_follows_faster_at_the_start():
+    slow, fast = model(), model()
+    slow_ema, fast_ema = Ema(slow, decay=0.999), Ema(fast, decay=0.999, warmup=True)
+    torch.manual_seed(1)
+    walk(slow, slow_ema, 4)
+    torch.manual_seed(1)
+    walk(fast, fast_ema, 4)
+    gaps = [
+        float((ema.state_dict()["0.weight"] - net.state_dict()["0.weight"]).norm())
+        for net, ema in ((slow, slow_ema), (fast, fast_ema))
+    ]
+    assert gaps[1] < gaps[0]
+
+
+def test_it_goes_on_from_its_saved_state():
+    net = model()
+    ema = Ema(net, decay=0.9)
+    walk(net, ema, 3)
+    again = Ema(model(), decay=0.9)
+    again.load_state_dict(ema.state_dict())
+    walk_state = torch.get_rng_state()
+    for one in (ema, again):
+        torch.set_rng_state(walk_state)
+        one.update(net, 4)
+    for a, b in zip(ema.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_its_forward_in_bf16_is_its_own_not_the_models():
+    net = nn.Sequential(nn.Linear(3, 4))
+    autocast_forward(net, torch.device("cpu"))
+    ema = Ema(net, decay=0.9)
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.zero_()
+    out = ema.model(torch.ones(1, 3))
+    assert out.dtype == torch.bfloat16
+    assert out.abs().sum() > 0
+    assert net(torch.ones(1, 3)).abs().sum() == 0

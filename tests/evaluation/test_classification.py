@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from tract_det.errors import UserError
+from tract_det.evaluation.classification import TopK
+
+
+def test_counts_are_those_of_sorting(generator):
+    logits = torch.randn(50, 12, generator=generator, dtype=torch.float64)
+    labels = torch.randint(12, (50,), generator=generator)
+    top = TopK(50)
+    top.add(logits[:20], labels[:20])
+    top.add(logits[20:], labels[20:])
+    order = logits.argsort(dim=1, descending=True)
+    results = top.evaluate()
+    for k in (1, 5):
+        expected = sum(int(label in row[:k]) for label, row in zip(labels, order, strict=True))
+        assert results["correct"][f"top{k}"] == expected
+        assert results[f"top{k}"] == 2 * expected
+    assert results["images"] == 50
+
+
+def test_equal_scores_go_by_the_class_list():
+    top = TopK(12)
+    top.add(torch.zeros(12, 12), torch.arange(12))
+    assert top.evaluate()["correct"] == {"top1": 1, "top5": 5}
+
+
+def test_top5_of_fewer_classes_is_everything():
+    top = TopK(2)
+    top.add(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 0]))
+    assert top.evaluate() == {
+        "images": 2, "top1": 50.0, "top5": 100.0, "correct": {"top1": 1, "top5": 2},
+    }  # fmt: skip
+
+
+def test_a_score_that_is_not_finite_is_no_hit_and_no_miss():
+    logits = torch.zeros(2, 3)
+    logits[1, 2] = torch.nan
+    with pytest.raises(UserError, match=r"a score of b\.png is not finite"):
+        TopK(2).add(logits, torch.tensor([0, 0]), ["a.png", "b.png"])
+
+
+@pytest.mark.parametrize("seen", [2, 4])
+def test_an_image_too_few_or_too_many_is_refused(seen):
+    top = TopK(3)
+    top.add(torch.zeros(seen, 3), torch.zeros(seen, dtype=torch.long))
+    with pytest.raises(
+        UserError, match=f"{seen} images were evaluated and 0 skipped, the split has 3"
+    ):
+        top.evaluate()
+
+
+def test_an_image_that_was_skipped_is_counted_apart():
+    top = TopK(3)
+    top.add(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 0]))
+    assert top.evaluate(skipped=1) == {
+        "images": 2, "top1": 100.0, "top5": 100.0, "correct": {"top1": 2, "top5": 2}, "skipped": 1,
+    }  # fmt: skip

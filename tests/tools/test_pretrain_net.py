@@ -1,0 +1,197 @@
+"""The pretrainer through its command line."""
+
+import json
+import math
+
+import pytest
+import torch
+from tract_det.tools import pretrain_net
+
+from tests.conftest import REPO, run_python
+from tests.tools.classification import (
+    TOOL,
+    log,
+    options,
+    results,
+    train,
+    weights,
+    write_image_folder,
+)
+from tract_det.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, folder):
+    """A run with batch norm, a moving average, a reader, bf16, channels_last and evaluations."""
+    output = tmp_path_factory.mktemp("trained") / "out"
+    done = train(
+        folder, output, MODEL__NORM="BN", SOLVER__AMP__ENABLED=True, DATALOADER__NUM_WORKERS=1,
+        MODEL__EMA__ENABLED=True, MODEL__EMA__DECAY=0.5, MODEL__CHANNELS_LAST=True,
+        TEST__EVAL_EPOCHS=0.5, TEST__BEST_METRIC="ema.top1", SOLVER__NESTEROV=True,
+        SOLVER__MAX_ITER=6,
+    )  # fmt: skip
+    return output, done
+
+
+def test_a_run_leaves_results_weights_and_classes(trained):
+    output, done = trained
+    found = results(output)
+    assert found["images"] == found["ema"]["images"] == 23
+    for one in (found, found["ema"]):
+        for k in ("top1", "top5"):
+            assert one[k] == pytest.approx(100 * one["correct"][k] / 23)
+    assert found["top5"] == 100  # of four classes
+    for name in ("final", "final_ema", "best", "best_ema"):
+        assert (output / f"model_{name}.pth").is_file()
+    assert json.loads((output / "classes.json").read_text()) == {
+        "classes": ["ant", "bee", "cat", "dog"],
+        "index": {"ant": 0, "bee": 1, "cat": 2, "dog": 3},
+    }
+    assert sorted(log(output)) == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(value) for value in log(output).values())
+    assert sorted(log(output, "ema.top1")) == [2, 4, 6]  # half epochs of 4 steps
+    assert min(log(output, "images_per_second").values()) > 0
+    assert min(log(output, "peak_memory_gib").values()) > 0
+    assert "TrAct on 'conv1', lambda 0.1 of standardised pixels" in done.stdout
+    assert "images/s, peak memory" in done.stdout
+    assert f"top-1 {found['top1']:.2f} %" in done.stdout
+
+
+def test_the_weights_are_torchvisions_and_know_classes_pixels_and_form(trained):
+    content = torch.load(trained[0] / "model_final.pth", weights_only=True)
+    meta = content["meta"]
+    assert meta["model"] == "resnet10" and meta["num_classes"] == 4 and meta["width"] == 16
+    assert meta["class_names"] == ["ant", "bee", "cat", "dog"] and meta["small_images"]
+    assert meta["pixel_std"] == pytest.approx([58.395, 57.12, 57.375])
+    assert {"conv1.weight", "bn1.running_mean", "layer4.0.conv1.weight", "fc.bias"} <= set(
+        content["model"]
+    )
+    values = content["model"].values()
+    assert all(v.dtype == torch.float32 for v in values if v.is_floating_point())
+
+
+def test_the_moving_average_has_statistics_of_its_own(trained):
+    plain, average = weights(trained[0]), weights(trained[0], "model_final_ema.pth")
+    assert plain.keys() == average.keys()
+    for key in ("conv1.weight", "bn1.running_mean", "bn1.running_var", "fc.bias"):
+        assert not torch.equal(plain[key], average[key])
+
+
+@pytest.mark.parametrize("suffix", ["", "_ema"])
+def test_evaluating_the_saved_weights_gives_the_same_counts(trained, folder, tmp_path, suffix):
+    train(
+        folder, tmp_path, "--eval-only", MODEL__WEIGHTS=trained[0] / f"model_final{suffix}.pth",
+        MODEL__NORM="BN", SOLVER__AMP__ENABLED=True, MODEL__CHANNELS_LAST=True,
+    )  # fmt: skip
+    expected = results(trained[0])
+    average = expected.pop("ema")
+    assert results(tmp_path) == (average if suffix else expected)
+
+
+def test_tract_changes_the_first_update_of_the_stem_alone_and_stops_where_it_should(
+    folder, tmp_path
+):
+    for name, changes in (
+        ("plain", {"MODEL__TRACT__ENABLED": False}),
+        ("ours", {}),
+        ("stopped", {"MODEL__TRACT__STOP_AT": 1, "SOLVER__MAX_ITER": 2}),
+    ):
+        train(folder, tmp_path / name, **{"SOLVER__MAX_ITER": 1, **changes})
+    plain, ours = weights(tmp_path / "plain"), weights(tmp_path / "ours")
+    assert [key for key in plain if not torch.equal(plain[key], ours[key])] == ["conv1.weight"]
+    assert list(log(tmp_path / "stopped", "tract_lambda")) == [1]
+
+
+def test_pixels_that_are_not_standardised_scale_lambda_and_are_known_to_the_weights(
+    folder, tmp_path
+):
+    done = train(folder, tmp_path, MODEL__STANDARDIZE=False, SOLVER__MAX_ITER=1)
+    assert "0.00510807 of this model's" in done.stdout  # 0.1 x the variance of pixels in [0, 1]
+    meta = torch.load(tmp_path / "model_final.pth", weights_only=True)["meta"]
+    assert meta["pixel_mean"] == [0, 0, 0] and meta["pixel_std"] == [255, 255, 255]
+
+
+def test_pretrained_weights_are_fine_tuned_on_other_classes(trained, tmp_path):
+    root = write_image_folder(tmp_path / "other", val=8, classes=("eel", "fox", "gnu"))
+    model = trained[0] / "model_final.pth"
+    done = train(
+        root, tmp_path / "out", MODEL__WEIGHTS=model, MODEL__NORM="BN", SOLVER__MAX_ITER=1,
+        SOLVER__BASE_LR=1e-8,
+    )  # fmt: skip
+    assert "fc.weight" in done.stdout  # stays random
+    ours, theirs = weights(tmp_path / "out"), weights(trained[0])
+    assert ours["fc.weight"].shape[0] == 3
+    torch.testing.assert_close(ours["conv1.weight"], theirs["conv1.weight"], rtol=0, atol=1e-5)
+
+
+def test_the_stem_may_stand_still_while_the_rest_learns(folder, tmp_path):
+    """Its own rate is 0, which no other setting gives."""
+    changes = {"SOLVER__STEM__BASE_LR": 0.0, "SOLVER__OPTIMIZER": "AdamW"}
+    train(folder, tmp_path / "a", SOLVER__MAX_ITER=1, **changes)
+    train(folder, tmp_path / "b", SOLVER__MAX_ITER=2, **changes)
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert "conv1.weight" in a
+    assert [key for key in a if torch.equal(a[key], b[key])] == ["conv1.weight"]
+
+
+def test_corrupt_images_are_replaced_or_left_out_and_counted(tmp_path):
+    root = write_image_folder(tmp_path / "images", train=2, val=8)
+    for name in ("train/bee/000.png", "val/cat/001.png"):
+        (root / name).write_bytes(b"broken")
+    done = run_python(TOOL, *options(root, tmp_path / "out"))
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "000.png" in done.stderr or "001.png" in done.stderr
+    done = train(root, tmp_path / "out", DATASETS__SKIP_CORRUPT=True)
+    assert "1 corrupt images were replaced, 4 times: train/bee/000.png" in done.stdout
+    assert results(tmp_path / "out")["images"] == 7
+    assert results(tmp_path / "out")["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "message"),
+    [
+        (["--resume"], {}, "--resume: there is no checkpoint in .*out"),
+        (["--eval-only"], {}, "--eval-only: set MODEL.WEIGHTS"),
+        (["--eval-only"], {"MODEL__WEIGHTS": "no.pth"}, "MODEL.WEIGHTS no.pth is no file"),
+        ([], {"DATASETS__ROOT": ""}, "DATASETS.ROOT is empty"),
+        ([], {"DATASETS__ROOT": "/nowhere"}, "/nowhere: no such folder: set DATASETS.ROOT"),
+        ([], {"MODEL__NAME": "resnet9"}, "MODEL.NAME resnet9"),
+        ([], {"SOLVER__ACCUMULATION": 3}, "SOLVER.IMS_PER_BATCH 8 does not divide"),
+        (
+            [],
+            {"SOLVER__OPTIMIZER": "LAMB", "DEEPSPEED__zero_optimization__stage": 1},
+            "SOLVER.OPTIMIZER LAMB",
+        ),
+        ([], {"INPUT__SIZE": 64, "INPUT__RESIZE_TEST": 64}, "INPUT.SIZE 64: set INPUT.CROP"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(folder, tmp_path, flags, changes, message):
+    with pytest.raises(UserError, match=message):
+        pretrain_net.main([*flags, *options(folder, tmp_path / "out", **changes)])
+    assert not (tmp_path / "out/model_final.pth").exists()
+
+
+def test_help_shows_the_commands_and_the_default_says_what_it_lacks(tmp_path):
+    done = run_python(TOOL, "--help")
+    assert done.returncode == 0 and "--eval-only" in done.stdout
+    done = run_python(TOOL, "DATASETS.ROOT", tmp_path / "no")
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .endswith("no: no such folder: set DATASETS.ROOT to where imagefolder lies")
+    )
+
+
+def test_epochs_are_counted_in_images():
+    cfg = pretrain_net.load_cfg(REPO / "configs/ImageNet-Classification/resnet50_30ep.yaml")
+    lengths = pretrain_net.plan(cfg, 1_281_167)
+    assert lengths.max_iter == round(30 * 1_281_167 / 256) == 150_137
+    assert lengths.milestones == [50_046, 100_091] and lengths.warmup_iters == 0
+    assert lengths.eval_period == lengths.checkpoint_period == 5005
