@@ -1,7 +1,9 @@
-"""Training throughput of `tools/train_net.py` against a bare PyTorch loop, in one run.
+"""Training throughput of the two trainers against a bare PyTorch loop, in one run.
 
-    python tools/benchmark_train.py
+    python tools/benchmark_train.py                      # the quick start's detector
     python tools/benchmark_train.py --config-file FILE --rounds 8 --steps 10 KEY VALUE ...
+    python tools/benchmark_train.py --classifier --config-file \
+        configs/ImageNet-Classification/resnet50_90ep.yaml DATASETS.ROOT path/to/images
 
 Both train the same model on the same data with the same number of reader processes and threads, in
 turns, so that a disturbance of the machine meets both; the medians of the rounds are compared. The
@@ -16,53 +18,123 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
+from fvcore.common.config import CfgNode
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from tract_det.tools.train_net import (
-    QUICK_START,
-    build_engine,
-    build_loader,
-    build_model,
-    find_config,
-    read_data,
-)
+from tract_det.tools import classification, pretrain_net, train_net
+from tract_det.tools.common import build_engine, find_config
 
 from tract_det.cli import run
-from tract_det.config import load_cfg
 from tract_det.data.loaders import collate
 from tract_det.engine import ds
 from tract_det.engine.loop import Step, StopSignal, train
+from tract_det.errors import UserError
+
+
+class Sides(NamedTuple):
+    """What is compared: the same model, data and optimizer on either side."""
+
+    engine: Any
+    batches: Iterator[Any]
+    bare: Iterator[None]  # a step each
 
 
 def bare_steps(
-    model: nn.Module, optimizer: torch.optim.Optimizer, stream: Iterator[Any], device: torch.device
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stream: Iterator[Any],
+    loss_of: Callable[[nn.Module, Any], torch.Tensor],
 ) -> Iterator[None]:
     """The loop of a tutorial, a step at a time."""
     model.train()
-    for images, targets in stream:
-        losses = model(
-            [image.to(device) for image in images],
-            [{key: target[key].to(device) for key in ("boxes", "labels")} for target in targets],
-        )
-        loss = sum(losses.values())
+    for batch in stream:
+        loss = loss_of(model, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         yield
 
 
-def endless(dataset: Dataset, batch_size: int, workers: int) -> Iterator[Any]:
+def detector(cfg: CfgNode, device: torch.device) -> Sides:
+    """As `train_net.py` trains it, and bare."""
+    split, _ = train_net.read_data(cfg, None, train=True)
+    assert split is not None
+    model, _ = train_net.build_model(cfg, None, split.class_names, strict=False)
+    bare_model = copy.deepcopy(model).to(device)
+    engine = build_engine(cfg, model.to(device))
+    loader = train_net.build_loader(cfg, split, 0)
+
+    def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
+        images, targets = batch
+        losses = model(
+            [image.to(device) for image in images],
+            [{key: target[key].to(device) for key in ("boxes", "labels")} for target in targets],
+        )
+        return sum(losses.values())
+
+    return sides(cfg, engine, loader, bare_model, loss_of, collate)
+
+
+def classifier(cfg: CfgNode, device: torch.device) -> Sides:
+    """As `pretrain_net.py` trains it, and bare."""
+    split, _ = classification.read_data(cfg, train=True)
+    assert split is not None
+    model, meta = classification.build_model(cfg, None, tuple(split.class_names), strict=False)
+    form = pretrain_net.memory_format(cfg)
+    bare_model = copy.deepcopy(model.model).to(device, memory_format=form)
+    engine, _ = pretrain_net.prepare(cfg, model, device)
+    loader = classification.build_loader(cfg, split, meta, 0)
+
+    def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
+        images, labels = batch[0].to(device, memory_format=form), batch[1].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.SOLVER.AMP.ENABLED):
+            return nn.functional.cross_entropy(model(images), labels)
+
+    return sides(cfg, engine, loader, bare_model, loss_of, stack)
+
+
+def stack(samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels of a batch, each in one tensor."""
+    images, targets = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor([target["label"] for target in targets])
+
+
+def sides(
+    cfg: CfgNode,
+    engine: Any,
+    loader: Any,
+    bare_model: nn.Module,
+    loss_of: Callable[[nn.Module, Any], torch.Tensor],
+    collate_fn: Callable[[list], Any],
+) -> Sides:
+    """Both loops over the same data set: reading and augmentation are not what is compared."""
+    dataset = getattr(loader.dataset, "dataset", loader.dataset)  # without the seeds around it
+    stream = endless(dataset, cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS, collate_fn)
+    if cfg.SOLVER.ACCUMULATION != 1 or cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
+        raise UserError("the bare loop has SGD or AdamW and SOLVER.ACCUMULATION 1: set them so")
+    given = {"lr": cfg.SOLVER.BASE_LR, "weight_decay": cfg.SOLVER.WEIGHT_DECAY}
+    optimizer: torch.optim.Optimizer
+    if cfg.SOLVER.OPTIMIZER == "AdamW":
+        optimizer = torch.optim.AdamW(bare_model.parameters(), **given)
+    else:
+        optimizer = torch.optim.SGD(bare_model.parameters(), momentum=0.9, **given)
+    return Sides(engine, iter(loader), bare_steps(bare_model, optimizer, stream, loss_of))
+
+
+def endless(
+    dataset: Dataset, batch_size: int, workers: int, collate_fn: Callable[[list], Any]
+) -> Iterator[Any]:
     """A shuffled DataLoader, over and over."""
     loader: DataLoader = DataLoader(
         dataset,
         batch_size,
         shuffle=True,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=collate_fn,
         drop_last=True,
         persistent_workers=workers > 0,
     )
@@ -84,27 +156,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", default=str(QUICK_START), metavar="FILE")
+    parser.add_argument("--classifier", action="store_true", help="pretrain_net.py, not train_net")
+    parser.add_argument("--config-file", metavar="FILE")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=10, help="of each loop in a round")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = parser.parse_args(argv)
-    cfg = load_cfg(find_config(args.config_file), args.opts)
+    tool = pretrain_net if args.classifier else train_net
+    args.config_file = args.config_file or str(tool.parse([]).config_file)
+    cfg = tool.load_cfg(find_config(args.config_file), args.opts)
     device = ds.start(cfg.MODEL.DEVICE)
-    split, _ = read_data(cfg, None, train=True)
-    assert split is not None
     torch.manual_seed(cfg.SEED)
-    model, _ = build_model(cfg, None, split.class_names, strict=False)
-    bare_model = copy.deepcopy(model).to(device)
-    engine = build_engine(cfg, model.to(device))
-    loader = build_loader(cfg, split, 0)
-    optimizer = torch.optim.AdamW(bare_model.parameters(), lr=cfg.SOLVER.BASE_LR)
-    workers, batch = cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.IMS_PER_BATCH
-    # The same data set under both: reading and augmentation are not what is compared.
-    stream = endless(loader.dataset.dataset, batch, workers)
-    bare = bare_steps(bare_model, optimizer, stream, device)
-    batches = iter(loader)
+    engine, batches, bare = (classifier if args.classifier else detector)(cfg, device)
+    batch = cfg.SOLVER.IMS_PER_BATCH
     images = args.steps * batch
+    form = pretrain_net.memory_format(cfg) if args.classifier else torch.preserve_format
 
     def ours() -> None:
         seen: list[Step] = []
@@ -118,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
                 lr_at=lambda step: cfg.SOLVER.BASE_LR,
                 after_step=seen.append,
                 stop=stop,
+                memory_format=form,
             )
 
     def theirs() -> None:

@@ -69,10 +69,22 @@ def statistics(cfg: CfgNode, weights: Weights | None) -> tuple[list[float], list
 
     Without standardisation, those that take them to [0, VALUE_RANGE].
     """
-    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
-    if not cfg.MODEL.STANDARDIZE:
-        mean, std = [0.0] * 3, [255.0 / cfg.MODEL.VALUE_RANGE] * 3
-    return pixel_statistics(weights, mean, std)
+    if cfg.MODEL.STANDARDIZE:
+        return pixel_statistics(weights, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    mean, std = [0.0] * 3, [255.0 / cfg.MODEL.VALUE_RANGE] * 3
+    try:
+        return pixel_statistics(weights, mean, std)
+    except UserError:
+        assert weights is not None
+        raise UserError(
+            f"MODEL.WEIGHTS {weights.source} was trained with other pixels than MODEL.STANDARDIZE "
+            f"False with MODEL.VALUE_RANGE {cfg.MODEL.VALUE_RANGE:g} gives: leave both keys out"
+        ) from None
+
+
+def seen_variance(cfg: CfgNode, std: list[float]) -> float:
+    """The variance of what the stem sees, in units of standardised pixels."""
+    return 1.0 if cfg.MODEL.PATCH_NORM else input_variance(std)
 
 
 def build_model(
@@ -100,8 +112,10 @@ def build_model(
         report = load_into_classifier(model, weights, class_names, strict=strict)
         say(f"weights {weights.source}: {report}")
     if not strict:
-        common.put_tract(cfg, model, input_variance(std))
-    smoothing = 0.0 if is_mixed(cfg) else cfg.MIX.SMOOTHING  # mixed targets are smooth already
+        common.put_tract(cfg, model, seen_variance(cfg, std))
+    is_bce = settings.LOSS == "bce"
+    # Mixed targets are smooth already, except those that the loss turns into 1 and 0.
+    smoothing = 0.0 if is_mixed(cfg) and not is_bce else cfg.MIX.SMOOTHING
     meta = {
         "version": __version__,
         "model": settings.NAME,
@@ -111,7 +125,7 @@ def build_model(
         "pixel_std": std,
         **options,
     }
-    return ClassifierWithLoss(model, smoothing=smoothing, bce=settings.LOSS == "bce"), meta
+    return ClassifierWithLoss(model, smoothing=smoothing, bce=is_bce), meta
 
 
 def is_mixed(cfg: CfgNode) -> bool:
@@ -158,7 +172,7 @@ def build_loader(
         cutmix_alpha=mix.CUTMIX_ALPHA,
         prob=mix.PROB,
         switch_prob=mix.SWITCH_PROB,
-        smoothing=mix.SMOOTHING,
+        smoothing=0.0 if cfg.MODEL.LOSS == "bce" else mix.SMOOTHING,
     )
     parts = cfg.SOLVER.ACCUMULATION * distributed.world_size()
     return classification_loader(

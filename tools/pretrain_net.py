@@ -30,6 +30,7 @@ from tract_det.tools.classification import (
     pixels,
     plan,
     read_data,
+    seen_variance,
 )
 
 from tract_det import distributed, tract_diagnostics
@@ -48,7 +49,7 @@ from tract_det.evaluation.classification import TopK
 from tract_det.evaluation.evaluators import write_json
 from tract_det.files import write_text
 from tract_det.modeling.classifiers import ClassifierWithLoss
-from tract_det.modeling.weights import input_variance, read_weights
+from tract_det.modeling.weights import read_weights
 
 DEFAULT = common.HERE / "configs" / "CIFAR" / "cpu_small.yaml"
 
@@ -72,9 +73,10 @@ class Evaluation:
         self, cfg: CfgNode, split: ClassificationSplit, meta: dict[str, Any], device: torch.device
     ) -> None:
         self.cfg, self.device = cfg, device
+        size, resize = cfg.INPUT.SIZE, cfg.INPUT.RESIZE_TEST
         transform = classification_test(
-            cfg.INPUT.SIZE,
-            resize=cfg.INPUT.RESIZE_TEST,
+            size,
+            resize=round(size * 256 / 224) if resize == -1 else resize,
             interpolation=cfg.INPUT.INTERPOLATION,
             **pixels(cfg, meta),
         )
@@ -229,7 +231,7 @@ def do_train(cfg: CfgNode, device: torch.device, resume: bool) -> int:
             steps=lengths.milestones,
             warmup_iters=lengths.warmup_iters,
         ),
-        lambda_at=common.build_lambda(cfg, input_variance(meta["pixel_std"]), lengths.max_iter),
+        lambda_at=common.build_lambda(cfg, seen_variance(cfg, meta["pixel_std"]), lengths.max_iter),
         memory_format=memory_format(cfg),
     )
     say_skipped(loader)

@@ -21,7 +21,7 @@ from tract_det.config_common import (
 )
 
 BACKBONES = (
-    *(f"resnet{depth}_fpn" for depth in (18, 34, 50, 101)),
+    *(f"resnet{depth}_fpn" for depth in (18, 34, 50, 101, 152)),
     "vgg16",
     "vgg16_bn",
 )

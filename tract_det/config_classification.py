@@ -83,8 +83,9 @@ def _data() -> dict[str, Any]:
             "COLOR_JITTER": 0.0,  # of brightness, contrast and saturation
             "ERASING": 0.0,  # probability of random erasing
             "INTERPOLATION": "bilinear",  # or bicubic; in evaluation as well
-            # The shorter side in evaluation, before the center crop of SIZE; 0 = as it is.
-            "RESIZE_TEST": 256,
+            # The shorter side in evaluation, before the center crop of SIZE; 0 = as it is, -1 =
+            # SIZE * 256 / 224.
+            "RESIZE_TEST": -1,
             "REPEATS": 1,  # times that each image is handed out in turn (repeated augmentation)
         },
         "MIX": {
@@ -164,6 +165,15 @@ def validate(cfg: CfgNode) -> None:
         "MODEL.PIXEL_MEAN is set, but MODEL.STANDARDIZE False uses none: leave one out",
     )
     require(model.VALUE_RANGE > 0, f"MODEL.VALUE_RANGE is {model.VALUE_RANGE}: it must be positive")
+    require(
+        not (model.COMPILE and model.CHECKPOINTING),
+        "MODEL.COMPILE and MODEL.CHECKPOINTING do not go together: set one of them False",
+    )
+    require(
+        model.NORM != "SyncBN" or model.DEVICE != "cpu", "MODEL.NORM SyncBN needs MODEL.DEVICE cuda"
+    )
+    for key in ("DROP_RATE", "DROP_PATH_RATE"):
+        require(0 <= model[key] < 1, f"MODEL.{key} is {model[key]}: it takes 0 to below 1")
     require(model.WIDTH > 0, f"MODEL.WIDTH is {model.WIDTH}: it must be positive")
     require(0 <= ema.DECAY < 1, f"MODEL.EMA.DECAY is {ema.DECAY}: it takes 0 to 1")
     require(ema.PERIOD > 0, f"MODEL.EMA.PERIOD is {ema.PERIOD}: it must be positive")
@@ -194,7 +204,7 @@ def _check_data(cfg: CfgNode) -> None:
     for key in ("SIZE", "REPEATS"):
         require(given[key] > 0, f"INPUT.{key} is {given[key]}: it must be positive")
     require(
-        given.RESIZE_TEST == 0 or given.RESIZE_TEST >= given.SIZE,
+        given.RESIZE_TEST in (-1, 0) or given.RESIZE_TEST >= given.SIZE,
         f"INPUT.RESIZE_TEST {given.RESIZE_TEST} is less than INPUT.SIZE {given.SIZE}: the center "
         "crop does not fit",
     )

@@ -205,7 +205,23 @@ def check_common(cfg: CfgNode) -> None:
     model, solver = cfg.MODEL, cfg.SOLVER
     one_of(cfg, "SOLVER.OPTIMIZER", OPTIMIZERS)
     one_of(cfg, "SOLVER.STEM.OPTIMIZER", ("", *OPTIMIZERS))
-    require(len(solver.BETAS) == 2, "SOLVER.BETAS takes two numbers")
+    require(
+        len(solver.BETAS) == 2 and all(0 <= beta < 1 for beta in solver.BETAS),
+        "SOLVER.BETAS takes two numbers from 0 to below 1",
+    )
+    for key in ("MOMENTUM", "EPS", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS"):
+        require(solver[key] >= 0, f"SOLVER.{key} is {solver[key]}: it must not be negative")
+    for key in ("BASE_LR", "WEIGHT_DECAY", "MOMENTUM"):
+        own = solver.STEM[key]
+        require(own == -1 or own >= 0, f"SOLVER.STEM.{key} is {own}: not negative, or -1")
+    require(
+        not solver.NESTEROV or (solver.MOMENTUM > 0 and solver.STEM.MOMENTUM != 0),
+        "SOLVER.NESTEROV True needs a positive SOLVER.MOMENTUM and SOLVER.STEM.MOMENTUM",
+    )
+    require(
+        list(solver.STEPS) == sorted(set(solver.STEPS)),
+        f"SOLVER.STEPS is {list(solver.STEPS)}: it must ascend",
+    )
     one_of(cfg, "SOLVER.LR_SCHEDULER_NAME", ("WarmupMultiStepLR", "WarmupCosineLR"))
     one_of(cfg, "MODEL.DEVICE", ("", "cpu", "cuda"))
     for key, value in (("SEED", cfg.SEED), ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS)):

@@ -301,12 +301,17 @@ def test_binary_cross_entropy_is_deits(generator):
     assert torch.equal(model(logits, labels)["loss_cls"], expected)
 
 
-def test_binary_cross_entropy_knows_smoothed_targets_whoever_smoothed_them(generator):
+def test_binary_cross_entropy_smooths_what_is_there_and_what_is_not(generator):
     logits = torch.randn(3, 5, generator=generator)
     labels = torch.tensor([0, 4, 2])
     smooth = F.one_hot(labels, 5) * 0.9 + 0.1 / 5
     expected = F.binary_cross_entropy_with_logits(logits, smooth)
-    before = ClassifierWithLoss(nn.Identity(), bce=True)(logits, smooth)["loss_cls"]
     own = ClassifierWithLoss(nn.Identity(), smoothing=0.1, bce=True)(logits, labels)["loss_cls"]
-    torch.testing.assert_close(before, expected)
     torch.testing.assert_close(own, expected)
+
+
+def test_binary_cross_entropy_counts_both_of_two_mixed_classes():
+    logits, shares = torch.tensor([[0.3, -0.2]]), torch.tensor([[0.7, 0.3]])
+    expected = F.binary_cross_entropy_with_logits(logits, torch.ones(1, 2))
+    loss = ClassifierWithLoss(nn.Identity(), bce=True)(logits, shares)["loss_cls"]
+    torch.testing.assert_close(loss, expected)

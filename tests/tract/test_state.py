@@ -245,3 +245,42 @@ def test_the_input_of_a_linear_layer_gets_the_frameworks_gradient(generator):
         found.append((X.grad, module.bias.grad))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_woodbury_stays_float64_where_the_smaller_system_is_large(generator):
+    basis = torch.randn(40, 700, generator=generator)
+    X = torch.randn(600, 40, generator=generator) @ basis  # correlated, as pixels are
+    X = (X + 0.1 * torch.randn(600, 700, generator=generator)) / 6
+    dZ, layer = torch.randn(600, 4, generator=generator), TrActLinear(700, 4)
+    layer(X).backward(dZ)
+    _, plain, damped = tract_gradient(X, dZ, 0.1)
+    assert (layer.weight.grad.double() @ damped - plain).norm() <= 1e-5 * plain.norm()
+
+
+def test_a_linear_layer_with_few_rows_makes_nothing_of_the_size_of_its_gram_matrix(generator):
+    layer = TrActLinear(20000, 2)  # K^2 numbers would be 3 GB
+    layer(torch.randn(3, 20000, generator=generator)).sum().backward()
+    assert layer.tract.last.total.shape == (1, 3, 3)
+    assert tract_diagnostics(layer)["tract_condition"] > 1
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_no_rows_teach_a_linear_layer_nothing(relative):
+    layer = apply_tract(nn.Sequential(nn.Linear(6, 2)), relative=relative)
+    layer(torch.zeros(0, 6)).sum().backward()
+    assert torch.equal(layer[0].weight.grad, torch.zeros(2, 6))
+
+
+def test_diagnostics_of_a_batch_that_is_not_finite_are_not_a_number():
+    layer = TrActLinear(3, 2)
+    layer(torch.full((9, 3), torch.inf)).sum().backward()
+    assert torch.tensor(tract_diagnostics(layer)["tract_condition"]).isnan()
+
+
+def test_autocast_leaves_other_uses_of_the_weight_their_gradient(generator):
+    conv, images = TrActConv2d(3, 4, 3), photo_like(generator, 1, 3, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        conv(images)
+        again = F.conv2d(images, conv.weight)
+    again.float().sum().backward()
+    assert conv.weight.grad is not None and conv.weight.grad.any()

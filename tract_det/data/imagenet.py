@@ -213,7 +213,8 @@ class ClassificationDataset(Dataset):
 
 
 def _read_image_folder(root: Path, train: bool, holdout: float, seed: int) -> ClassificationSplit:
-    if not (root / "train").is_dir():
+    has_train = (root / "train").is_dir()
+    if not has_train and (train or not any((root / part).is_dir() for part in ("val", "test"))):
         raise UserError(f"{root}: no folder train here; {_LAYOUT}")
     own = next((part for part in ("val", "test") if (root / part).is_dir()), None)
     if own is None and not holdout:
@@ -225,7 +226,7 @@ def _read_image_folder(root: Path, train: bool, holdout: float, seed: int) -> Cl
         raise UserError(
             f"{root / own} is there to evaluate on: set DATASETS.HOLDOUT to 0, or remove the folder"
         )
-    if own:
+    if own and has_train:
         _check_same_classes(root, own)
     split = _read_part(root, own if own and not train else "train")
     if own:

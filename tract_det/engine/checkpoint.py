@@ -41,6 +41,21 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
+def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """This rank's own floating-point buffers, on the CPU: BatchNorm's statistics of its images."""
+    return {
+        name: buffer.detach().cpu().clone()
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point()
+    }
+
+
+def restore_buffers(model: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Puts what `buffers_of` gave back, in place."""
+    for name, value in buffers.items():
+        model.get_buffer(name).copy_(value)
+
+
 def save(engine: Any, output: Path, iteration: int, state: Mapping[str, Any]) -> None:
     """Saves everything that resuming needs, then forgets older ones. Every rank must call it.
 
@@ -50,13 +65,14 @@ def save(engine: Any, output: Path, iteration: int, state: Mapping[str, Any]) ->
         iteration: steps done.
         state: plain values to get back from `load`.
     """
-    distributed.average_buffers(engine.module)
     tag = f"iter_{iteration:07d}"
     everything = {
         **state,
         "iteration": iteration,
         "world_size": distributed.world_size(),
         "random": distributed.gather(_random_state(engine.device)),
+        # Each rank's own: averaged, a run that was interrupted would not be that which was not.
+        "buffers": distributed.gather(buffers_of(engine.module)),
     }
     ds.save(engine, output / _FOLDER, tag, everything)
     if distributed.is_main():
@@ -82,6 +98,7 @@ def load(engine: Any, output: Path) -> dict[str, Any]:
             f"checkpoint {output / _FOLDER / tag} is of {state['world_size']} processes, this run "
             f"has {distributed.world_size()}: resume with {state['world_size']}"
         )
+    restore_buffers(engine.module, state.pop("buffers")[distributed.rank()])
     random = state.pop("random")[distributed.rank()]
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and engine.device.type == "cuda":

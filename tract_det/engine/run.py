@@ -83,7 +83,9 @@ class Run:
                     )
             self.best, self.saved = state["best"], state["iteration"]
             if self.ema is not None:
-                self.ema.load_state_dict(state["ema"])
+                self.ema.load_state_dict(state["ema"]["state"])
+                own = state["ema"]["buffers"][distributed.rank()]
+                checkpoint.restore_buffers(self.ema.model, own)
             say(f"resumed {self.output} at step {state['iteration']}")
         elif distributed.is_main():
             checkpoint.forget(self.output)
@@ -119,8 +121,8 @@ class Run:
             return
         ema = None
         if self.ema is not None:
-            distributed.average_buffers(self.ema.model)
-            ema = self.ema.state_dict()
+            own = distributed.gather(checkpoint.buffers_of(self.ema.model))
+            ema = {"state": self.ema.state_dict(), "buffers": own}
         pending = distributed.gather([dataclasses.asdict(step) for step in self.writers.pending])
         state = {"best": self.best, "pending": pending, "identity": self.identity, "ema": ema}
         checkpoint.save(self.engine, self.output, iteration, state)

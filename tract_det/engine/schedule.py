@@ -37,7 +37,9 @@ def lr_schedule(
     if steps is None:
         main = CosineParamScheduler(base_lr, end_lr)
     else:
-        milestones = [step for step in steps if step < max_iter]  # an early stop keeps the recipe
+        milestones = sorted(
+            {step for step in steps if step < max_iter}
+        )  # an early stop keeps the recipe
         main = MultiStepParamScheduler(
             [base_lr * gamma**k for k in range(len(milestones) + 1)],
             milestones=milestones,

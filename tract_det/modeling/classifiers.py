@@ -255,12 +255,10 @@ class ClassifierWithLoss(nn.Module):
 
 
 def _present(targets: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Which classes are there, `(B, C)`: 1 and 0, moved together by the targets' smoothing.
+    """Which classes are there at all, `(B, C)`: 1 and 0, moved together by the smoothing.
 
-    Shares that were smoothed before have no zeros: what they have least of is their background.
+    The targets are labels, or shares that were not smoothed before: those have no zeros.
     """
     if targets.dim() == 1:
         targets = F.one_hot(targets, num_classes).float()
-    targets = targets * (1 - smoothing) + smoothing / num_classes
-    background = targets.amin(1, keepdim=True)
-    return torch.where(targets > background, 1 - (num_classes - 1) * background, background)
+    return (targets > 0).float() * (1 - smoothing) + smoothing / num_classes

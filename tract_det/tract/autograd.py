@@ -4,8 +4,7 @@ The weight gradient is an operator of its own, which `torch.compile` takes as it
 a layer it looks up when it runs: a compiled model follows a schedule without being compiled again.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Sequence  # noqa: UP035 - the one that torch 2.4 takes in an operator
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +62,13 @@ def _solve_rows(plain: Tensor, X: Tensor, lambda_: float, key: int) -> Tensor:
     """The same, `(1, M, K)`, of a linear layer with fewer rows than columns."""
     lambda_, relative, state = _settings(lambda_, key)
     rows = X.double()[None]
-    damping = effective_lambda(rows.square().mean((1, 2)), lambda_, relative)
+    mean_square = rows.square().sum((1, 2)) / max(1, rows[0].numel())
+    damping = effective_lambda(mean_square, lambda_, relative)
     solved = damped_solve_rows(plain, rows, damping)
     if state is not None:
-        N = damping.new_full((), rows.shape[1])
-        state.last = Diagnosis(rows.mT @ rows, N, damping, plain.norm(), solved.norm())
+        N = damping.new_full((), max(1, rows.shape[1]))
+        norms = (plain.norm(), solved.norm())
+        state.last = Diagnosis(rows @ rows.mT, N, damping, *norms, singular=True)
     return solved
 
 
@@ -141,7 +142,9 @@ class _Conv2d(torch.autograd.Function):
         windows = windows_of(input.shape[2:], weight.shape[2:], *conv[:3])
         ctx.geometry = [number for field in windows for number in field]
         ctx.save_for_backward(input, total, count, weight if ctx.needs_input_grad[0] else None)
-        return F.conv2d(input, weight, bias, *conv)
+        # Detached: autocast would keep the half copy that it makes here, which has no history,
+        # for other uses of the weight.
+        return F.conv2d(input, weight.detach(), None if bias is None else bias.detach(), *conv)
 
     @staticmethod
     @once_differentiable
@@ -179,7 +182,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.lambda_, ctx.key, ctx.dtype = lambda_, key, weight.dtype
         ctx.save_for_backward(input, total, count, weight if ctx.needs_input_grad[0] else None)
-        return F.linear(input, weight, bias)
+        return F.linear(input, weight.detach(), None if bias is None else bias.detach())
 
     @staticmethod
     @once_differentiable

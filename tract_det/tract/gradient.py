@@ -7,7 +7,7 @@ A 43 and 25, 6e-6 and 2e-6; B 45 and 30; C 88 and 33, 1.1e-5 and 3e-6; 3x3 on 2 
 and 41, 1.2e-5 and 2e-6; 3x3 on 128 x 3 x 32^2 14 and 5.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ _ROWS_BYTES = 8 * 2**20
 def _blocks(dZ: Tensor) -> Iterator[tuple[int, int, int, int]]:
     """(first image, last, first output row, last) of each block; the last ones are not in it."""
     B, M, Ho, Wo = dZ.shape
-    if dZ.device.type != "cpu":  # its kernels are best with much to do
+    # A GPU's kernels are best with much to do; halves are copied to float32, a block at a time.
+    if dZ.device.type != "cpu" and dZ.dtype in (torch.float32, torch.float64):
         yield 0, B, 0, Ho
         return
     image_bytes = M * Ho * Wo * 4
@@ -56,13 +57,12 @@ def conv_gradient(
     size = (M, input.shape[1] // groups, *kernel)
     if not dZ.numel():
         return dZ.new_zeros(size), dZ.new_zeros(M)
-    dtype = dZ.dtype  # a GPU's kernels add up in float32 whatever they are given
-    if dZ.device.type == "cpu":
-        dtype = torch.float64 if exact or dtype == torch.float64 else torch.float32
+    # Never halves: the solve would magnify their rounding.
+    dtype = torch.float64 if exact else torch.promote_types(dZ.dtype, torch.float32)
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     columns = (origin[1], origin[1] + (Wo - 1) * stride[1] + reach[1])
     weight = dZ.new_empty(1, dtype=dtype).expand(size)  # read for its shape alone
-    parts = []
+    total: list[Tensor] = []
     for image, last_image, row, last_row in _blocks(dZ):
         x, padding = input[image:last_image].to(dtype), (-origin[0], -origin[1])
         if last_row - row < Ho:
@@ -74,13 +74,9 @@ def conv_gradient(
             *(z, x, weight, [M], stride, padding, dilation, False, (0, 0), groups),
             output_mask=(False, True, bias),
         )
-        parts.append(part)
-    weights, biases = zip(*parts, strict=True)
-    return _sum(weights), _sum(biases) if bias else dZ.new_zeros(M)
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack([*parts]).sum(0, dtype=torch.float64)
+        part = part if bias else part[:1]
+        total = [a.double() + b for a, b in zip(total, part, strict=True)] if total else part
+    return total[0], total[1] if bias else dZ.new_zeros(M)
 
 
 def linear_gradient(input: Tensor, dZ: Tensor, exact: bool) -> Tensor:

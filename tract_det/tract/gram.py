@@ -23,8 +23,9 @@ A: 7x7/2, 16 x 3 x 224^2; B: 7x7/2, 2 x 3 x 608 x 800; C: 3x3, 16 x 3 x 224^2; D
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Sequence  # noqa: UP035 - the one that torch 2.4 takes in an operator
 
 import torch
 from torch import Tensor
@@ -51,12 +52,30 @@ _COLUMNS = 128
 @contextmanager
 def _float32_products() -> Iterator[None]:
     """Float32 products in float32: a user's TF32 or bf16 setting is for the network's layers."""
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # chosen by the newer setting, which does not go with this one
+        with _ieee_products():
+            yield
+        return
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
 
 
 def row_gram_sum(rows: Tensor) -> Tensor:

@@ -76,10 +76,12 @@ class TrActConv2d(TrActLayer, nn.Conv2d):
     def _sums(self, input: Tensor) -> tuple[Tensor, int]:
         """`X^T X` and `N` of the images, each at its own size."""
         sizes = self.image_sizes
-        if sizes is None or all(tuple(size) == tuple(input.shape[-2:]) for size in sizes):
+        if sizes is None:
             return self._sums_of(input, self.tract.gram_patches)
         if len(sizes) != len(input):
             raise TrActError(f"image_sizes has {len(sizes)} entries for {len(input)} images")
+        if all(tuple(size) == tuple(input.shape[-2:]) for size in sizes):
+            return self._sums_of(input, self.tract.gram_patches)
         parts = []
         for height, width in dict.fromkeys(map(tuple, sizes)):  # those of one size at once
             alike = [i for i, size in enumerate(sizes) if tuple(size) == (height, width)]
@@ -134,6 +136,8 @@ def set_lambda(model: nn.Module, lambda_: float | None) -> None:
     """
     for _, module in tract_layers(model):
         module.tract.enabled = lambda_ is not None
+        if lambda_ is None and module.tract.pending is not None:
+            module.tract.pending.clear()
         if lambda_ is not None:
             module.lambda_ = lambda_
 
@@ -147,7 +151,8 @@ def set_micro_batches(model: nn.Module, micro_batches: int) -> None:
     Args:
         model: with TrAct layers, or without: then nothing happens.
         micro_batches: backward passes a step, each of its share of the loss; 1 = no accumulation.
-            Called again, it also forgets the passes of a step that was given up.
+            Called again, it also forgets the passes of a step that was given up. Each must go
+            through the layer once.
     """
     if micro_batches < 1:
         raise TrActError(f"micro_batches is {micro_batches}: it must be at least 1")
@@ -186,7 +191,7 @@ def tract_diagnostics(model: nn.Module) -> dict[str, float]:
         last = layer.tract.last
         if last is None:
             continue
-        condition = condition_number(last.total / last.count, last.lambda_)
+        condition = condition_number(last.total / last.count, last.lambda_, singular=last.singular)
         values = {
             "tract_lambda": last.lambda_.mean(),
             "tract_condition": condition,

@@ -1,5 +1,6 @@
 """Functions that `torch.compile` takes as they are."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,11 @@ class Operator:
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.function = function
-        self.op = torch.library.custom_op(f"tract_det::{name}", function, mutates_args=())
+        # In a CUDA graph, what the function looks up would be what it was when it was captured.
+        tag = getattr(torch._C.Tag, "cudagraph_unsafe", None)
+        takes_tags = "tags" in inspect.signature(torch.library.custom_op).parameters
+        tags = {"tags": (tag,)} if tag is not None and takes_tags else {}
+        self.op = torch.library.custom_op(f"tract_det::{name}", function, mutates_args=(), **tags)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Shape and dtype of the result, as for `torch.library.custom_op`."""

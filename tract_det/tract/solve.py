@@ -57,7 +57,7 @@ def damped_solve(grad: Tensor, gram: Tensor, lambda_: float | Tensor) -> Tensor:
     """
     damping = torch.as_tensor(lambda_, dtype=torch.float64, device=gram.device)
     large = gram.shape[-1] > _FLOAT64_K and gram.device.type == "cpu"
-    fast = large and not needs_float64(trace(gram), damping)
+    fast = large and grad.dtype == torch.float32 and not needs_float64(trace(gram), damping)
     dtype = torch.float32 if fast else torch.float64
     damped = gram.to(dtype, copy=True)
     damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
@@ -88,12 +88,16 @@ def damped_solve_rows(grad: Tensor, rows: Tensor, lambda_: float | Tensor) -> Te
     return ((g - inner @ X) / damping[..., None, None]).to(grad.dtype)
 
 
-def condition_number(gram: Tensor, damping: Tensor) -> Tensor:
-    """The largest condition number of `G + lambda_ I` over the groups.
+def condition_number(gram: Tensor, damping: Tensor, *, singular: bool = False) -> Tensor:
+    """The largest condition number of `G + lambda_ I` over the groups; NaN where `G` is not finite.
 
     Args:
-        gram: `G`, `(groups, K, K)`.
+        gram: `G`, `(groups, K, K)`, or `X X^T / N`, with the same eigenvalues but for zeros.
         damping: `(groups,)`.
+        singular: `G` has eigenvalues of zero besides those of `gram`.
     """
+    if not bool(gram.isfinite().all()):
+        return damping.new_full((), torch.nan)
     eigenvalues = torch.linalg.eigvalsh(gram.double()).clamp(min=0)
-    return ((eigenvalues[..., -1] + damping) / (eigenvalues[..., 0] + damping)).max()
+    least = damping if singular else eigenvalues[..., 0] + damping
+    return ((eigenvalues[..., -1] + damping) / least).max()

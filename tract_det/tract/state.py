@@ -55,11 +55,12 @@ class Diagnosis:
     """The last weight gradient that a layer gave.
 
     Attributes:
-        total: `X^T X`, `(groups, K, K)`.
+        total: `X^T X`, `(groups, K, K)`; `X X^T` where `singular`.
         count: `N`.
         lambda_: effective damping, `(groups,)`.
         plain_norm: of `dZ^T X`.
         norm: of TrAct's gradient.
+        singular: `X^T X` has eigenvalues of zero besides those of `total`.
     """
 
     total: Tensor
@@ -67,6 +68,7 @@ class Diagnosis:
     lambda_: Tensor
     plain_norm: Tensor
     norm: Tensor
+    singular: bool = False
 
 
 class State:

@@ -39,7 +39,21 @@ def over_ranks(total: Tensor, count: int, *, sync: bool) -> Sums:
 
     group = dist.group.WORLD
     assert group is not None
-    return Sums(*(collectives.all_reduce(part, "sum", group) for part in (total, number)))
+    found = Sums(*(collectives.all_reduce(part, "sum", group) for part in (total, number)))
+    if not torch.compiler.is_compiling():
+        _wait_for_the_last(found)
+    return found
+
+
+_LAST: list[Tensor] = []
+
+
+def _wait_for_the_last(sums: Sums) -> None:
+    """Ends the sums before these, long done: without a backward pass nobody has, and they leak."""
+    for part in _LAST:
+        if hasattr(part, "trigger_wait"):
+            part.trigger_wait()
+    _LAST[:] = sums
 
 
 def conv_sums(
