@@ -132,6 +132,13 @@ def test_a_limit_takes_the_first_images_spread_evenly(labels, limit):
         assert exhausted or count >= max(counts.values()) - 1
 
 
+def test_the_training_images_are_needed_for_training_alone(root):
+    (root / "train").rename(root / "x")
+    with pytest.raises(UserError, match="no folder train here; expected train/"):
+        read(root)
+    assert len(read(root, train=False)) == 4
+
+
 def test_a_limit_is_for_training_alone(root):
     assert ids(read(root, limit=4)) == [
         "train/cat/000.jpg",
@@ -149,7 +156,6 @@ def test_a_limit_is_for_training_alone(root):
         (lambda r: (r / "val").rename(r / "x"), {}, "no folder val or test.*DATASETS.HOLDOUT"),
         (lambda r: None, {"holdout": 0.1}, "val is there.*DATASETS.HOLDOUT"),
         (lambda r: None, {"holdout": 1.0}, "HOLDOUT < 1"),
-        (lambda r: (r / "train").rename(r / "x"), {}, "no folder train here; expected train/"),
         (lambda r: (r / "train/dog").rename(r / "train/fox"), {}, "val: no folder for fox"),
         (lambda r: (r / "val/dog").rename(r / "x"), {}, "val: no folder for dog, which train has"),
         (lambda r: (r / "val/ant").mkdir(), {}, "train: no folder for ant, which val has"),

@@ -25,7 +25,7 @@ A: 7x7/2, 16 x 3 x 224^2; B: 7x7/2, 2 x 3 x 608 x 800; C: 3x3, 16 x 3 x 224^2; D
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Sequence  # noqa: UP035 - the one that torch 2.4 takes in an operator
+from typing import Any, Sequence  # noqa: UP035 - the one that torch 2.4 takes in an operator
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def _float32_products() -> Iterator[None]:
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

@@ -19,7 +19,7 @@ class Operator:
         # In a CUDA graph, what the function looks up would be what it was when it was captured.
         tag = getattr(torch._C.Tag, "cudagraph_unsafe", None)
         takes_tags = "tags" in inspect.signature(torch.library.custom_op).parameters
-        tags = {"tags": (tag,)} if tag is not None and takes_tags else {}
+        tags: dict[str, Any] = {"tags": (tag,)} if tag is not None and takes_tags else {}
         self.op = torch.library.custom_op(f"tract_det::{name}", function, mutates_args=(), **tags)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
