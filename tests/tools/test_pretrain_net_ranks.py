@@ -51,7 +51,6 @@ def test_every_zero_stage_makes_the_steps_of_one_process(folder, whole, tmp_path
         folder, tmp_path, ranks=2, **STEP, DEEPSPEED__zero_optimization__stage=stage,
         # Else stage 3 keeps whatever is small on every rank, which here is everything.
         DEEPSPEED__zero_optimization__stage3_param_persistence_threshold=0,
-        MODEL__CHANNELS_LAST=stage == 0,
     )  # fmt: skip
     expected = weights(whole)
     for key, value in weights(tmp_path).items():
