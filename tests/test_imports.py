@@ -24,6 +24,10 @@ ALLOWED = {
         {"engine", "distributed", "errors", "files"},
         {"torch", "fvcore", "tqdm", "deepspeed", "timm"},
     ),
+    "d2": (
+        {"d2", "tract", "modeling", "data", "evaluation", "engine", "errors", "files"},
+        {"torch", "torchvision", "numpy", "detectron2"},
+    ),
     "config": ({"config_common"}, {"fvcore"}),
     "config_classification": ({"config_common"}, {"fvcore"}),
     "config_common": ({"errors"}, {"fvcore", "yaml"}),

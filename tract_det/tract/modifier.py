@@ -36,14 +36,26 @@ def _named_by_timm(prefix: str, module: nn.Module, modules: Mapping[str, nn.Modu
     return found
 
 
+def _under_a_pyramid(module: nn.Module) -> str:
+    """The child of a feature pyramid of detectron2's that sees the images; "" elsewhere.
+
+    Its own layers are registered before that child.
+    """
+    if hasattr(type(module), "size_divisibility"):  # detectron2's Backbone
+        for name in ("bottom_up", "net"):  # FPN, SimpleFeaturePyramid
+            if isinstance(getattr(module, name, None), nn.Module):
+                return name
+    return ""
+
+
 def find_stem(model: nn.Module) -> str:
     """The name of the layer that sees the pixels, as in `model.named_modules()`.
 
-    In a timm model that is the layer that `pretrained_cfg["first_conv"]` names. Elsewhere it is the
-    first module that is a convolution or a linear layer, or else has parameters of its own and no
-    submodules, in the order in which the model registers them: right for torchvision's classifiers
-    and detectors, and for the vision models of Hugging Face. In a detector it is a layer of the
-    backbone.
+    In a timm model that is the layer that `pretrained_cfg["first_conv"]` names, in a feature
+    pyramid of detectron2's a layer of the backbone under it. Elsewhere it is the first module that
+    is a convolution or a linear layer, or else has parameters of its own and no submodules, in the
+    order in which the model registers them: right for torchvision's classifiers and detectors, and
+    for the vision models of Hugging Face. In a detector it is a layer of the backbone.
 
     Raises:
         TrActError: several layers see the pixels; or the first is neither a convolution nor a
@@ -59,6 +71,9 @@ def find_stem(model: nn.Module) -> str:
             )
         if named:
             return named[0]
+        if under := _under_a_pyramid(module):
+            prefix = f"{name}.{under}" if name else under
+            return f"{prefix}.{find_stem(modules[prefix])}"
         if isinstance(module, nn.Conv2d | nn.Linear) or type(module) in TRACT_CLASSES:
             return name
         has_parameters = any(True for _ in module.parameters(recurse=False))

@@ -20,9 +20,11 @@ TRACT_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-# Subclasses of nn.Conv2d, by name since this package imports torch alone, whose forward pads the
-# images or standardises the weight, and convolves once: `_InnerConv2d` is right for them.
+# Subclasses of nn.Conv2d, by name since this package imports torch alone, whose forward convolves
+# once and does something before or after: it pads the images, standardises the weight, or (in
+# detectron2) applies a norm and an activation. `_InnerConv2d` is right for them.
 _CONVOLVE_ONCE = {
+    "detectron2.layers.wrappers.Conv2d",
     "timm.layers.conv2d_same.Conv2dSame",
     "timm.layers.std_conv.ScaledStdConv2d",
     "timm.layers.std_conv.ScaledStdConv2dSame",
