@@ -76,9 +76,9 @@ def _pixel_std(model: nn.Module, given: Sequence[float] | None) -> list[float]:
     if given is not None:
         return [float(value) for value in given]
     own = getattr(model, "pixel_std", None)
-    if not isinstance(own, Tensor):
+    if not isinstance(own, Tensor) or own.is_meta:
         raise TrActError(
-            f"{type(model).__name__} has no pixel_std, in whose units lambda_ is to be: give "
+            f"{type(model).__name__} has no pixel_std to put lambda_ into its units: give "
             "pixel_std=[...] (MODEL.PIXEL_STD), or take relative=True"
         )
     return own.flatten().tolist()
