@@ -203,15 +203,15 @@ def test_padding_a_batch_does_not_change_the_gram_matrix(generator):
     layer._sums = record
     inputs = pixels(generator, (64, 96), (96, 64))
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(*_):
-        raise Stop
+        raise StopError
 
     model.backbone.register_forward_hook(stop)
     for batch in (inputs, inputs[:1], inputs[1:]):
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             model(batch)
     assert layer.image_sizes is None  # also after an error
     (both, n), (first, n1), (second, n2) = sums

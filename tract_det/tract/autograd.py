@@ -17,6 +17,7 @@ from tract_det.tract.solve import (
     damped_solve,
     damped_solve_rows,
     effective_lambda,
+    is_singular,
     needs_float64,
     trace,
 )
@@ -34,15 +35,10 @@ def _settings(lambda_: float, key: int) -> tuple[float, bool, State | None]:
 
 
 def _needs_float64(total: Tensor, count: Tensor, lambda_: float, key: int) -> bool:
-    # With fewer patches than columns `dZ^T X` has no part along most of the eigenvectors, and there
-    # the solve magnifies what rounding puts into it: 1e-4 of the gradient for 16 patches of K = 768.
-    if total.device.type == "cpu" and count < total.shape[-1]:
-        return True
     value, relative, _ = _settings(lambda_, key)
     gram_trace = trace(total) / count.clamp(min=1)
-    return needs_float64(
-        gram_trace, effective_lambda(gram_trace / total.shape[-1], value, relative)
-    )
+    damping = effective_lambda(gram_trace / total.shape[-1], value, relative)
+    return needs_float64(gram_trace, damping) or is_singular(total, count)
 
 
 def _solve(plain: Tensor, total: Tensor, count: Tensor, lambda_: float, key: int) -> Tensor:

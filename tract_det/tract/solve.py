@@ -44,6 +44,21 @@ def needs_float64(gram_trace: Tensor, damping: Tensor) -> bool:
     return bool((gram_trace > _FLOAT32_CONDITION * damping).any())
 
 
+def is_singular(total: Tensor, count: Tensor) -> bool:
+    """Whether a system that would be solved in float32 is of fewer patches than columns.
+
+    `dZ^T X` then has no part along most eigenvectors of `G`, and there the solve magnifies what
+    rounding puts into it: 1e-4 of the gradient for 16 patches of K = 768. Decided on the CPU alone,
+    as above.
+
+    Args:
+        total: `X^T X`, `(groups, K, K)`.
+        count: `N`, one number.
+    """
+    K = total.shape[-1]
+    return total.device.type == "cpu" and K > _FLOAT64_K and bool(count < K)
+
+
 def damped_solve(grad: Tensor, gram: Tensor, lambda_: float | Tensor) -> Tensor:
     """`grad (G + lambda_ I)^-1` by Cholesky.
 
