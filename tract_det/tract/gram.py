@@ -156,7 +156,8 @@ def _gram_sum(x: Tensor, windows: Windows, groups: int) -> Tensor:
     """`X^T X`, `(groups, K, K)`, by the algorithm that is faster for this geometry."""
     taps, step = math.prod(windows.kernel), math.prod(windows.stride)
     if (
-        groups == 1
+        len(x)  # MKL refuses transforms of nothing
+        and groups == 1
         and windows.dilation == (1, 1)
         and taps >= _MIN_TAPS_PER_CHANNEL * step
         and x.shape[1] * step <= _MAX_CHANNELS
