@@ -32,10 +32,10 @@ from tract_det.tools.common import (
     make_output,
     place,
     plain,
-    put_tract,
 )
+from tract_det.tools.detectors import build_model, read_model_weights
 
-from tract_det import __version__, distributed, tract_diagnostics
+from tract_det import distributed, tract_diagnostics
 from tract_det.cli import run
 from tract_det.config import load_cfg
 from tract_det.data.detection import VOCDetection, aspect_groups, drop_empty
@@ -48,19 +48,7 @@ from tract_det.engine.run import Run
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator, format_table, write_json
-from tract_det.modeling.faster_rcnn import (
-    BoxHeadOptions,
-    FasterRCNN,
-    ProposalOptions,
-    build_faster_rcnn,
-)
-from tract_det.modeling.weights import (
-    Weights,
-    input_variance,
-    load_into,
-    pixel_statistics,
-    read_weights,
-)
+from tract_det.modeling.weights import Weights, input_variance
 from tract_det.visualize import Picture, detection_grid
 
 QUICK_START = HERE / "configs" / "quickstart" / "shapes.yaml"
@@ -89,71 +77,6 @@ def read_data(
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         split = drop_empty(split, use_difficult=cfg.DATALOADER.USE_DIFFICULT)
     return split, read_dataset(cfg.DATASETS.TEST, root, split.class_names)
-
-
-def freeze_at(cfg: CfgNode, weights: Weights | None, *, strict: bool) -> int:
-    """`MODEL.BACKBONE.FREEZE_AT`, chosen where it is -1.
-
-    Frozen batch norms compute the same in another order. For evaluation they are those of the
-    training, so that the figures are the same to the last bit.
-    """
-    if strict and weights:
-        return weights.meta.get("freeze_at", 0)
-    if cfg.MODEL.BACKBONE.FREEZE_AT >= 0:
-        return cfg.MODEL.BACKBONE.FREEZE_AT
-    return 0 if cfg.MODEL.TRACT.ENABLED or not weights else 2
-
-
-def build_model(
-    cfg: CfgNode, weights: Weights | None, class_names: tuple[str, ...], *, strict: bool
-) -> tuple[FasterRCNN, dict[str, Any]]:
-    """The detector with its weights and TrAct, and what is to be saved with it."""
-    mean, std = pixel_statistics(weights, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
-    rpn, roi = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
-    frozen = freeze_at(cfg, weights, strict=strict)
-    model = build_faster_rcnn(
-        backbone=cfg.MODEL.BACKBONE.NAME,
-        num_classes=len(class_names),
-        norm=cfg.MODEL.BACKBONE.NORM,
-        freeze_at=frozen,
-        fpn_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        pixel_mean=mean,
-        pixel_std=std,
-        min_size=cfg.INPUT.MIN_SIZE_TEST,
-        max_size=cfg.INPUT.MAX_SIZE_TEST,
-        proposals=ProposalOptions(
-            anchor_sizes=cfg.MODEL.ANCHOR_GENERATOR.SIZES,
-            aspect_ratios=cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS,
-            pre_nms=(rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
-            post_nms=(rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
-            nms_thresh=rpn.NMS_THRESH,
-            batch_size=rpn.BATCH_SIZE_PER_IMAGE,
-            positive_fraction=rpn.POSITIVE_FRACTION,
-        ),
-        box_head=BoxHeadOptions(
-            batch_size=roi.BATCH_SIZE_PER_IMAGE,
-            positive_fraction=roi.POSITIVE_FRACTION,
-            fc_dim=cfg.MODEL.ROI_BOX_HEAD.FC_DIM,
-            dropout=cfg.MODEL.ROI_BOX_HEAD.DROPOUT,
-            score_thresh=roi.SCORE_THRESH_TEST,
-            nms_thresh=roi.NMS_THRESH_TEST,
-            detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-        ),
-    )
-    if weights is not None:
-        say(f"weights {weights.source}: {load_into(model, weights, class_names, strict=strict)}")
-    if not strict:
-        put_tract(cfg, model, input_variance(std))
-    meta = {
-        "version": __version__,
-        "backbone": cfg.MODEL.BACKBONE.NAME,
-        "norm": cfg.MODEL.BACKBONE.NORM,
-        "freeze_at": frozen,
-        "pixel_mean": mean,
-        "pixel_std": std,
-        "class_names": list(class_names),
-    }
-    return model, meta
 
 
 class Evaluation:
@@ -256,6 +179,7 @@ def build_run(cfg: CfgNode, engine: Any, meta: dict[str, Any], evaluation: Evalu
         | {
             "DATASETS.TRAIN": list(cfg.DATASETS.TRAIN),
             "MODEL.BACKBONE": plain(cfg.MODEL.BACKBONE),
+            "MODEL.DETECTRON2": plain(cfg.MODEL.DETECTRON2),
         },
         diagnostics=lambda: tract_diagnostics(engine.module),
     )
@@ -266,7 +190,7 @@ def do_train(cfg: CfgNode, device: torch.device, resume: bool) -> int:
     output = Path(cfg.OUTPUT_DIR)
     if resume:
         checkpoint.last(output)  # refuses before anything is read
-    weights = read_weights(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
+    weights = read_model_weights(cfg)
     split, test = read_data(cfg, weights, train=True)
     assert split is not None
     model, meta = build_model(cfg, weights, split.class_names, strict=False)
@@ -301,7 +225,7 @@ def do_eval(cfg: CfgNode, device: torch.device) -> int:
     """Evaluates MODEL.WEIGHTS; returns the exit code."""
     if not cfg.MODEL.WEIGHTS:
         raise UserError("--eval-only: set MODEL.WEIGHTS, such as OUTPUT_DIR/model_final.pth")
-    weights = read_weights(cfg.MODEL.WEIGHTS)
+    weights = read_model_weights(cfg)
     _, test = read_data(cfg, weights, train=False)
     model, _ = build_model(cfg, weights, test.class_names, strict=True)
     Evaluation(cfg, test, device).report(place(cfg, model, device), Path(cfg.OUTPUT_DIR))

@@ -50,6 +50,13 @@ def _model() -> CfgNode:
                 # on or the weights are random, else 2 (detectron2's default).
                 "FREEZE_AT": -1,
             },
+            # A model of detectron2's in the place of torchvision's: the keys that describe that one
+            # (NORM, FPN, ANCHOR_GENERATOR, RPN, ROI_HEADS, ROI_BOX_HEAD) stay as they are here.
+            "DETECTRON2": {
+                # Its configuration: a file, or a name of its model zoo's; .yaml or LazyConfig .py.
+                "CONFIG_FILE": "",
+                "OPTS": [],  # [KEY, VALUE, ...] for it; of a .py [key=value, ...] below `model`
+            },
             "FPN": {"OUT_CHANNELS": 256},
             "TRACT": tract_keys(),
             "ANCHOR_GENERATOR": {
@@ -166,9 +173,34 @@ def validate(cfg: CfgNode) -> None:
         f"MODEL.BACKBONE.FREEZE_AT {model.BACKBONE.FREEZE_AT} freezes the stem that MODEL.TRACT "
         "trains: set MODEL.BACKBONE.FREEZE_AT 0",
     )
+    _check_detectron2(cfg)
     stage = cfg.DEEPSPEED.zero_optimization.stage
     require(
         stage in (0, 1, 2),
         f"DEEPSPEED.zero_optimization.stage is {stage}: a detector takes 0, 1 or 2 (stage 3 cannot "
         "see the tensors inside lists of images)",
     )
+
+
+# What describes torchvision's model, and nothing of detectron2's.
+_TORCHVISIONS = (
+    *("MODEL.BACKBONE.NAME", "MODEL.BACKBONE.NORM", "MODEL.FPN", "MODEL.ANCHOR_GENERATOR"),
+    *("MODEL.RPN", "MODEL.ROI_HEADS", "MODEL.ROI_BOX_HEAD", "TEST.DETECTIONS_PER_IMAGE"),
+)
+
+
+def _check_detectron2(cfg: CfgNode) -> None:
+    """One place for each number: the keys that a detectron2 model does not follow are not set."""
+    given, defaults = cfg.MODEL.DETECTRON2, get_cfg()
+    if not given.CONFIG_FILE:
+        require(not given.OPTS, "MODEL.DETECTRON2.OPTS is for MODEL.DETECTRON2.CONFIG_FILE: set it")
+        return
+    for key in _TORCHVISIONS:
+        ours, default = cfg, defaults
+        for part in key.split("."):
+            ours, default = ours[part], default[part]
+        require(
+            ours == default,
+            f"{key} describes torchvision's model, not that of MODEL.DETECTRON2.CONFIG_FILE: leave "
+            "it out, and set detectron2's own key in MODEL.DETECTRON2.OPTS",
+        )

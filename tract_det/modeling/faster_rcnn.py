@@ -152,6 +152,21 @@ def _mean_of_pairs(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(first).mean(), torch.stack(second).mean()
 
 
+def resize_shorter_side(image: Tensor, min_size: int, max_size: int) -> Tensor:
+    """Scales the shorter side to `min_size`, the longer one to at most `max_size`, pixels.
+
+    Args:
+        image: `(C, H, W)`.
+        min_size: 0 = the image as it is.
+        max_size: bound of the longer side.
+    """
+    if not min_size:
+        return image
+    height, width = image.shape[-2:]
+    scale = min(min_size / min(height, width), max_size / max(height, width))
+    return tvf.resize(image, [int(height * scale), int(width * scale)], antialias=True)
+
+
 class DetectorTransform(GeneralizedRCNNTransform):
     """Normalises, resizes for evaluation, and batches; takes uint8 or float images.
 
@@ -167,12 +182,9 @@ class DetectorTransform(GeneralizedRCNNTransform):
         self, image: Tensor, target: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Scales the shorter side to `min_size`, the longer one to at most `max_size`, pixels."""
-        if self.training or not self.min_size[-1]:
+        if self.training:
             return image, target
-        height, width = image.shape[-2:]
-        scale = min(self.min_size[-1] / min(height, width), self.max_size / max(height, width))
-        size = [int(height * scale), int(width * scale)]
-        return tvf.resize(image, size, antialias=True), target
+        return resize_shorter_side(image, self.min_size[-1], self.max_size), target
 
 
 class FasterRCNN(nn.Module):

@@ -251,10 +251,13 @@ def load_into(
         missing="MODEL.BACKBONE.NAME and NORM",
         shape="MODEL.BACKBONE.NAME and DATASETS.CLASSES",
     )
-    return _load(detector, own, state)
+    return load_matching(detector, own, state)
 
 
-def _load(model: nn.Module, own: State, state: State, resampled: Sequence[str] = ()) -> LoadReport:
+def load_matching(
+    model: nn.Module, own: State, state: State, resampled: Sequence[str] = ()
+) -> LoadReport:
+    """Copies the tensors whose keys are in `own`, the model's state dict, in place."""
     used = {key: tensor for key, tensor in state.items() if key in own}
     model.load_state_dict(used, strict=False)
     return LoadReport(
@@ -355,7 +358,7 @@ def load_into_classifier(
     needed = [key for key in own if strict or not key.startswith(tops)]
     what = "MODEL.NAME, SMALL_IMAGES, NORM, PATCH_NORM and WIDTH"
     _check_fit(own, state, weights, needed, missing=what, shape=f"{what}, and INPUT.SIZE")
-    return _load(model, own, state, resampled)
+    return load_matching(model, own, state, resampled)
 
 
 def _other_classes(

@@ -1,0 +1,81 @@
+"""A detectron2 user's program: DefaultTrainer with TrAct, by detectron2's own launcher.
+
+    python tests/d2/program.py ROOT OUTPUT PROCESSES KEY VALUE ...
+
+Nothing in it depends on how a batch is spread: no flips, and every anchor and proposal is used.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultTrainer, default_setup, launch
+from detectron2.engine import defaults as detectron2_defaults
+from torch.nn.parallel import DistributedDataParallel
+
+from tract_det.d2 import VOCEvaluator, add_tract_config, config_file, register_voc
+
+CLASSES = ("disc", "box")
+
+
+def create_ddp_model(model, **keywords):
+    """detectron2's names a GPU, which a model on the CPU refuses."""
+    if not torch.distributed.is_initialized():
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def configure(output, *pairs):
+    cfg = get_cfg()
+    add_tract_config(cfg)
+    cfg.merge_from_file(config_file("BCCD-Detection/faster_rcnn_R_18_FPN_tract.yaml"))
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("program_train",), ("program_test",)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32, 64
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(CLASSES)
+    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE, cfg.MODEL.RPN.LOSS_WEIGHT = 20000, 50.0
+    cfg.MODEL.RPN.NMS_THRESH, cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 1.0, 30
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 1000
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (96,), "none"
+    cfg.DATALOADER.NUM_WORKERS = 0
+    # Small steps: rounding decides which pixel of a pooling window learns, and grows from there.
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS = 0.001, 0
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 20, ()
+    cfg.TEST.EVAL_PERIOD, cfg.SEED, cfg.OUTPUT_DIR = 0, 3, str(output)
+    cfg.merge_from_list(list(pairs))
+    return cfg
+
+
+class Trainer(DefaultTrainer):
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return VOCEvaluator(dataset_name)
+
+
+def main(root, output, pairs):
+    for split in ("train", "test"):
+        register_voc(f"program_{split}", root, split, CLASSES)
+    cfg = configure(output, *pairs)
+    default_setup(cfg, None)
+    detectron2_defaults.create_ddp_model = create_ddp_model
+    trainer = Trainer(cfg)
+    inner = getattr(trainer.model, "module", trainer.model)
+    stem = inner.backbone.bottom_up.stem.conv1
+    before = stem.weight.detach().clone()
+    trainer.train()
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    torch.save(
+        {"before": before, "model": inner.state_dict(), "layer": type(stem).__name__},
+        Path(output) / "found.pth",
+    )
+    (Path(output) / "found.json").write_text(json.dumps(trainer._last_eval_results))
+
+
+if __name__ == "__main__":
+    root, output, processes, *pairs = sys.argv[1:]
+    torch.set_num_threads(1)
+    launch(main, int(processes), dist_url="auto", args=(root, output, pairs))

@@ -1,0 +1,219 @@
+"""The one detector interface in front of detectron2's models: theirs, with other words."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.engine import SimpleTrainer
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from tests.d2.models import CONFIGS, pixels, tract_cfg
+from tract_det.d2 import add_tract_config, apply_tract, as_detector, build_detector, config_file
+from tract_det.engine import ds
+from tract_det.engine.loop import StopSignal, train
+from tract_det.errors import UserError
+
+R_18 = "BCCD-Detection/faster_rcnn_R_18_FPN.yaml"
+SMALL = [
+    *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.RESNETS.NORM"),
+    *("FrozenBN", "MODEL.RPN.POST_NMS_TOPK_TRAIN", 40, "MODEL.RPN.POST_NMS_TOPK_TEST", 20),
+]
+
+
+def made_up(generator, count=2):
+    """Images and targets in this project's form, and the same in detectron2's."""
+    ours, theirs = ([], []), []
+    for one in pixels(generator, *[(64, 96)] * count):
+        corner = torch.rand(3, 2, generator=generator) * torch.tensor([50.0, 30.0])
+        boxes = torch.cat([corner, corner + 20], 1)
+        labels = torch.randint(1, 4, (3,), generator=generator)
+        ours[0].append(one["image"])
+        ours[1].append({"boxes": boxes, "labels": labels, "image_id": "x"})
+        instances = Instances((64, 96), gt_boxes=Boxes(boxes.clone()), gt_classes=labels - 1)
+        theirs.append({**one, "instances": instances})
+    return ours, theirs
+
+
+def pair(format="RGB", *pairs):
+    """The same weights behind detectron2's interface and behind ours."""
+    torch.manual_seed(0)
+    opts = [*SMALL, "INPUT.FORMAT", format, *pairs]
+    ours = build_detector(R_18, opts, num_classes=3, freeze_at=0, min_size=0)
+    cfg = get_cfg()
+    add_tract_config(cfg)
+    cfg.merge_from_file(config_file(R_18))
+    cfg.merge_from_list([*opts, "MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", 3])
+    theirs = build_model(cfg)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs, cfg
+
+
+@pytest.mark.parametrize("format", ["RGB", "BGR"])
+def test_losses_and_detections_are_the_models_own(format, generator):
+    ours, theirs, _ = pair(format)
+    (images, targets), inputs = made_up(generator)
+    for one in inputs if format == "BGR" else ():
+        one["image"] = one["image"].flip(0)
+    torch.manual_seed(1)
+    found = ours.train()(images, targets)
+    torch.manual_seed(1)
+    with EventStorage():
+        expected = theirs.train()(inputs)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+    with torch.no_grad():
+        detections = ours.eval()(images)
+        outputs = theirs.eval()(inputs)
+    for one, output in zip(detections, outputs, strict=True):
+        theirs = output["instances"]
+        assert len(theirs) and torch.equal(one["boxes"], theirs.pred_boxes.tensor)
+        assert torch.equal(one["scores"], theirs.scores)
+        assert torch.equal(one["labels"], theirs.pred_classes + 1)
+
+
+def test_detections_are_in_the_pixels_of_the_image_that_was_given(generator):
+    """Evaluated at half size, boxes come back at full size."""
+    ours, _, _ = pair()
+    ours.eval().test_size = (32, 1333)
+    (images, _), _ = made_up(generator, 1)
+    with torch.no_grad():
+        found = ours(images)[0]["boxes"]
+    assert found[:, 2].max() > 60 and found[:, 0::2].max() <= 96 and found[:, 1::2].max() <= 64
+
+
+def test_floating_point_images_are_in_the_unit_interval(generator):
+    ours, _, _ = pair()
+    (images, _), _ = made_up(generator, 1)
+    with torch.no_grad():
+        (a,), (b,) = (ours.eval()([x]) for x in (images[0], images[0].float() / 255))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_keys_and_names_stay_detectron2s():
+    ours, theirs, _ = pair()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert type(ours).__name__ == "GeneralizedRCNN" and isinstance(ours, type(theirs))
+    assert as_detector(ours, min_size=0, max_size=0) is ours
+    copy.deepcopy(ours)
+
+
+@pytest.fixture(scope="module")
+def process():
+    """A process group of this process alone, which DeepSpeed takes once."""
+    ds.start("cpu")
+    yield
+    ds.stop()
+
+
+@pytest.mark.parametrize("tract", [False, True])
+def test_twenty_steps_in_our_trainer_have_the_losses_of_theirs(tract, generator, process):
+    """The same model, batches and random numbers: SimpleTrainer's losses and weights."""
+    ours, theirs, cfg = pair()
+    if tract:
+        apply_tract(ours)
+        apply_tract(theirs)
+    made = [made_up(generator) for _ in range(20)]
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.01, momentum=0.9)
+    engine = ds.initialize(ours, optimizer, ds.ds_config(batch_size=2, accumulation=1))
+    found, expected = [], []
+    torch.manual_seed(2)
+    with StopSignal() as stop:
+        train(
+            engine,
+            [batch for batch, _ in made],
+            start=0,
+            max_iter=20,
+            accumulation=1,
+            lr_at=lambda step: 0.01,
+            after_step=lambda step: found.append(step.losses["loss"]),
+            stop=stop,
+        )
+    cfg.SOLVER.BASE_LR = 0.01
+    cfg.SOLVER.WEIGHT_DECAY = 0.0
+
+    class Recorder(SimpleTrainer):
+        def _write_metrics(self, loss_dict, *_, **__):
+            expected.append(float(sum(loss_dict.values())))
+
+    trainer = Recorder(theirs, [batch for _, batch in made], build_optimizer(cfg, theirs))
+    torch.manual_seed(2)
+    trainer.train(0, 20)
+    assert found == pytest.approx(expected, rel=1e-4) and len(found) == 20
+    for key, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, theirs.state_dict()[key], rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_leaves_the_boxes_of_roialign_alone(generator):
+    """RoIAlign casts boxes to its features' type; they come out of the backbone in float32."""
+    ours, _, _ = pair()
+    seen = []
+    pooler = ours.roi_heads.box_pooler
+    pooler.register_forward_pre_hook(lambda _, args: seen.extend(x.dtype for x in args[0]))
+    (images, targets), _ = made_up(generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = ours.train()(images, targets)
+    assert seen and set(seen) == {torch.float32}
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml",
+        "COCO-Detection/fcos_R_50_FPN_1x.py",
+        "COCO-Detection/retinanet_R_50_FPN_1x.py",
+    ],
+)
+def test_other_detectors_train_and_detect(name, generator):
+    torch.manual_seed(0)
+    model = build_detector(name, num_classes=3, freeze_at=0, min_size=0)
+    (images, targets), _ = made_up(generator, 1)
+    losses = model.train()(images, targets)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    stem = [p for n, p in model.named_parameters() if "stem.conv1.weight" in n]
+    assert stem[0].grad.norm() > 0
+    with torch.no_grad():
+        found = model.eval()(images)[0]
+    assert found.keys() == {"boxes", "scores", "labels"}
+    assert ((found["labels"] >= 1) & (found["labels"] <= 3)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "opts", "message"),
+    [
+        ("nowhere.yaml", [], "nowhere.yaml does not exist: name a file, or one of detectron2's"),
+        (R_18, ["MODEL.NONSENSE", 1], r"MODEL\.DETECTRON2\.OPTS .*Non-existent"),
+        (R_18, ["MODEL.RESNETS.DEPTH", 17], "builds no model"),
+        ("Misc/semantic_R_50_FPN_1x.yaml", [], "learns to segment"),
+        ("COCO-Detection/rpn_R_50_FPN_1x.yaml", [], "finds proposals, no classes"),
+        ("COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml", [], "takes proposals from a file"),
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", [], "MODEL.MASK_ON False"),
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py", [], "mask_in_features=null"),
+        ("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml", [], "MODEL.KEYPOINT_ON False"),
+        ("COCO-Detection/fcos_R_50_FPN_1x.py", ["head.none=1"], "builds no model: .*'none'"),
+    ],
+)
+def test_what_cannot_be_trained_here_is_refused_in_one_line(name, opts, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build_detector(name, opts, num_classes=3)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lazy_mask_rcnn_without_its_mask_head_is_a_detector():
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py"
+    model = build_detector(name, ["roi_heads.mask_in_features=null"], num_classes=3)
+    assert model.roi_heads.num_classes == 3
+
+
+def test_the_file_and_the_call_agree_on_what_is_frozen():
+    name = str(CONFIGS / "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    for freeze_at, learns in ((None, False), (0, True), (1, False)):
+        model = build_detector(name, num_classes=3, freeze_at=freeze_at)
+        assert model.backbone.bottom_up.stem.conv1.weight.requires_grad is learns
+    assert tract_cfg().MODEL.BACKBONE.FREEZE_AT == 0

@@ -1,0 +1,143 @@
+"""detectron2's models with the one detector interface of this project, for its trainer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from tract_det.errors import UserError
+from tract_det.modeling.faster_rcnn import resize_shorter_side
+from tract_det.tract import set_image_sizes
+
+Losses = dict[str, Tensor]
+
+
+class _OneInterface(nn.Module):
+    """`forward(images, targets)` in front of a meta-architecture's own forward.
+
+    Attributes:
+        test_size: bounds of the shorter and the longer side in evaluation, pixels; 0 = no resizing.
+    """
+
+    test_size: tuple[int, int]
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Any]] | None = None
+    ) -> Losses | list[dict[str, Tensor]]:
+        """Losses in training, detections in the given images' pixels in evaluation.
+
+        Args:
+            images: `(3, H, W)` each, RGB, uint8 or float in [0, 1]; sizes may differ.
+            targets: per image `boxes (n, 4)` xyxy pixels and `labels (n,)` 1..K.
+
+        Returns:
+            In training the model's own losses by name; else per image `boxes`, `scores`, `labels`.
+        """
+        if not self.training:
+            return self._detect(images)
+        if targets is None:
+            raise ValueError("in training the detector needs targets")
+        inputs = [
+            {"image": self._pixels(image), "instances": _instances(image, target)}
+            for image, target in zip(images, targets, strict=True)
+        ]
+        set_image_sizes(self, [(image.shape[-2], image.shape[-1]) for image in images])
+        try:
+            with EventStorage():  # its parts log into one
+                return super().forward(inputs)
+        finally:
+            set_image_sizes(self, None)
+
+    def _detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        inputs = [
+            {
+                "image": self._pixels(resize_shorter_side(image, *self.test_size)),
+                "height": image.shape[-2],
+                "width": image.shape[-1],
+            }
+            for image in images
+        ]
+        return [_detections(output["instances"]) for output in super().forward(inputs)]
+
+    def _pixels(self, image: Tensor) -> Tensor:
+        """As detectron2's data loaders give them: in [0, 255], in the model's order of channels."""
+        image = image.as_subclass(Tensor)
+        image = image * 255 if image.is_floating_point() else image
+        return image.flip(0) if self.input_format == "BGR" else image
+
+
+def _instances(image: Tensor, target: dict[str, Any]) -> Instances:
+    boxes = torch.as_tensor(target["boxes"]).as_subclass(Tensor)
+    labels = torch.as_tensor(target["labels"])
+    size = (image.shape[-2], image.shape[-1])
+    return Instances(size, gt_boxes=Boxes(boxes), gt_classes=labels - 1)
+
+
+def _detections(found: Instances) -> dict[str, Tensor]:
+    return {
+        "boxes": found.pred_boxes.tensor,
+        "scores": found.scores,
+        "labels": found.pred_classes + 1,
+    }
+
+
+def _in_full_precision(module: nn.Module, args: Any, features: dict[str, Tensor]) -> Any:
+    """Under bf16 autocast boxes would be rounded to the features' eight bits by RoIAlign."""
+    return {key: value.float() for key, value in features.items()}
+
+
+def as_detector(
+    model: nn.Module, *, min_size: int, max_size: int, input_format: str = ""
+) -> nn.Module:
+    """Gives a detectron2 model the one detector interface, in place; its keys stay as they are.
+
+    Args:
+        model: a meta-architecture that detects boxes, such as `GeneralizedRCNN` or `RetinaNet`.
+        min_size: shorter side in evaluation, pixels; 0 = as they are.
+        max_size: longer side's bound in evaluation, pixels.
+        input_format: "RGB" or "BGR", where the model has no `input_format`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: the model needs more than boxes to learn from, or finds none.
+    """
+    if isinstance(model, _OneInterface):
+        return model
+    _check_learns_from_boxes(model)
+    order = getattr(model, "input_format", None) or input_format or "BGR"
+    model.input_format = order  # type: ignore[assignment]
+    model.test_size = (min_size, max_size)  # type: ignore[assignment]
+    backbone = model.get_submodule("backbone")
+    backbone.register_forward_hook(_in_full_precision)
+    model.__class__ = type(type(model).__name__, (_OneInterface, type(model)), {})
+    return model
+
+
+def _check_learns_from_boxes(model: nn.Module) -> None:
+    heads = getattr(model, "roi_heads", None)
+    for what, key in (("mask", "MODEL.MASK_ON False"), ("keypoint", "MODEL.KEYPOINT_ON False")):
+        if getattr(heads, f"{what}_on", False):
+            raise UserError(
+                f"{type(model).__name__} has a {what} head, and the data are boxes: set {key} "
+                f"(LazyConfig: roi_heads.{what}_in_features=null) in MODEL.DETECTRON2.OPTS"
+            )
+    for part in ("sem_seg_head", "panoptic_on"):
+        if hasattr(model, part):
+            raise UserError(
+                f"{type(model).__name__} learns to segment, and the data are boxes: take a model "
+                "that detects boxes"
+            )
+    if not hasattr(model, "roi_heads") and hasattr(model, "proposal_generator"):
+        raise UserError(
+            f"{type(model).__name__} finds proposals, no classes: take a model that detects boxes"
+        )
+    if getattr(model, "proposal_generator", True) is None:
+        raise UserError(
+            f"{type(model).__name__} takes proposals from a file, and the data have none: take a "
+            "model with a proposal generator"
+        )

@@ -1,0 +1,245 @@
+"""Weights of detectron2, of torchvision and of this project, into a detectron2 model."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.utils.file_io import PathManager
+from torch import Tensor, nn
+
+from tract_det.errors import UserError
+from tract_det.modeling import convert
+from tract_det.modeling.weights import (
+    LoadReport,
+    Weights,
+    load_matching,
+    pixel_statistics,
+    read_weights,
+)
+
+_CAFFE2 = "Caffe2"
+
+
+def pixel_statistics_of(model: nn.Module) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of RGB in [0, 255] that a detectron2 model standardises with."""
+    step = -1 if model.input_format == "BGR" else 1
+    mean, std = (model.get_buffer(f"pixel_{name}").flatten().tolist() for name in ("mean", "std"))
+    return mean[::step], std[::step]
+
+
+def read(source: str) -> Weights:
+    """Reads what `modeling.weights.read_weights` does, and detectron2's files and addresses.
+
+    A `.pkl` keeps detectron2's names and order of channels; what it says of itself is in `meta`:
+    `pixel_mean` and `pixel_std` (of RGB), `format`, `stride_in_1x1`, `author`.
+
+    Raises:
+        UserError: it cannot be fetched or read, or would run code.
+    """
+    where = source
+    if "://" in source:
+        try:
+            where = PathManager.get_local_path(source)
+        except Exception as error:  # of the network, of many classes
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"MODEL.WEIGHTS {source} cannot be fetched ({reason}): fetch it elsewhere and give "
+                "the file"
+            ) from error
+    path = Path(where)
+    if not (path.is_file() and convert.is_detectron2(path)):
+        return read_weights(where)
+    content = convert.read_pickle(path, f"MODEL.WEIGHTS {source}")
+    return Weights(source, *_of_pickle(content, source))
+
+
+def _of_pickle(content: Any, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not isinstance(content, Mapping):
+        raise UserError(f"MODEL.WEIGHTS {source} holds no named arrays")
+    author = content.get("__author__")
+    arrays = content.get("model") if author else None
+    if arrays is None:  # of Detectron or Caffe2: the arrays themselves
+        arrays, author = content.get("blobs", content), _CAFFE2
+    state = {
+        str(key): torch.from_numpy(np.array(value))
+        for key, value in arrays.items()
+        if isinstance(value, np.ndarray) and not str(key).endswith("_momentum")
+    }
+    meta = {"author": str(author)} | dict(content.get("meta", {}))
+    step = -1 if content.get("FORMAT") == "BGR" else 1
+    for key, name in (("PIXEL_MEAN", "pixel_mean"), ("PIXEL_STD", "pixel_std")):
+        if key in content:
+            meta[name] = [float(value) for value in content[key]][::step]
+    for key, name in (("FORMAT", "format"), ("STRIDE_IN_1X1", "stride_in_1x1")):
+        if key in content:
+            meta[name] = content[key]
+    return state, meta
+
+
+def load_into(
+    model: nn.Module,
+    weights: Weights,
+    class_names: Sequence[str],
+    *,
+    pixel_mean: Sequence[float] = (),
+    pixel_std: Sequence[float] = (),
+    strict: bool = False,
+) -> LoadReport:
+    """Copies weights into a detectron2 model, in place, by detectron2's own matching of names.
+
+    Args:
+        model: as `build.build_detector` makes it.
+        weights: as `read` reads them: a classifier's or a detector's.
+        class_names: the detector's classes. A detector's weights of other classes keep their
+            predictors to themselves.
+        pixel_mean: of RGB, the user's word for a classifier whose file does not say.
+        pixel_std: likewise.
+        strict: every tensor of the model must be in the file (for evaluation).
+
+    Raises:
+        UserError: nothing fits, or the weights are for other pixels, strides or (strict) classes.
+    """
+    own = model.state_dict()
+    if strict:
+        _check_whole(own, weights, class_names)
+        return load_matching(model, own, weights.state)
+    state = weights.state
+    is_torchvision = convert.is_resnet(state) or convert.is_vgg(state)
+    if is_torchvision:
+        state = convert.to_form(state, "detectron2", f"MODEL.WEIGHTS {weights.source}")
+    _check_pixels(model, weights, pixel_mean, pixel_std, is_known=not is_torchvision)
+    _check_stride(model, weights, is_torchvision)
+    if is_torchvision and model.input_format == "BGR":
+        state = _flipped(state)
+    if _knows_other_classes(weights, class_names):
+        state = {k: v for k, v in state.items() if ".box_predictor" not in k and "cls_" not in k}
+    state = {k: v for k, v in state.items() if not _is_constant(k) and v.isfinite().all()}
+    with _quietly(align_and_update_state_dicts.__module__):
+        is_caffe2 = weights.meta.get("author") == _CAFFE2
+        matched = align_and_update_state_dicts(own, state, c2_conversion=is_caffe2)
+    misshapen = _check_fit(own, matched, weights)
+    fitting = {key: value for key, value in matched.items() if key not in misshapen}
+    report = load_matching(model, own, fitting)
+    return replace(report, left=[*report.left, *misshapen])
+
+
+def _is_constant(key: str) -> bool:
+    """Whether it is what a configuration says, and old files hold."""
+    return "cell_anchors" in key or key in ("pixel_mean", "pixel_std")
+
+
+@contextmanager
+def _quietly(name: str) -> Iterator[None]:
+    """What is not loaded is in the report."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_whole(own: Mapping[str, Tensor], weights: Weights, class_names: Sequence[str]) -> None:
+    absent = [key for key in own if key not in weights.state]
+    other = [k for k in own if k not in absent and own[k].shape != weights.state[k].shape]
+    if absent or other:
+        what = f"lacks '{absent[0]}'" if absent else f"has another shape of '{other[0]}'"
+        raise UserError(
+            f"MODEL.WEIGHTS {weights.source} is not this model's, it {what}: evaluate with the "
+            "MODEL.DETECTRON2 and the classes that it was trained with"
+        )
+    theirs = weights.meta.get("class_names")
+    if theirs is not None and list(theirs) != list(class_names):
+        raise UserError(
+            f"MODEL.WEIGHTS {weights.source} detects {', '.join(theirs)}; the data set's "
+            f"classes are {', '.join(class_names)}: set DATASETS.CLASSES or other weights"
+        )
+
+
+def _check_pixels(
+    model: nn.Module,
+    weights: Weights,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    is_known: bool,
+) -> None:
+    """Refuses weights that were trained on other pixels than the model's.
+
+    Files with detectron2's names that do not say are what the configuration is written for.
+    """
+    own = pixel_statistics_of(model)
+    form = weights.meta.get("format", model.input_format)
+    if form != model.input_format:
+        raise UserError(
+            f"MODEL.WEIGHTS {weights.source} takes {form} and the model {model.input_format}: set "
+            f"INPUT.FORMAT {form} and MODEL.PIXEL_MEAN and PIXEL_STD in that order, in "
+            "MODEL.DETECTRON2.OPTS"
+        )
+    if "pixel_mean" not in weights.meta and is_known:
+        return
+    theirs = pixel_statistics(weights, mean, std)
+    pairs = zip([*own[0], *own[1]], [*theirs[0], *theirs[1]], strict=True)
+    if any(abs(a - b) > 1e-3 * max(1.0, abs(b)) for a, b in pairs):
+        step = -1 if model.input_format == "BGR" else 1
+        wanted = [[round(value, 3) for value in values[::step]] for values in theirs]
+        raise UserError(
+            f"MODEL.WEIGHTS {weights.source} was trained with other pixel statistics than the "
+            f"model's: set MODEL.PIXEL_MEAN {wanted[0]} and MODEL.PIXEL_STD {wanted[1]} in "
+            f"MODEL.DETECTRON2.OPTS ({model.input_format} in [0, 255])"
+        )
+
+
+def _check_stride(model: nn.Module, weights: Weights, is_torchvision: bool) -> None:
+    """Refuses a bottleneck that strides in the other of its convolutions."""
+    theirs = weights.meta.get("stride_in_1x1", False if is_torchvision else None)
+    for name, block in model.named_modules():
+        if theirs is None or not (name.endswith("res3.0") and hasattr(block, "conv3")):
+            continue
+        ours = block.conv1.stride == (2, 2)
+        if ours != theirs:
+            raise UserError(
+                f"MODEL.WEIGHTS {weights.source} strides in the {'1x1' if theirs else '3x3'} "
+                f"convolutions of its bottlenecks: set MODEL.RESNETS.STRIDE_IN_1X1 {theirs} in "
+                "MODEL.DETECTRON2.OPTS"
+            )
+
+
+def _flipped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stem of a network for RGB, for BGR."""
+    stems = ("stem.conv1.weight", "features.0.weight")
+    return {key: value.flip(1) if key in stems else value for key, value in state.items()}
+
+
+def _knows_other_classes(weights: Weights, class_names: Sequence[str]) -> bool:
+    theirs = weights.meta.get("class_names")
+    return theirs is not None and list(theirs) != list(class_names)
+
+
+def _check_fit(
+    own: Mapping[str, Tensor], matched: Mapping[str, Tensor], weights: Weights
+) -> list[str]:
+    """The predictors of another number of classes; refuses weights of another backbone."""
+    used = [key for key in matched if key in own]
+    if not any(key.startswith("backbone.") for key in used):
+        raise UserError(
+            f"MODEL.WEIGHTS {weights.source} is not for this model: none of its "
+            f"{len(weights.state)} tensors is one of the backbone's; check "
+            "MODEL.DETECTRON2.CONFIG_FILE"
+        )
+    misshapen = [key for key in used if own[key].shape != matched[key].shape]
+    for key in misshapen:
+        if key.startswith("backbone."):
+            raise UserError(
+                f"MODEL.WEIGHTS {weights.source} is not for this model: '{key}' is "
+                f"{tuple(matched[key].shape)} there and {tuple(own[key].shape)} here; check "
+                "MODEL.DETECTRON2.CONFIG_FILE and OPTS"
+            )
+    return misshapen
