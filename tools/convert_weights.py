@@ -11,7 +11,7 @@ IN is a file of one of these forms, of `tools/pretrain_net.py`, or one of torchv
 as ResNet50_Weights.IMAGENET1K_V2. ResNets and VGGs have all forms, other models that of the library
 that they come from. Every tensor keeps its bits, and the pixel statistics travel in the file.
 detectron2's config is to say what its file does: MODEL.PIXEL_MEAN, MODEL.PIXEL_STD, INPUT.FORMAT
-and MODEL.RESNETS.STRIDE_IN_1X1.
+and MODEL.RESNETS.STRIDE_IN_1X1. detectron2's VGGs are those of `tract_det.d2`.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"IN {args.input} is a whole detector: only classifiers are converted")
     add_statistics(weights, args.pixel_mean, args.pixel_std)
     channels = args.format or "RGB"
-    write_weights(
+    written = write_weights(
         args.output,
         weights.state,
         weights.meta,
@@ -96,9 +96,11 @@ def main(argv: list[str] | None = None) -> None:
         source=f"IN {args.input}",
     )
     print(
-        f"wrote {args.output}: {len(weights.state)} tensors in {args.to}'s form, {channels}, pixel "
+        f"wrote {args.output}: {len(written)} tensors in {args.to}'s form, {channels}, pixel "
         f"mean {weights.meta['pixel_mean']}, std {weights.meta['pixel_std']} (RGB)"
     )
+    if left := len(weights.state) - len(written):
+        print(f"left out: {left} tensors of IN's classifier, which are NaN")
 
 
 if __name__ == "__main__":

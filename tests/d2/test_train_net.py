@@ -39,7 +39,8 @@ def command(root, output, *flags, **changes):
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     options = {"MODEL.DETECTRON2.OPTS": MODEL, "OUTPUT_DIR": output, **CHANGES, **changes}
     options["DATASETS.ROOT"] = root
-    return TOOL, "--config-file", CONFIG, *flags, *(str(x) for pair in options.items() for x in pair)
+    pairs = [str(part) for pair in options.items() for part in pair]
+    return TOOL, "--config-file", CONFIG, *flags, *pairs
 
 
 def run(root, output, *flags, launcher=None, fails=False, **changes):

@@ -101,6 +101,30 @@ def test_the_names_are_those_of_detectron2s_own_converter(resnet):
         assert list(ours) == expected
 
 
+def test_the_names_of_a_vgg_are_those_of_tract_dets_in_detectron2(vgg):
+    numbered = {"classifier.0": "fc6", "classifier.3": "fc7", "classifier.6": "fc8"}
+    names = [key.rsplit(".", 1) for key in vgg]
+    expected = [f"{numbered.get(module, module)}.{tensor}" for module, tensor in names]
+    assert list(to_form(vgg, "detectron2", "w")) == expected
+    assert list(to_form(to_form(vgg, "timm", "w"), "detectron2", "w")) == expected
+
+
+def test_a_vgg_without_its_fully_connected_layers_keeps_what_it_has(vgg, tmp_path):
+    """For small images; of features alone; and with NaN, as IMAGENET1K_FEATURES has it."""
+    features = {key: value for key, value in vgg.items() if key.startswith("features.")}
+    small = {**features, "classifier.weight": torch.ones(2, 2), "classifier.bias": torch.ones(2)}
+    lacking = {k: v if k in features else torch.full_like(v, torch.nan) for k, v in vgg.items()}
+    for state, kept in ((features, features), (small, small), (lacking, features)):
+        write_weights(tmp_path / "w.pkl", state, META, "detectron2")
+        assert_identical(read_weights(str(tmp_path / "w.pkl")).state, kept)
+
+
+def test_a_vggs_pkl_with_torchvisions_names_is_still_read(vgg, tmp_path):
+    content = {"model": {k: v.numpy() for k, v in vgg.items()}, "__author__": "a", "FORMAT": "RGB"}
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(content))
+    assert_identical(read_weights(str(tmp_path / "w.pkl")).state, vgg)
+
+
 def test_timms_models_take_what_is_written_for_them(tmp_path):
     torch.manual_seed(0)
     for name in ("resnet18", "vgg11"):

@@ -89,6 +89,18 @@ def test_contradictions_are_refused_by_the_command_line(options, message, capsys
     assert message in capsys.readouterr().err
 
 
+def test_what_is_left_out_of_a_classifier_of_nan_is_said(tmp_path, capsys):
+    shapes = {"features.0": (2, 3, 3, 3), "classifier.0": (4, 98), "classifier.3": (4, 4)}
+    state = {f"{key}.weight": torch.ones(shape) for key, shape in shapes.items()}
+    torch.save(
+        {k: v if "features" in k else v * torch.nan for k, v in state.items()}, tmp_path / "w.pth"
+    )
+    main([str(tmp_path / "w.pth"), str(tmp_path / "w.pkl"), *STATISTICS])
+    said = capsys.readouterr().out
+    assert "1 tensors in detectron2's form" in said
+    assert "left out: 2 tensors of IN's classifier, which are NaN" in said
+
+
 def test_a_detector_is_refused(tmp_path):
     torch.save({"roi_heads.box_head.fc6.weight": torch.ones(1)}, tmp_path / "d.pth")
     with pytest.raises(UserError, match=r"d\.pth is a whole detector"):

@@ -14,15 +14,19 @@ except ModuleNotFoundError as error:
         name="detectron2",
     ) from error
 
-from tract_det.d2.build import build_detector, config_file
+from tract_det.d2.build import build_detector
 from tract_det.d2.config import add_tract_config
+from tract_det.d2.config_files import config_file
 from tract_det.d2.data import VOCEvaluator, register_voc
 from tract_det.d2.detector import as_detector
 from tract_det.d2.modifier import apply_tract
+from tract_det.d2.vgg import VGG, VGGBoxHead
 from tract_det.d2.weights import load_into, pixel_statistics_of
 from tract_det.d2.weights import read as read_weights
 
 __all__ = [
+    "VGG",
+    "VGGBoxHead",
     "VOCEvaluator",
     "add_tract_config",
     "apply_tract",

@@ -34,11 +34,6 @@ def find_config(name: str) -> Path:
     )
 
 
-def config_file(name: str) -> str:
-    """The path of a configuration, for detectron2's `cfg.merge_from_file`; see `find_config`."""
-    return str(find_config(name))
-
-
 def build_detector(
     config_file: str,
     opts: Sequence[Any] = (),

@@ -1,4 +1,4 @@
-"""MODEL.TRACT in detectron2's configuration, and `build_model` that follows it."""
+"""MODEL.TRACT and MODEL.VGG in detectron2's configuration, and `build_model` that follows it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from tract_det.tract import TrActError
 
 
 def add_tract_config(cfg: CfgNode) -> None:
-    """Adds MODEL.TRACT to detectron2's `cfg`, in place; `build_model(cfg)` follows it from then on.
+    """Adds MODEL.TRACT and MODEL.VGG to detectron2's `cfg`, in place; `build_model` follows them.
 
     To be called after `get_cfg()` and before a file is merged.
     """
@@ -25,6 +25,15 @@ def add_tract_config(cfg: CfgNode) -> None:
             "GRAM_PATCHES": 0,  # estimate the Gram matrix from so many patches; 0 = exact
             "SYNC": True,  # one Gram matrix of all ranks' images
             "STEM": "",  # the layer's name; "" = the first layer of the backbone
+        }
+    )
+    cfg.MODEL.VGG = CfgNode(
+        {
+            "DEPTH": 16,  # or 11, 13, 19
+            "NORM": "",  # or BN, FrozenBN, SyncBN, GN, ...
+            # conv1 to conv5, each before its pooling, and pool5: strides 1 to 32.
+            "OUT_FEATURES": ["conv5"],
+            "DROPOUT": 0.5,  # of VGGBoxHead's fc6 and fc7
         }
     )
     META_ARCH_REGISTRY.__class__ = _Registry

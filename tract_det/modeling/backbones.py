@@ -61,14 +61,14 @@ class VGGBackbone(nn.Module):
 class VGGHead(nn.Module):
     """fc6 and fc7 of VGG's classifier, with its dropout (Faster R-CNN, section 3.2)."""
 
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, dropout: float, in_features: int = 512 * 7 * 7, width: int = 4096) -> None:
         super().__init__()
-        self.fc6 = nn.Linear(512 * 7 * 7, 4096)
-        self.fc7 = nn.Linear(4096, 4096)
+        self.fc6 = nn.Linear(in_features, width)
+        self.fc7 = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """`(boxes, 512, 7, 7)` to `(boxes, 4096)`."""
+        """`(boxes, 512, 7, 7)` to `(boxes, width)`."""
         hidden = self.dropout(self.fc6(pooled.flatten(1)).relu())
         return self.dropout(self.fc7(hidden).relu())
 

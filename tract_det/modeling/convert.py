@@ -5,8 +5,9 @@ A ResNet has the same names in torchvision and timm. detectron2's are those of i
 `downsample.0`, `.1` -> `shortcut`, `shortcut.norm`; and `fc` -> `linear`, as its classifier has it.
 
 A VGG's fully connected layers `classifier.0`, `.3` and `.6` are convolutions in timm:
-`pre_logits.fc1`, `pre_logits.fc2`, and `head.fc`. detectron2 has no VGG: the names stay
-torchvision's, and its matching by suffix finds them in a backbone that holds `features`.
+`pre_logits.fc1`, `pre_logits.fc2`, and `head.fc`. detectron2's VGG is that of `tract_det.d2`: its
+matching by suffix finds torchvision's `features` in the backbone, and in the box head `fc6` and
+`fc7`, which `classifier.0` and `.3` become; `classifier.6` becomes `fc8`, Caffe's name.
 
 Files say which pixels they expect, within what the library itself reads: a torch file is a plain
 state dict with an attribute `meta`, a `.safetensors` file has metadata, and detectron2's has
@@ -54,6 +55,8 @@ _VGG_TIMM = {
     "classifier.6": "head.fc",
 }
 _VGG_TIMM_BACK = {theirs: ours for ours, theirs in _VGG_TIMM.items()}
+_VGG_DETECTRON2 = {"classifier.0": "fc6", "classifier.3": "fc7", "classifier.6": "fc8"}
+_VGG_DETECTRON2_BACK = {theirs: ours for ours, theirs in _VGG_DETECTRON2.items()}
 
 
 def _to_detectron2(key: str) -> str | None:
@@ -109,9 +112,11 @@ def is_resnet(state: Mapping[str, Any]) -> bool:
 
 
 def is_vgg(state: Mapping[str, Any]) -> bool:
-    """Whether the names are those of torchvision's VGGs, or of timm's."""
+    """Whether the names are those of torchvision's VGGs, or of timm's; their features suffice."""
     heads = ("classifier.3.weight", "classifier.weight", "pre_logits.fc1.weight")
-    return "features.0.weight" in state and any(key in state for key in heads)
+    return "features.0.weight" in state and (
+        any(key in state for key in heads) or all(key.startswith("features.") for key in state)
+    )
 
 
 def to_torchvision(state: State) -> State:
@@ -124,12 +129,23 @@ def to_timm(state: State) -> State:
     return _vgg_renamed(state, _VGG_TIMM) if "classifier.3.weight" in state else state
 
 
+def _vgg_to_detectron2(state: State) -> State:
+    # VGG16_Weights.IMAGENET1K_FEATURES fills the classifier that it lacks with NaN, which
+    # detectron2 would load.
+    there = {
+        key: tensor
+        for key, tensor in state.items()
+        if not key.startswith("classifier.") or tensor.isfinite().all()
+    }
+    return _vgg_renamed(there, _VGG_DETECTRON2)
+
+
 def to_form(state: State, form: str, source: str, model: str = "") -> State:
     """A classifier's tensors as a library names them.
 
     Args:
         state: with torchvision's names, or timm's.
-        form: one of `FORMS`.
+        form: one of `FORMS`. detectron2's has no tensor of a classifier that is not finite.
         source: of the tensors, for messages.
         model: the classifier's name where it is known. Other models than ResNets and VGGs stay in
             the library that they come from.
@@ -149,6 +165,8 @@ def to_form(state: State, form: str, source: str, model: str = "") -> State:
     if is_vgg(state):
         if form == "timm" and "classifier.weight" in state:
             raise UserError(f"{source} is a VGG for small images, which timm does not have")
+        if form == "detectron2":
+            return _vgg_to_detectron2(state)
         return to_timm(state) if form == "timm" else state
     if form != "detectron2":
         return state
@@ -243,6 +261,7 @@ def read_detectron2(
     if not isinstance(model, dict) or not all(isinstance(v, np.ndarray) for v in model.values()):
         raise UserError(f"{source} is no file of detectron2's: it has no 'model' of named arrays")
     state = {str(key): _tensor(value, source) for key, value in model.items()}
+    state = _vgg_renamed(state, _VGG_DETECTRON2_BACK)
     if not is_vgg(state):
         what = f"{source} is no classifier with detectron2's names"
         state = _renamed(state, _from_detectron2, what)
@@ -326,8 +345,8 @@ def is_detectron2(path: Path) -> bool:
 
 def write_weights(
     path: Path, state: State, meta: Meta, form: str, *, channels: str = "RGB", source: str = ""
-) -> None:
-    """Writes a classifier as a library reads it.
+) -> list[str]:
+    """Writes a classifier as a library reads it; returns the names that the tensors have there.
 
     Args:
         path: `.pkl` for detectron2, `.safetensors` or `.pth` for timm, `.pth` for torchvision.
@@ -355,6 +374,7 @@ def write_weights(
         plain = OrderedDict((key, tensor.contiguous()) for key, tensor in named.items())
         plain.meta = dict(meta)  # type: ignore[attr-defined]
         atomically(path, lambda temporary: torch.save(plain, temporary))
+    return list(named)
 
 
 def _detectron2_content(state: State, meta: Meta, channels: str, source: str) -> Meta:

@@ -1,0 +1,24 @@
+"""Configs in detectron2's own form, for its own programs, by their names."""
+
+import difflib
+from pathlib import Path
+
+from tract_det.errors import UserError
+
+_FOLDER = Path(__file__).resolve().parent / "configs"
+
+
+def config_file(name: str) -> str:
+    """The path of a config of this package, for `cfg.merge_from_file` after `add_tract_config`.
+
+    Args:
+        name: with its folder, such as "PascalVOC-Detection/faster_rcnn_VGG_16_tract.yaml".
+
+    Raises:
+        UserError: there is none; with the name that is nearest.
+    """
+    known = {path.relative_to(_FOLDER).as_posix(): str(path) for path in _FOLDER.rglob("*.yaml")}
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        raise UserError(f"tract_det.d2 has no config '{name}': did you mean '{nearest}'?")
+    return known[name]
