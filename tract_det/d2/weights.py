@@ -22,6 +22,7 @@ from tract_det.modeling.weights import (
     pixel_statistics,
     read_weights,
 )
+from tract_det.tract import find_stem
 
 _CAFFE2 = "Caffe2"
 
@@ -123,7 +124,7 @@ def load_into(
     with _quietly(align_and_update_state_dicts.__module__):
         is_caffe2 = weights.meta.get("author") == _CAFFE2
         matched = align_and_update_state_dicts(own, state, c2_conversion=is_caffe2)
-    misshapen = _check_fit(own, matched, weights)
+    misshapen = _check_fit(model, own, matched, weights)
     fitting = {key: value for key, value in matched.items() if key not in misshapen}
     report = load_matching(model, own, fitting)
     return replace(report, left=[*report.left, *misshapen])
@@ -224,22 +225,31 @@ def _knows_other_classes(weights: Weights, class_names: Sequence[str]) -> bool:
 
 
 def _check_fit(
-    own: Mapping[str, Tensor], matched: Mapping[str, Tensor], weights: Weights
+    model: nn.Module, own: Mapping[str, Tensor], matched: Mapping[str, Tensor], weights: Weights
 ) -> list[str]:
     """The predictors of another number of classes; refuses weights of another backbone."""
-    used = [key for key in matched if key in own]
-    if not any(key.startswith("backbone.") for key in used):
+    what = f"MODEL.WEIGHTS {weights.source} is not for this model"
+    mend = "check MODEL.DETECTRON2.CONFIG_FILE and OPTS"
+    misshapen = []
+    for key, tensor in matched.items():
+        # What has another shape keeps its name in the file, if it is not the model's.
+        for place in (name for name in own if name == key or name.endswith(f".{key}")):
+            if own[place].shape == tensor.shape:
+                continue
+            if place.startswith("backbone."):
+                raise UserError(
+                    f"{what}: '{place}' is {tuple(tensor.shape)} there and "
+                    f"{tuple(own[place].shape)} here; {mend}"
+                )
+            misshapen.append(key)
+    stem, places = find_stem(model), ("backbone.bottom_up.", "backbone.net.", "backbone.")
+    inside = next(place for place in places if stem.startswith(place))
+    # Norms' statistics may be missing: old files hold them folded into scale and shift.
+    needed = [key for key in own if key.startswith(inside) and key.endswith(".weight")]
+    absent = [key for key in needed if key not in matched]
+    if absent:
         raise UserError(
-            f"MODEL.WEIGHTS {weights.source} is not for this model: none of its "
-            f"{len(weights.state)} tensors is one of the backbone's; check "
-            "MODEL.DETECTRON2.CONFIG_FILE"
+            f"{what}: {len(absent)} of its backbone's {len(needed)} weights are missing, the first "
+            f"'{absent[0]}'; {mend}"
         )
-    misshapen = [key for key in used if own[key].shape != matched[key].shape]
-    for key in misshapen:
-        if key.startswith("backbone."):
-            raise UserError(
-                f"MODEL.WEIGHTS {weights.source} is not for this model: '{key}' is "
-                f"{tuple(matched[key].shape)} there and {tuple(own[key].shape)} here; check "
-                "MODEL.DETECTRON2.CONFIG_FILE and OPTS"
-            )
     return misshapen

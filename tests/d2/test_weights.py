@@ -1,0 +1,185 @@
+"""Weights of any origin enter a detectron2 model with its pixels and strides, or not at all."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from tests.conftest import run_python
+from tract_det.d2 import build_detector, load_into, pixel_statistics_of, read_weights
+from tract_det.errors import UserError
+from tract_det.modeling.faster_rcnn import build_faster_rcnn
+from tract_det.modeling.weights import IMAGENET_MEAN, IMAGENET_STD
+from tract_det.modeling.weights import load_into as into_ours
+from tract_det.modeling.weights import read_weights as read_ours
+
+CLASSES = ("a", "b")
+R_50 = "PascalVOC-Detection/Base-R_50_FPN.yaml"
+ZOO = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+BGR = ["MODEL.PIXEL_MEAN", [103.53, 116.28, 123.675], "MODEL.PIXEL_STD", [57.375, 57.12, 58.395]]
+BGR += ["INPUT.FORMAT", "BGR", "MODEL.RESNETS.STRIDE_IN_1X1", False]
+STATISTICS = {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
+
+
+def detector(name=R_50, opts=(), num_classes=2):
+    return build_detector(name, opts, num_classes=num_classes, freeze_at=0, min_size=0)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50(weights=None)
+    for module in model.modules():  # norms that do something
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.uniform_(0.2, 0.6)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def pth(classifier, tmp_path_factory):
+    path = tmp_path_factory.mktemp("w") / "resnet50.pth"
+    torch.save(classifier.state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pkl(pth, tmp_path_factory):
+    path = tmp_path_factory.mktemp("w") / "R-50.pkl"
+    done = run_python(
+        "tools/convert_weights.py", pth, path, "--pixel-mean", *IMAGENET_MEAN,
+        "--pixel-std", *IMAGENET_STD,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return str(path)
+
+
+def features(model, image):
+    """Of one RGB image in [0, 255], by the depth that a ResNet's stage has."""
+    standardised = (image - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(
+        IMAGENET_STD
+    )[:, None, None]
+    with torch.no_grad():
+        return list(model(standardised[None]).values())
+
+
+@pytest.mark.parametrize("source", ["pth", "pkl"])
+@pytest.mark.parametrize("opts", [(), BGR], ids=["RGB", "BGR"])
+def test_a_file_gives_the_features_of_torchvisions_back_end(
+    source, opts, classifier, request, generator
+):
+    file = request.getfixturevalue(source)
+    image = torch.rand(3, 64, 96, generator=generator) * 255
+    model = detector(opts=opts).eval()
+    weights = read_weights(file)
+    if source == "pkl" and opts:  # the file is for RGB, and says so
+        with pytest.raises(UserError, match=r"takes RGB and the model BGR: set INPUT\.FORMAT RGB"):
+            load_into(model, weights, CLASSES)
+        return
+    report = load_into(model, weights, CLASSES, **(STATISTICS if source == "pth" else {}))
+    assert len(report.used) == 53 * 5 and set(report.left) <= {"linear.weight", "linear.bias"}
+    assert all("bottom_up" not in key for key in report.random)
+    ours = build_faster_rcnn(backbone="resnet50_fpn", num_classes=2, norm="FrozenBN").eval()
+    into_ours(ours, read_ours(file), CLASSES)
+    expected = features(ours.backbone.body, image)
+    stats = [torch.tensor(values)[:, None, None] for values in pixel_statistics_of(model)]
+    seen = (image - stats[0]) / stats[1]
+    with torch.no_grad():
+        found = model.backbone.bottom_up((seen.flip(0) if opts else seen)[None])
+    for one, other in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+def test_pixels_that_nobody_knows_are_asked_for(pth):
+    with pytest.raises(UserError, match=r"set MODEL\.PIXEL_MEAN and MODEL\.PIXEL_STD"):
+        load_into(detector(), read_weights(pth), CLASSES)
+
+
+def test_other_pixels_and_strides_are_refused_with_what_to_write(pth, pkl):
+    for file, statistics in ((pth, STATISTICS), (pkl, {})):
+        model = detector(opts=["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]])
+        with pytest.raises(UserError, match=r"MODEL\.PIXEL_STD \[58\.395, 57\.12, 57\.375\] in"):
+            load_into(model, read_weights(file), CLASSES, **statistics)
+        model = detector(opts=["MODEL.RESNETS.STRIDE_IN_1X1", True])
+        with pytest.raises(UserError, match=r"set MODEL\.RESNETS\.STRIDE_IN_1X1 False in"):
+            load_into(model, read_weights(file), CLASSES, **statistics)
+
+
+def test_a_caffe2_file_enters_detectron2s_default_model(tmp_path):
+    """As MSRA's: Caffe2's names, norms folded into scale and shift, nothing said of pixels."""
+    model = detector(ZOO)
+    rng = np.random.default_rng(0)
+    arrays = {"conv1_w_momentum": np.zeros(1, np.float32)}
+    leaves = {"shortcut": "branch1", "conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c"}
+    for key, tensor in model.backbone.bottom_up.state_dict().items():
+        stage, *block, conv = key.replace(".norm", "").rpartition(".")[0].split(".")
+        place = "_".join([stage, *block, leaves[conv]]) if block else "conv1"
+        norm = f"{place}_bn" if block else "res_conv1_bn"
+        named = {".norm.weight": f"{norm}_s", ".norm.bias": f"{norm}_b", ".weight": f"{place}_w"}
+        ends = [end for end in named if key.endswith(end)]
+        if ends:  # not a statistic
+            arrays[named[ends[0]]] = rng.normal(size=tensor.shape).astype(np.float32)
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps(arrays, 2))
+    report = load_into(model, read_weights(str(path)), CLASSES)
+    stem = model.backbone.bottom_up.stem.conv1
+    assert len(report.used) == 53 * 3 and not report.left
+    assert torch.equal(stem.weight, torch.from_numpy(arrays["conv1_w"]))
+    assert torch.equal(stem.norm.bias, torch.from_numpy(arrays["res_conv1_bn_b"]))
+
+
+def test_a_detector_of_other_classes_leaves_its_predictor(tmp_path):
+    zoo = detector(ZOO, num_classes=5)
+    arrays = {key: tensor.numpy() for key, tensor in zoo.state_dict().items()}
+    path = tmp_path / "model_final.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}, 2))
+    model = detector(ZOO, num_classes=2)
+    report = load_into(model, read_weights(str(path)), CLASSES)
+    assert sorted(report.left) == [
+        f"roi_heads.box_predictor.{layer}.{kind}"
+        for layer in ("bbox_pred", "cls_score")
+        for kind in ("bias", "weight")
+    ]
+    key = "proposal_generator.rpn_head.conv.weight"
+    assert torch.equal(model.state_dict()[key], zoo.state_dict()[key])
+
+
+def test_a_file_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(pickle.dumps({"model": {"a": Evil()}, "__author__": "x"}))
+    with pytest.raises(UserError, match="only arrays and plain containers are read"):
+        read_weights(str(path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_backbones_weights_are_refused(tmp_path):
+    other = tmp_path / "resnet18.pth"
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), other)
+    with pytest.raises(UserError, match="is not for this model"):
+        load_into(detector(), read_weights(str(other)), CLASSES, **STATISTICS)
+    vgg = tmp_path / "vgg.pkl"
+    vgg.write_bytes(pickle.dumps({"model": {"fc6.bias": np.zeros(3)}, "__author__": "x"}))
+    with pytest.raises(UserError, match="106 of its backbone's 106 weights are missing"):
+        load_into(detector(), read_weights(str(vgg)), CLASSES)
+
+
+def test_what_cannot_be_fetched_is_said():
+    with pytest.raises(UserError, match="cannot be fetched"):
+        read_weights("https://127.0.0.1:9/R-50.pkl")
+
+
+def test_a_vggs_fully_connected_layers_enter_its_head(tmp_path):
+    vgg = torchvision.models.vgg16(weights=None, init_weights=False)
+    torch.save(vgg.state_dict(), tmp_path / "vgg16.pth")
+    model = detector("PascalVOC-Detection/Base-VGG_16.yaml")
+    report = load_into(model, read_weights(str(tmp_path / "vgg16.pth")), CLASSES, **STATISTICS)
+    assert report.left == ["fc8.bias", "fc8.weight"] and len(report.used) == 2 * (13 + 2)
+    assert torch.equal(model.roi_heads.box_head.fc7.weight, vgg.classifier[3].weight)
+    assert torch.equal(model.backbone.features[0].weight, vgg.features[0].weight)
