@@ -6,8 +6,9 @@
         configs/ImageNet-Classification/resnet50_90ep.yaml DATASETS.ROOT path/to/images
 
 Both train the same model on the same data with the same number of reader processes and threads, in
-turns, so that a disturbance of the machine meets both; the medians of the rounds are compared. The
-bare loop has no DeepSpeed, no log, no seeds and no checks.
+turns, so that a disturbance of the machine meets both; the medians of the rounds are compared.
+Loss, augmentation and optimizer are the same as well; the bare loop has no DeepSpeed, no log, no
+seeds and no checks.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tract_det.tools import classification, pretrain_net, train_net
-from tract_det.tools.common import build_engine, find_config
+from tract_det.tools.common import build_engine, find_config, optimizer_of
 
 from tract_det.cli import run
 from tract_det.data.loaders import collate
@@ -84,15 +85,17 @@ def classifier(cfg: CfgNode, device: torch.device) -> Sides:
     split, _ = classification.read_data(cfg, train=True)
     assert split is not None
     model, meta = classification.build_model(cfg, None, tuple(split.class_names), strict=False)
+    if classification.is_mixed(cfg):
+        raise UserError("the bare loop does not mix images: set MIX.PROB 0")
     form = pretrain_net.memory_format(cfg)
-    bare_model = copy.deepcopy(model.model).to(device, memory_format=form)
+    bare_model = copy.deepcopy(model).to(device, memory_format=form)
     engine, _ = pretrain_net.prepare(cfg, model, device)
     loader = classification.build_loader(cfg, split, meta, 0)
 
     def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
         images, labels = batch[0].to(device, memory_format=form), batch[1].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.SOLVER.AMP.ENABLED):
-            return nn.functional.cross_entropy(model(images), labels)
+            return model(images, labels)["loss_cls"]
 
     return sides(cfg, engine, loader, bare_model, loss_of, stack)
 
@@ -114,15 +117,13 @@ def sides(
     """Both loops over the same data set: reading and augmentation are not what is compared."""
     dataset = getattr(loader.dataset, "dataset", loader.dataset)  # without the seeds around it
     stream = endless(dataset, cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS, collate_fn)
-    if cfg.SOLVER.ACCUMULATION != 1 or cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
-        raise UserError("the bare loop has SGD or AdamW and SOLVER.ACCUMULATION 1: set them so")
-    given = {"lr": cfg.SOLVER.BASE_LR, "weight_decay": cfg.SOLVER.WEIGHT_DECAY}
-    optimizer: torch.optim.Optimizer
-    if cfg.SOLVER.OPTIMIZER == "AdamW":
-        optimizer = torch.optim.AdamW(bare_model.parameters(), **given)
-    else:
-        optimizer = torch.optim.SGD(bare_model.parameters(), momentum=0.9, **given)
-    return Sides(engine, iter(loader), bare_steps(bare_model, optimizer, stream, loss_of))
+    if cfg.SOLVER.ACCUMULATION != 1 or cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+        raise UserError(
+            "the bare loop neither accumulates nor clips: set SOLVER.ACCUMULATION 1 and "
+            "SOLVER.CLIP_GRADIENTS.ENABLED False"
+        )
+    steps = bare_steps(bare_model, optimizer_of(cfg, bare_model), stream, loss_of)
+    return Sides(engine, iter(loader), steps)
 
 
 def endless(

@@ -123,8 +123,8 @@ def _rule(solver: CfgNode, name: str, momentum: float) -> Rule:
     return Rule(name, momentum, solver.NESTEROV, (first, second), solver.EPS)
 
 
-def build_engine(cfg: CfgNode, model: nn.Module, stem: str | None = None) -> Any:
-    """DeepSpeed's engine with the optimizer of the config.
+def optimizer_of(cfg: CfgNode, model: nn.Module, stem: str | None = None) -> torch.optim.Optimizer:
+    """The optimizer of the config.
 
     Args:
         cfg: SOLVER and DEEPSPEED are read.
@@ -132,13 +132,6 @@ def build_engine(cfg: CfgNode, model: nn.Module, stem: str | None = None) -> Any
         stem: the first layer, if it is not what `find_stem` finds.
     """
     solver, own = cfg.SOLVER, cfg.SOLVER.STEM
-    stage = cfg.DEEPSPEED.zero_optimization.stage
-    config = ds.ds_config(
-        batch_size=solver.IMS_PER_BATCH,
-        accumulation=solver.ACCUMULATION,
-        clip_norm=solver.CLIP_GRADIENTS.CLIP_VALUE if solver.CLIP_GRADIENTS.ENABLED else 0.0,
-        extra=plain(cfg.DEEPSPEED),
-    )
     rule, stem_rule = _rule(solver, solver.OPTIMIZER, solver.MOMENTUM), None
     if own.OPTIMIZER or any(own[key] != -1 for key in ("BASE_LR", "WEIGHT_DECAY", "MOMENTUM")):
         momentum = solver.MOMENTUM if own.MOMENTUM == -1 else own.MOMENTUM
@@ -155,14 +148,25 @@ def build_engine(cfg: CfgNode, model: nn.Module, stem: str | None = None) -> Any
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         stem=stem_rule,
     )
-    optimizer = build_optimizer(
+    return build_optimizer(
         groups,
         rule,
         lr=solver.BASE_LR,
         stem=stem_rule.rule if stem_rule else None,
-        zero_stage=stage,
+        zero_stage=cfg.DEEPSPEED.zero_optimization.stage,
     )
-    return ds.initialize(model, optimizer, config)
+
+
+def build_engine(cfg: CfgNode, model: nn.Module, stem: str | None = None) -> Any:
+    """DeepSpeed's engine with the optimizer of the config; the arguments are `optimizer_of`'s."""
+    solver = cfg.SOLVER
+    config = ds.ds_config(
+        batch_size=solver.IMS_PER_BATCH,
+        accumulation=solver.ACCUMULATION,
+        clip_norm=solver.CLIP_GRADIENTS.CLIP_VALUE if solver.CLIP_GRADIENTS.ENABLED else 0.0,
+        extra=plain(cfg.DEEPSPEED),
+    )
+    return ds.initialize(model, optimizer_of(cfg, model, stem), config)
 
 
 def build_schedule(
