@@ -5,6 +5,7 @@ tested on a laptop is what runs on many GPUs.
 """
 
 import copy
+import ctypes
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -18,6 +19,8 @@ from torch import nn
 
 from tract_det import distributed
 from tract_det.errors import UserError
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # as in glibc's malloc.h
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -44,6 +47,7 @@ def start(device: str = "") -> torch.device:
         if "OMP_NUM_THREADS" not in os.environ:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // distributed.local_world_size()))
+        _keep_freed_memory()
     else:
         torch.cuda.set_device(distributed.local_rank())
     backend = "nccl" if kind == "cuda" else "gloo"
@@ -55,6 +59,22 @@ def start(device: str = "") -> torch.device:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     index = torch.cuda.current_device() if backend == "nccl" else None
     return torch.device("cpu") if index is None else torch.device("cuda", index)
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed, as CUDA's allocator does, for the next step to use again.
+
+    It would give large tensors and the top of its heap back to the system and get them again page
+    by page in every step: with ResNet-50 at batch 8 and 16, 3 % of a step, against 4 to 13 % more
+    memory. DeepSpeed, which frees the gradients after a step, pays more of it than a loop that
+    frees them before the next backward pass. `MALLOC_...` in the environment are the user's own.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def stop() -> None:
