@@ -18,8 +18,9 @@ from tract_det.d2.build import build_detector
 from tract_det.d2.config import add_tract_config
 from tract_det.d2.config_files import config_file
 from tract_det.d2.data import VOCEvaluator, register_voc
-from tract_det.d2.detector import as_detector
+from tract_det.d2.detector import as_detector, as_detectron2
 from tract_det.d2.modifier import apply_tract
+from tract_det.d2.plain_loop import plain_steps
 from tract_det.d2.vgg import VGG, VGGBoxHead
 from tract_det.d2.weights import load_into, pixel_statistics_of
 from tract_det.d2.weights import read as read_weights
@@ -31,10 +32,12 @@ __all__ = [
     "add_tract_config",
     "apply_tract",
     "as_detector",
+    "as_detectron2",
     "build_detector",
     "config_file",
     "load_into",
     "pixel_statistics_of",
+    "plain_steps",
     "read_weights",
     "register_voc",
 ]

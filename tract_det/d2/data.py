@@ -41,12 +41,24 @@ def register_voc(
 
     def read() -> list[dict[str, Any]]:
         found = read_split(Path(root), split, names)
-        return [_record(one, use_difficult) for one in found.annotations]
+        return to_records(found.annotations, use_difficult=use_difficult)
 
     DatasetCatalog.register(name, read)
     MetadataCatalog.get(name).set(
         thing_classes=list(names), dirname=str(root), split=split, year=2007
     )
+
+
+def to_records(
+    annotations: Sequence[Annotation], *, use_difficult: bool = True
+) -> list[dict[str, Any]]:
+    """Images and boxes as detectron2's data loaders take them.
+
+    Args:
+        annotations: as `tract_det.data.voc` reads them.
+        use_difficult: keep objects marked difficult.
+    """
+    return [_record(one, use_difficult) for one in annotations]
 
 
 def _record(annotation: Annotation, use_difficult: bool) -> dict[str, Any]:

@@ -118,6 +118,16 @@ def as_detector(
     return model
 
 
+def as_detectron2(model: nn.Module) -> nn.Module:
+    """Gives a model of `as_detector` detectron2's own interface back, in place; returns it."""
+    if isinstance(model, _OneInterface):
+        hooks = model.get_submodule("backbone")._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is _in_full_precision]:
+            del hooks[key]
+        model.__class__ = type(model).__bases__[1]
+    return model
+
+
 def _check_learns_from_boxes(model: nn.Module) -> None:
     heads = getattr(model, "roi_heads", None)
     for what, key in (("mask", "MODEL.MASK_ON False"), ("keypoint", "MODEL.KEYPOINT_ON False")):
