@@ -2,13 +2,15 @@
 
     python tools/benchmark_train.py                      # the quick start's detector
     python tools/benchmark_train.py --config-file FILE --rounds 8 --steps 10 KEY VALUE ...
+    python tools/benchmark_train.py --config-file configs/detectron2/FILE KEY VALUE ...
     python tools/benchmark_train.py --classifier --config-file \
         configs/ImageNet-Classification/resnet50_90ep.yaml DATASETS.ROOT path/to/images
 
 Both train the same model on the same data with the same number of reader processes and threads, in
 turns, so that a disturbance of the machine meets both; the medians of the rounds are compared.
 Loss, augmentation and optimizer are the same as well; the bare loop has no DeepSpeed, no log, no
-seeds and no checks.
+seeds and no checks. For a detectron2 model it is the loop of that one's own plain_train_net.py, with
+its readers, optimizer, log and checks.
 """
 
 import argparse
@@ -16,9 +18,11 @@ import copy
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +32,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tract_det.tools import classification, pretrain_net, train_net
 from tract_det.tools.common import build_engine, find_config, optimizer_of
+from tract_det.tools.detectors import detectron2_side
 
 from tract_det.cli import run
 from tract_det.data.loaders import collate
+from tract_det.data.voc import VOCSplit
 from tract_det.engine import ds
 from tract_det.engine.loop import Step, StopSignal, train
 from tract_det.errors import UserError
@@ -68,6 +74,8 @@ def detector(cfg: CfgNode, device: torch.device) -> Sides:
     bare_model = copy.deepcopy(model).to(device)
     engine = build_engine(cfg, model.to(device))
     loader = train_net.build_loader(cfg, split, 0)
+    if cfg.MODEL.DETECTRON2.CONFIG_FILE:
+        return Sides(engine, iter(loader), detectron2_steps(cfg, bare_model, split))
 
     def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
         images, targets = batch
@@ -78,6 +86,31 @@ def detector(cfg: CfgNode, device: torch.device) -> Sides:
         return sum(losses.values())
 
     return sides(cfg, engine, loader, bare_model, loss_of, collate)
+
+
+def detectron2_steps(cfg: CfgNode, model: nn.Module, split: VOCSplit) -> Iterator[None]:
+    """detectron2's plain loop over the same images, model and recipe."""
+    d2 = detectron2_side()
+    if cfg.SOLVER.OPTIMIZER != "SGD" or cfg.INPUT.COLOR_JITTER:
+        raise UserError(
+            "detectron2's plain loop has SGD and no colour jitter: set SOLVER.OPTIMIZER SGD and "
+            "INPUT.COLOR_JITTER 0.0"
+        )
+    model = d2.as_detectron2(model)
+    if cfg.MODEL.TRACT.ENABLED:
+        d2.apply_tract(model, cfg.MODEL.TRACT.LAMBDA)  # tells it the padding as well
+    return d2.plain_steps(
+        model,
+        split.annotations,
+        batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        min_size=cfg.INPUT.MIN_SIZE_TRAIN,
+        max_size=cfg.INPUT.MAX_SIZE_TRAIN,
+        learning_rate=cfg.SOLVER.BASE_LR,
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        log_period=cfg.LOG_PERIOD,
+        output_dir=Path(tempfile.mkdtemp()),
+    )
 
 
 def classifier(cfg: CfgNode, device: torch.device) -> Sides:
