@@ -1,6 +1,8 @@
 """The detectors of `train_net.py`: torchvision's and detectron2's, as the config describes them."""
 
 import importlib
+import logging
+import warnings
 from typing import Any
 
 from fvcore.common.config import CfgNode
@@ -29,6 +31,10 @@ def detectron2_side() -> Any:
     Raises:
         UserError: detectron2 is not installed.
     """
+    # What a newer torch says of detectron2's sources, each to be mended there.
+    for message in ("torch.meshgrid: in an upcoming", "`torch.jit.script` is deprecated"):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     try:
         return importlib.import_module("tract_det.d2")
     except ModuleNotFoundError as error:
