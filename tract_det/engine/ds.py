@@ -6,6 +6,7 @@ tested on a laptop is what runs on many GPUs.
 
 import copy
 import ctypes
+import gc
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which it would write into defaults
 from torch import nn
 
 from tract_det import distributed
@@ -50,6 +52,8 @@ def start(device: str = "") -> torch.device:
         _keep_freed_memory()
     else:
         torch.cuda.set_device(distributed.local_rank())
+    import deepspeed  # noqa: F401  # now: it writes the group that is there into defaults
+
     backend = "nccl" if kind == "cuda" else "gloo"
     if not dist.is_initialized():
         if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
@@ -78,9 +82,16 @@ def _keep_freed_memory() -> None:
 
 
 def stop() -> None:
-    """Leaves the process group."""
-    if dist.is_initialized():
+    """Leaves the process group, with all that holds it: its threads must not see the exit."""
+    import deepspeed
+
+    if not dist.is_initialized():
+        return
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()  # torch's, and DeepSpeed's own references
+    else:
         dist.destroy_process_group()
+    gc.collect()  # an engine that is no longer used has more of them
 
 
 def ds_config(
