@@ -101,3 +101,27 @@ def test_two_ranks_killed_and_resumed_are_uninterrupted(folder, tmp_path):
     done = train(folder, tmp_path / "b", "--resume", ranks=2, **changes)
     assert "at step 4" in done.stdout
     assert_same_bits(tmp_path / "a", tmp_path / "b", ["model_final.pth", "model_final_ema.pth"])
+
+
+def test_two_ranks_stopped_and_resumed_keep_batch_norms_statistics_of_their_own(folder, tmp_path):
+    """An evaluation before the signal averages the statistics; the checkpoint is after it."""
+    changes = {
+        "MODEL__NORM": "BN", "SOLVER__MAX_ITER": 12, "LOG_PERIOD": 1, "TEST__EVAL_EPOCHS": 1,
+        "MODEL__EMA__ENABLED": True, "MODEL__EMA__DECAY": 0.8,
+    }  # fmt: skip
+    train(folder, tmp_path / "a", ranks=2, **changes)
+    said, code = interrupt(folder, tmp_path / "b", "step 5/12", signal.SIGTERM, ranks=2, **changes)
+    assert code != 0 and not (tmp_path / "b/model_final.pth").exists(), said
+    tag = (tmp_path / "b/last_checkpoint").read_text().strip()
+    assert 5 <= int(tag.removeprefix("iter_")) < 12, said
+    state = torch.load(
+        next((tmp_path / "b/checkpoints" / tag).glob("mp_rank_*model_states.pt")),
+        weights_only=False,
+    )
+    first, second = state["buffers"]
+    assert not torch.equal(first["model.bn1.running_mean"], second["model.bn1.running_mean"])
+    train(folder, tmp_path / "b", "--resume", ranks=2, **changes)
+    assert log(tmp_path / "b") == log(tmp_path / "a")
+    assert results(tmp_path / "b") == results(tmp_path / "a")
+    names = [f"model_{which}{ema}.pth" for which in ("final", "best") for ema in ("", "_ema")]
+    assert_same_bits(tmp_path / "a", tmp_path / "b", names)
