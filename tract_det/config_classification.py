@@ -44,8 +44,9 @@ def _model() -> CfgNode:
             "STANDARDIZE": True,  # False: the model sees pixels in [0, VALUE_RANGE]
             "VALUE_RANGE": 1.0,  # or 255.0
             "NORM": "BN",  # what the model has; or SyncBN, GN in place of batch norms
-            # CIFAR's forms: a 3x3/1 stem without pooling (ResNets), one linear layer as the
-            # classifier (VGGs), 8 x 8 patches (ViTs).
+            # CIFAR's forms: a 3x3/1 stem without pooling (ResNets, DenseNets, Inceptions, ...:
+            # modeling/small_images.py lists them), one linear layer as the classifier (VGGs),
+            # 8 x 8 patches (timm's ViTs).
             "SMALL_IMAGES": False,
             "PATCH_NORM": "",  # of ViTs: layer_norm of each raw patch, or dual (DualPatchNorm)
             "WIDTH": 64,  # channels of a ResNet's stem

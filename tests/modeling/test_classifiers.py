@@ -86,8 +86,9 @@ def test_small_images_keep_the_names_of_the_stem(name):
     [
         ({"name": "resnet19"}, r"MODEL.NAME resnet19: torchvision has no .*near: .*resnet18"),
         ({"name": "timm:deit3_smal_patch16_224"}, r"timm has no .*timm:deit3_small_patch16_224"),
-        ({"name": "mobilenet_v2", "small_images": True}, r"MODEL.SMALL_IMAGES True: mobilenet_v2"),
-        ({"name": "timm:resnet18", "small_images": True}, r"MODEL.SMALL_IMAGES True: timm:resnet"),
+        ({"name": "mnasnet1_0", "small_images": True}, r"MODEL.SMALL_IMAGES True: mnasnet1_0 has"),
+        ({"name": "timm:resnet50d", "small_images": True}, r"MODEL.SMALL_IMAGES True: timm:resnet"),
+        ({"name": "timm:nasnetalarge", "small_images": True}, r"timm:nasnetalarge has no form"),
         ({"name": "resnext50_32x4d", "width": 16}, r"MODEL.WIDTH is 16, but resnext50_32x4d"),
         ({"name": "vgg11", "width": 16}, r"MODEL.WIDTH is 16: vgg11"),
         ({"name": "vgg11", "norm": "GN"}, r"MODEL.NORM is GN but vgg11 has no batch norms"),

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models import VGG, ResNet
 
 from tract_det.errors import UserError
 from tract_det.modeling.checkpointing import checkpoint_activations
 from tract_det.modeling.patch_norm import PATCH_NORMS, add_patch_norm
-from tract_det.modeling.resnets import STEM_WIDTH, build_resnet, init_conv
+from tract_det.modeling.resnets import STEM_WIDTH, build_resnet
+from tract_det.modeling.small_images import make_small
 
 _TIMM = "timm:"
 _SMALL_GRID = 8  # patches along a side of a small image, as in CIFAR ViTs
@@ -45,9 +45,10 @@ def build_classifier(
         name: one of torchvision's classifiers ("vgg16_bn", "resnet18", "vit_b_16", ...);
             "resnet10", with one basic block a stage; or "timm:NAME" for one of timm's.
         num_classes: of the head.
-        small_images: the form for CIFAR's. ResNets: a 3x3/1 stem `conv1`, and no pooling after it.
-            VGGs: the same features, averaged to 1 x 1, and one `nn.Linear(512, num_classes)` as
-            `classifier`. timm's ViTs: 8 x 8 patches an image, whatever patch size the name says.
+        small_images: the form for CIFAR's. Convolutional models: a 3x3/1 stem under its name, and
+            no pooling near it; `make_small` says which. VGGs: the same features, averaged to 1 x 1,
+            and one `nn.Linear(512, num_classes)` as `classifier`. timm's ViTs: 8 x 8 patches an
+            image, whatever patch size the name says.
         norm: "BN" (what the model has), "SyncBN", or "GN", in place of its batch norms.
         patch_norm: "", "layer_norm" or "dual", as `add_patch_norm` has them, on ViTs.
         drop_rate: dropout. Of torchvision's models it is that of every `nn.Dropout`, the default
@@ -76,7 +77,7 @@ def build_classifier(
             )
         model = _torchvision_model(name, num_classes, image_size, width)
         if small_images:
-            _make_small(model, name, num_classes)
+            make_small(model, name, num_classes)
         _set_dropout(model, name, drop_rate)
     model = _with_norm(model, name, norm)
     if patch_norm:
@@ -122,10 +123,11 @@ def _timm_model(
         try:
             return timm.create_model(key, pretrained=False, **options)
         except TypeError as error:
-            if "img_size" not in str(error) or small_images:
+            if "img_size" not in str(error):
                 raise
             del options["img_size"]  # its shape is that of any image
-            return timm.create_model(key, pretrained=False, **options)
+            options.pop("patch_size", None)
+            model = timm.create_model(key, pretrained=False, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         if small_images:
             raise UserError(
@@ -133,6 +135,9 @@ def _timm_model(
                 "take one of timm's ViTs, or torchvision's ResNets and VGGs"
             ) from error
         raise UserError(f"MODEL.NAME {name} cannot be built at this size: {error}") from error
+    if small_images:
+        make_small(model, name, num_classes)
+    return model
 
 
 def _torchvision_model(name: str, num_classes: int, image_size: int, width: int) -> nn.Module:
@@ -153,23 +158,6 @@ def _torchvision_model(name: str, num_classes: int, image_size: int, width: int)
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     except AssertionError as error:
         raise UserError(f"INPUT.SIZE is {image_size}, which {name} refuses: {error}") from error
-
-
-def _make_small(model: nn.Module, name: str, num_classes: int) -> None:
-    if isinstance(model, ResNet):
-        width = model.conv1.out_channels
-        model.conv1 = init_conv(nn.Conv2d(3, width, 3, padding=1, bias=False))
-        model.maxpool = nn.Identity()
-    elif isinstance(model, VGG):
-        model.avgpool = nn.AdaptiveAvgPool2d(1)
-        model.classifier = nn.Linear(512, num_classes)
-        nn.init.normal_(model.classifier.weight, 0, 0.01)
-        nn.init.zeros_(model.classifier.bias)
-    else:
-        raise UserError(
-            f"MODEL.SMALL_IMAGES True: {name} has no form for small images; take a ResNet or VGG "
-            "of torchvision's, or one of timm's ViTs"
-        )
 
 
 def _set_dropout(model: nn.Module, name: str, rate: float) -> None:
