@@ -9,7 +9,7 @@
 Both train the same model on the same data with the same number of reader processes and threads, in
 turns, so that a disturbance of the machine meets both; the medians of the rounds are compared.
 Loss, augmentation and optimizer are the same as well; the bare loop has no DeepSpeed, no log, no
-seeds and no checks. For a detectron2 model it is the loop of that one's plain_train_net.py, with its
+seeds and no checks. For a detectron2 model it is the loop of its own plain_train_net.py, with its
 readers, optimizer, log and checks.
 """
 
