@@ -45,11 +45,9 @@ def detectron2_side() -> Any:
 
 def read_model_weights(cfg: CfgNode) -> Weights | None:
     """MODEL.WEIGHTS, or None where there are none."""
-    if not cfg.MODEL.WEIGHTS:
-        return None
-    if cfg.MODEL.DETECTRON2.CONFIG_FILE:
-        return detectron2_side().read_weights(cfg.MODEL.WEIGHTS)
-    return read_weights(cfg.MODEL.WEIGHTS)
+    # Asked for first: without detectron2 nothing else matters.
+    read = detectron2_side().read_weights if cfg.MODEL.DETECTRON2.CONFIG_FILE else read_weights
+    return read(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
 
 
 def freeze_at(cfg: CfgNode, weights: Weights | None, *, strict: bool) -> int:

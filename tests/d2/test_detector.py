@@ -12,7 +12,14 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from tests.d2.models import CONFIGS, pixels, tract_cfg
-from tract_det.d2 import add_tract_config, apply_tract, as_detector, build_detector, config_file
+from tract_det.d2 import (
+    add_tract_config,
+    apply_tract,
+    as_detector,
+    as_detectron2,
+    build_detector,
+    config_file,
+)
 from tract_det.engine import ds
 from tract_det.engine.loop import StopSignal, train
 from tract_det.errors import UserError
@@ -99,6 +106,18 @@ def test_keys_and_names_stay_detectron2s():
     assert type(ours).__name__ == "GeneralizedRCNN" and isinstance(ours, type(theirs))
     assert as_detector(ours, min_size=0, max_size=0) is ours
     copy.deepcopy(ours)
+
+
+def test_it_is_given_back_as_it_was(generator):
+    ours, theirs, _ = pair()
+    _, inputs = made_up(generator)
+    again = as_detectron2(ours)
+    assert again is ours and type(again) is type(theirs)
+    assert not again.backbone._forward_hooks
+    with torch.no_grad():
+        found, expected = again.eval()(inputs), theirs.eval()(inputs)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one["instances"].scores, other["instances"].scores)
 
 
 @pytest.fixture(scope="module")

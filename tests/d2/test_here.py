@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tests.conftest import run_python
 from tests.d2.conftest import REASON
 
 
@@ -32,3 +33,16 @@ except ModuleNotFoundError as error:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "tract_det.d2 needs detectron2, which is not installed" in found.stdout
     assert "INSTALL" in found.stdout and found.stdout.count("\n") == 1
+
+
+def test_without_detectron2_the_trainer_says_so_in_one_line(tmp_path):
+    (tmp_path / "detectron2.py").write_text(
+        "raise ModuleNotFoundError('No module named detectron2', name='detectron2')"
+    )
+    config = "configs/detectron2/faster_rcnn_R_18_FPN_tract.yaml"
+    done = run_python(
+        "tools/train_net.py", "--config-file", config, env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert done.returncode == 1
+    expected = "error: MODEL.DETECTRON2.CONFIG_FILE: tract_det.d2 needs detectron2, which is not"
+    assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1

@@ -132,3 +132,11 @@ def test_two_ranks_train_and_evaluate_each_image_once(launcher, voc_tree, tmp_pa
     again = tmp_path / "again"
     run(voc_tree, again, "--eval-only", MODEL__WEIGHTS=tmp_path / "model_final.pth")
     assert results(again) == found
+
+
+def test_the_benchmark_takes_turns_with_detectron2s_plain_loop(voc_tree, tmp_path):
+    _, *words = command(voc_tree, tmp_path, SOLVER__OPTIMIZER="SGD", INPUT__COLOR_JITTER=0.0)
+    tool = "tools/benchmark_train.py"
+    done = run_python(tool, *words[:2], "--rounds", 1, "--steps", 1, *words[2:])
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1].removeprefix("ratio ")) > 0
