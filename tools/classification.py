@@ -13,7 +13,11 @@ from tract_det.data.batches import ImageBatches, classification_loader
 from tract_det.data.imagenet import ClassificationDataset, ClassificationSplit, read_classification
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
-from tract_det.modeling.classifiers import ClassifierWithLoss, build_classifier
+from tract_det.modeling.classifiers import (
+    ClassifierWithLoss,
+    build_classifier,
+    check_image_size,
+)
 from tract_det.modeling.weights import (
     Weights,
     input_variance,
@@ -108,6 +112,7 @@ def build_model(
         checkpointing=settings.CHECKPOINTING,
         **options,
     )
+    check_image_size(model, settings.NAME, cfg.INPUT.SIZE)
     if weights is not None:
         report = load_into_classifier(model, weights, class_names, strict=strict)
         say(f"weights {weights.source}: {report}")

@@ -12,7 +12,7 @@ from torch import nn
 from tract_det import apply_tract, find_stem
 from tract_det.errors import UserError
 from tract_det.modeling.checkpointing import CheckpointedSequential
-from tract_det.modeling.classifiers import ClassifierWithLoss, build_classifier
+from tract_det.modeling.classifiers import ClassifierWithLoss, build_classifier, check_image_size
 from tract_det.modeling.patch_norm import PatchNorm
 
 TINY_VIT = "timm:test_vit"  # timm's own for tests: 10 blocks of 64, 16 x 16 patches
@@ -99,8 +99,7 @@ def test_small_images_keep_the_names_of_the_stem(name):
         ({"name": "timm:resnet18", "patch_norm": "layer_norm"}, r"timm:resnet18 has no plain"),
         ({"name": "resnet18", "patch_norm": "triple"}, r"it takes one of '', 'layer_norm', 'dual'"),
         ({"name": "alexnet", "small_images": True}, r"alexnet has no form for small images"),
-        ({"name": "vgg11", "image_size": 16}, r"INPUT.SIZE is 16: vgg11 needs"),
-        ({"name": "vit_b_16", "image_size": 30}, r"INPUT.SIZE is 30, which vit_b_16 refuses"),
+        ({"name": "vit_b_16", "image_size": 30}, r"INPUT.SIZE is 30, which MODEL.NAME vit_b_16 re"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
@@ -108,6 +107,23 @@ def test_what_a_model_does_not_have_is_refused_by_name(options, message):
     name = options.pop("name")
     with torch.device("meta"), pytest.raises(UserError, match=message):
         build_classifier(name, 10, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "fits", "refused"),
+    [("alexnet", 63, 32), ("vgg11", 32, 16), ("inception_v3", 75, 64), (TINY_VIT, 32, 40)],
+)
+def test_a_size_that_a_model_refuses_is_named_in_one_line(name, fits, refused):
+    model = build_classifier(name, 3, image_size=fits)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    check_image_size(model, name, fits)
+    with pytest.raises(UserError) as caught:
+        check_image_size(model, name, refused)
+    assert f"INPUT.SIZE is {refused}, which MODEL.NAME {name} refuses (" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert model.training and torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_syncbn_is_refused_without_cuda():

@@ -162,6 +162,16 @@ def test_corrupt_images_are_replaced_or_left_out_and_counted(tmp_path):
         ([], {"DATASETS__ROOT": ""}, "DATASETS.ROOT is empty"),
         ([], {"DATASETS__ROOT": "/nowhere"}, "/nowhere: no such folder: set DATASETS.ROOT"),
         ([], {"MODEL__NAME": "resnet9"}, "MODEL.NAME resnet9"),
+        (
+            [],
+            {
+                "MODEL__NAME": "alexnet",
+                "MODEL__WIDTH": 64,
+                "MODEL__NORM": "BN",
+                "MODEL__SMALL_IMAGES": False,
+            },
+            "INPUT.SIZE is 32, which MODEL.NAME alexnet refuses",
+        ),
         ([], {"SOLVER__ACCUMULATION": 3}, "SOLVER.IMS_PER_BATCH 8 does not divide"),
         (
             [],

@@ -23,7 +23,6 @@ from tract_det.modeling.small_images import make_small
 
 _TIMM = "timm:"
 _SMALL_GRID = 8  # patches along a side of a small image, as in CIFAR ViTs
-_VGG_STRIDE = 32
 
 
 def build_classifier(
@@ -89,6 +88,35 @@ def build_classifier(
     return model
 
 
+def check_image_size(model: nn.Module, name: str, image_size: int) -> None:
+    """Takes one image through the model, which it leaves as it was.
+
+    Args:
+        model: on the CPU.
+        name: as the user wrote it, for the message.
+        image_size: of the images' sides, pixels.
+
+    Raises:
+        UserError: the model does not take images of that size.
+    """
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise _refused(name, image_size, error) from error
+    finally:
+        model.train(was_training)
+
+
+def _refused(name: str, image_size: int, error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0]
+    return UserError(
+        f"INPUT.SIZE is {image_size}, which MODEL.NAME {name} refuses ({reason}): take another "
+        "size or model, or MODEL.SMALL_IMAGES True where the model has that form"
+    )
+
+
 def _unknown(name: str, known: list[str], prefix: str = "") -> UserError:
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     hint = f"; near: {', '.join(prefix + other for other in near)}" if near else ""
@@ -152,12 +180,10 @@ def _torchvision_model(name: str, num_classes: int, image_size: int, width: int)
         options = {"aux_logits": False, "init_weights": True}
     elif name.startswith("vit_"):
         options = {"image_size": image_size}
-    elif name.startswith("vgg") and image_size < _VGG_STRIDE:
-        raise UserError(f"INPUT.SIZE is {image_size}: {name} needs images of 32 pixels or more")
     try:
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     except AssertionError as error:
-        raise UserError(f"INPUT.SIZE is {image_size}, which {name} refuses: {error}") from error
+        raise _refused(name, image_size, error) from error
 
 
 def _set_dropout(model: nn.Module, name: str, rate: float) -> None:
