@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -105,6 +106,28 @@ def test_tract_changes_the_first_update_of_the_stem_alone_and_stops_where_it_sho
     plain, ours = weights(tmp_path / "plain"), weights(tmp_path / "ours")
     assert [key for key in plain if not torch.equal(plain[key], ours[key])] == ["conv1.weight"]
     assert list(log(tmp_path / "stopped", "tract_lambda")) == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+def test_a_compiled_run_is_the_eager_one_but_for_rounding(folder, tmp_path, monkeypatch):
+    """Relative 1e-4 after four steps; lambda moves, and TrAct is on in three of them."""
+    changes = {
+        "MODEL__TRACT__SCHEDULE": "linear",
+        "MODEL__TRACT__LAMBDA_END": 0.2,
+        "MODEL__TRACT__STOP_AT": 3,
+        "SOLVER__BASE_LR": 0.01,
+    }
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    for name, compiled in (("eager", False), ("compiled", True)):
+        train(folder, tmp_path / name, MODEL__COMPILE=compiled, **changes)
+        assert any((tmp_path / "inductor").rglob("*.py")) == compiled
+    assert log(tmp_path / "compiled") == pytest.approx(log(tmp_path / "eager"), rel=1e-4)
+    eager, compiled = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
+    assert compiled.keys() == eager.keys()
+    for key, value in compiled.items():
+        torch.testing.assert_close(value, eager[key], rtol=0, atol=1e-4)
+    assert results(tmp_path / "compiled")["images"] == 23
 
 
 def test_pixels_that_are_not_standardised_scale_lambda_and_are_known_to_the_weights(
