@@ -11,7 +11,6 @@ from tract_det import __version__, distributed
 from tract_det.data.augment import Mix, classification_train
 from tract_det.data.batches import ImageBatches, classification_loader
 from tract_det.data.imagenet import ClassificationDataset, ClassificationSplit, read_classification
-from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.modeling.classifiers import (
     ClassifierWithLoss,
@@ -115,7 +114,7 @@ def build_model(
     check_image_size(model, settings.NAME, cfg.INPUT.SIZE)
     if weights is not None:
         report = load_into_classifier(model, weights, class_names, strict=strict)
-        say(f"weights {weights.source}: {report}")
+        common.say_loaded(cfg, weights.source, report, strict=strict)
     if not strict:
         common.put_tract(cfg, model, seen_variance(cfg, std))
     is_bce = settings.LOSS == "bce"

@@ -1,6 +1,8 @@
 """What the training tools share: the command line, and what they make of the keys in common."""
 
 import argparse
+import dataclasses
+import json
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from tract_det.engine.schedule import lambda_schedule, lr_schedule
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.files import write_text
+from tract_det.modeling.weights import LoadReport
 
 HERE = Path(__file__).resolve().parent.parent  # the checkout, or the installed package
 LambdaAt = Callable[[int], float | None]
@@ -54,6 +57,17 @@ def place(cfg: CfgNode, model: nn.Module, device: torch.device) -> nn.Module:
     if cfg.SOLVER.AMP.ENABLED:
         ds.autocast_forward(model, device)
     return model.to(device)
+
+
+def say_loaded(cfg: CfgNode, source: str, report: LoadReport, *, strict: bool) -> None:
+    """Says what was loaded; a training (not strict) has all the names in OUTPUT_DIR."""
+    path, more = Path(cfg.OUTPUT_DIR) / "weights_report.json", ""
+    if not strict:
+        more = f"; all names in {path}"
+        if distributed.is_main():
+            content = {"source": source, **dataclasses.asdict(report)}
+            write_text(path, json.dumps(content, indent=2) + "\n")
+    say(f"weights {source}: {report}{more}")
 
 
 def put_tract(cfg: CfgNode, model: nn.Module, variance: float) -> None:

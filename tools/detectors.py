@@ -7,10 +7,9 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch import nn
-from tract_det.tools.common import plain, put_tract
+from tract_det.tools.common import plain, put_tract, say_loaded
 
 from tract_det import __version__
-from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.modeling.faster_rcnn import BoxHeadOptions, ProposalOptions, build_faster_rcnn
 from tract_det.modeling.weights import (
@@ -70,7 +69,7 @@ def build_model(
     build = _detectron2s if cfg.MODEL.DETECTRON2.CONFIG_FILE else _torchvisions
     model, meta, report = build(cfg, weights, class_names, strict)
     if weights is not None:
-        say(f"weights {weights.source}: {report}")
+        say_loaded(cfg, weights.source, report, strict=strict)
     if not strict:
         put_tract(cfg, model, input_variance(meta["pixel_std"]))
     return model, {"version": __version__, **meta, "class_names": list(class_names)}

@@ -89,6 +89,7 @@ def test_evaluating_the_saved_weights_gives_the_same_counts(trained, folder, tmp
         folder, tmp_path, "--eval-only", MODEL__WEIGHTS=trained[0] / f"model_final{suffix}.pth",
         MODEL__NORM="BN", SOLVER__AMP__ENABLED=True, MODEL__CHANNELS_LAST=True,
     )  # fmt: skip
+    assert not (tmp_path / "weights_report.json").exists()
     expected = results(trained[0])
     average = expected.pop("ema")
     assert results(tmp_path) == (average if suffix else expected)
@@ -146,7 +147,11 @@ def test_pretrained_weights_are_fine_tuned_on_other_classes(trained, tmp_path):
         root, tmp_path / "out", MODEL__WEIGHTS=model, MODEL__NORM="BN", SOLVER__MAX_ITER=1,
         SOLVER__BASE_LR=1e-8,
     )  # fmt: skip
-    assert "fc.weight" in done.stdout  # stays random
+    assert f"all names in {tmp_path / 'out/weights_report.json'}" in done.stdout
+    report = json.loads((tmp_path / "out/weights_report.json").read_text())
+    assert report["source"] == str(model) and report["random"] == ["fc.weight", "fc.bias"]
+    assert report["left"] == report["resampled"] == []
+    assert sorted(report["used"]) == sorted(set(weights(trained[0])) - {"fc.weight", "fc.bias"})
     ours, theirs = weights(tmp_path / "out"), weights(trained[0])
     assert ours["fc.weight"].shape[0] == 3
     torch.testing.assert_close(ours["conv1.weight"], theirs["conv1.weight"], rtol=0, atol=1e-5)

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 from tests.conftest import REPO, run_python, tiny_options, write_voc_tree
+from tract_det.engine.checkpoint import save_weights
 from tract_det.errors import UserError
+from tract_det.modeling.classifiers import build_classifier
 
 TOOL = REPO / "tools/train_net.py"
 LAUNCHERS = {
@@ -92,6 +94,25 @@ def test_the_weights_are_fp32_and_know_their_classes_and_pixels(trained):
     assert content["meta"]["class_names"] == ["box", "disc"]
     assert content["meta"]["pixel_std"] == pytest.approx([58.395, 57.12, 57.375])
     assert all(v.dtype == torch.float32 for v in content["model"].values() if v.is_floating_point())
+
+
+def test_a_training_from_a_classifier_lists_all_that_it_took_and_left(voc_tree, tmp_path):
+    classifier = build_classifier("resnet18", 5)
+    statistics = {"pixel_mean": [124.0, 116.0, 104.0], "pixel_std": [58.0, 57.0, 57.0]}
+    save_weights(tmp_path / "classifier.pth", classifier, statistics)
+    done = train(
+        voc_tree, tmp_path / "out", MODEL__WEIGHTS=tmp_path / "classifier.pth", SOLVER__MAX_ITER=1,
+        MODEL__BACKBONE__NORM="FrozenBN",
+    )  # fmt: skip
+    assert f"all names in {tmp_path / 'out/weights_report.json'}" in done.stdout
+    report = json.loads((tmp_path / "out/weights_report.json").read_text())
+    assert report["source"] == str(tmp_path / "classifier.pth")
+    own = {key for key in classifier.state_dict() if not key.startswith("fc.")}
+    counted = {key for key in own if "num_batches" not in key}
+    assert set(report["used"]) == {f"backbone.body.{key}" for key in counted}
+    assert report["left"] == ["backbone.body.fc.weight", "backbone.body.fc.bias"]
+    saved = {key for key in weights(tmp_path / "out") if "num_batches" not in key}
+    assert {*report["used"], *report["random"]} == saved and len(report["random"]) > 6
 
 
 def test_evaluating_the_saved_weights_gives_the_same_bits(trained, voc_tree, tmp_path):
