@@ -1,0 +1,96 @@
+"""The challenge's files: written, read back, and refused where they are not its own."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.evaluation.detections import CLASSES, evaluate, image, random_split
+from tract_det.errors import UserError
+from tract_det.evaluation.detection_files import read_detections
+
+
+@pytest.mark.parametrize("rule", ["devkit", "detectron2"])
+def test_files_read_back_give_the_same_figures(tmp_path, rule):
+    images, found = random_split(40)
+    evaluator, results = evaluate(images, found, rule)
+    evaluator.write_detections(tmp_path / "new", "val")
+    ids = [one.image_id for one in images]
+    read = read_detections(tmp_path / "new", "val", CLASSES, ids)
+    assert list(read) == ids
+    _, again = evaluate(images, list(read.values()), rule)
+    for definition in ("voc_07", "voc_area"):
+        for key in ("AP", "AP_50_95"):
+            assert again[definition][key] == pytest.approx(results[definition][key], abs=1e-9)
+    assert again["coco"] == pytest.approx(results["coco"], abs=1e-9, nan_ok=True)
+    assert 0 < results["voc_07"]["mAP"] < 100
+
+
+def test_files_have_the_challenges_form_and_nothing_else_is_left(tmp_path):
+    images = [image("one", [], []), image("two", [], [])]
+    third = np.float32(1 / 3)
+    found = [([[0, 1, 10, 20.5], [4, 4, 8, 8]], [third, 0.25], [1, 2]), ([[2, 2, 9, 9]], [1], [1])]
+    evaluator, _ = evaluate(images, found)
+    evaluator.write_detections(tmp_path, "test")
+    names = [f"comp4_det_test_{name}.txt" for name in sorted(CLASSES)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / "comp4_det_test_cat.txt").read_text() == ""
+    dogs = "one 0.3333333432674408 1.0 2.0 10.0 20.5\ntwo 1.0 3.0 3.0 9.0 9.0\n"
+    assert (tmp_path / "comp4_det_test_dog.txt").read_text() == dogs
+
+
+def write_files(folder: Path, lines: str = "", competition: str = "comp4") -> Path:
+    """Files for all classes; `lines` are the dogs'."""
+    for name in CLASSES:
+        path = folder / f"{competition}_det_test_{name}.txt"
+        path.write_text(lines if name == "dog" else "")
+    return folder / f"{competition}_det_test_dog.txt"
+
+
+def test_either_competitions_files_are_read_but_not_both(tmp_path):
+    write_files(tmp_path, "a 0.5 1 1 10 10\n\n", "comp3")
+    read = read_detections(tmp_path, "test", CLASSES)
+    np.testing.assert_array_equal(read["a"].boxes, [[0, 0, 10, 10]])
+    assert (read["a"].scores.tolist(), read["a"].labels.tolist()) == ([0.5], [1])
+    write_files(tmp_path)
+    with pytest.raises(UserError, match=r"both comp3_det_test_cat\.txt and comp4_det_test_cat"):
+        read_detections(tmp_path, "test", CLASSES)
+
+
+def test_image_id_with_blanks_is_read_when_it_is_in_the_split(tmp_path):
+    write_files(tmp_path, "my cat 1 0.5 1 1 10 10\n")
+    read = read_detections(tmp_path, "test", CLASSES, ["my cat 1", "other"])
+    assert [len(one.scores) for one in read.values()] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a 0.5 1 1 10", "line 2: has 5 columns: write image_id score xmin ymin xmax ymax"),
+        ("a 0.5 1 1 10 10 10", "line 2: has 7 columns"),
+        ("a,0.5,1,1,10,10", "line 2: has 1 columns"),
+        ("a 0.5 1 one 10 10", "line 2: .*numbers"),
+        ("a nan 1 1 10 10", "line 2: .*finite numbers"),
+        ("z 0.5 1 1 10 10", "line 2: image 'z' is not in the split"),
+    ],
+)
+def test_bad_line_is_refused_in_one_line_with_file_and_number(tmp_path, line, message):
+    path = write_files(tmp_path, f"a 0.5 1 1 10 10\n{line}\n")
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}, {message}") as caught:
+        read_detections(tmp_path, "test", CLASSES, ["a"])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_are_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: no such folder.*comp\[34\]_det_test_<class>"):
+        read_detections(tmp_path / "nowhere", "test", CLASSES)
+    path = write_files(tmp_path)
+    with pytest.raises(UserError, match=r"no comp\[34\]_det_val_<class>\.txt .*check"):
+        read_detections(tmp_path, "val", CLASSES)
+    path.unlink()
+    with pytest.raises(UserError, match=re.escape(f"{path}: is missing")):
+        read_detections(tmp_path, "test", CLASSES)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=re.escape(f"{path}: cannot be read as text")):
+        read_detections(tmp_path, "test", CLASSES)
