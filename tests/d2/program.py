@@ -1,6 +1,6 @@
 """A detectron2 user's program: DefaultTrainer with TrAct, by detectron2's own launcher.
 
-    python tests/d2/program.py ROOT OUTPUT PROCESSES KEY VALUE ...
+    python tests/d2/program.py ROOT CLASS,CLASS,... OUTPUT PROCESSES KEY VALUE ...
 
 Nothing in it depends on how a batch is spread: no flips, and every anchor and proposal is used.
 """
@@ -17,8 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tract_det.d2 import VOCEvaluator, add_tract_config, config_file, register_voc
 
-CLASSES = ("disc", "box")
-
 
 def create_ddp_model(model, **keywords):
     """detectron2's names a GPU, which a model on the CPU refuses."""
@@ -27,7 +25,7 @@ def create_ddp_model(model, **keywords):
     return DistributedDataParallel(model, broadcast_buffers=False)
 
 
-def configure(output, *pairs):
+def configure(output, classes, *pairs):
     cfg = get_cfg()
     add_tract_config(cfg)
     cfg.merge_from_file(config_file("BCCD-Detection/faster_rcnn_R_18_FPN_tract.yaml"))
@@ -35,10 +33,11 @@ def configure(output, *pairs):
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.RESNETS.NORM = "FrozenBN"
     cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32, 64
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(CLASSES)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
     cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE, cfg.MODEL.RPN.LOSS_WEIGHT = 20000, 50.0
     cfg.MODEL.RPN.NMS_THRESH, cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 1.0, 30
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 1000
+    cfg.MODEL.ROI_HEADS.PROPOSAL_APPEND_GT = False  # as many proposals in every image
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (96,), "none"
     cfg.DATALOADER.NUM_WORKERS = 0
     # Small steps: rounding decides which pixel of a pooling window learns, and grows from there.
@@ -55,10 +54,10 @@ class Trainer(DefaultTrainer):
         return VOCEvaluator(dataset_name)
 
 
-def main(root, output, pairs):
+def main(root, classes, output, pairs):
     for split in ("train", "test"):
-        register_voc(f"program_{split}", root, split, CLASSES)
-    cfg = configure(output, *pairs)
+        register_voc(f"program_{split}", root, split, classes)
+    cfg = configure(output, classes, *pairs)
     default_setup(cfg, None)
     detectron2_defaults.create_ddp_model = create_ddp_model
     trainer = Trainer(cfg)
@@ -76,6 +75,7 @@ def main(root, output, pairs):
 
 
 if __name__ == "__main__":
-    root, output, processes, *pairs = sys.argv[1:]
+    root, classes, output, processes, *pairs = sys.argv[1:]
+    words = (root, tuple(classes.split(",")), output, pairs)
     torch.set_num_threads(1)
-    launch(main, int(processes), dist_url="auto", args=(root, output, pairs))
+    launch(main, int(processes), dist_url="auto", args=words)

@@ -10,7 +10,7 @@ from tests.conftest import run_python
 
 
 def run(root, output, processes, *pairs):
-    found = run_python("tests/d2/program.py", root, output, processes, *pairs)
+    found = run_python("tests/d2/program.py", root, "disc,box", output, processes, *pairs)
     assert found.returncode == 0, found.stderr[-3000:]
     log = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     losses = [line["total_loss"] for line in log if "total_loss" in line]
