@@ -7,12 +7,13 @@ import torch
 from detectron2 import model_zoo  # noqa: F401 - registers nothing, but must import
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, get_cfg, instantiate
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import FPN, MViT, SwinTransformer, build_model
 
 from tests.d2.models import CONFIGS, error_of_stem, pixels, tract_cfg, watched
 from tract_det import TrActConv2d, TrActError, find_stem, remove_tract
 from tract_det.d2 import add_tract_config, apply_tract
+from tract_det.d2 import remove_tract as remove_tract_of_a_model
 
 YAML = sorted(CONFIGS.rglob("*.yaml"))
 LAZY = [path for path in sorted(CONFIGS.rglob("*.py")) if {"common", "Misc"}.isdisjoint(path.parts)]
@@ -187,8 +188,9 @@ def test_lambda_is_in_units_of_standardised_pixels_whatever_the_model_divides_by
     assert float((updates[1] / 57.6 - updates[0]).norm() / updates[0].norm()) < 1e-3
 
 
-def test_padding_a_batch_does_not_change_the_gram_matrix(generator):
-    """Two images of different sizes at once: `N` counts the patches of the images alone."""
+@pytest.mark.parametrize("keyword", [False, True])
+def test_padding_adds_no_patches(keyword, generator):
+    """Two images of different sizes at once: `N` counts the windows that see one of them."""
     cfg = tract_cfg(CONFIGS / "COCO-Detection/retinanet_R_50_FPN_1x.yaml")
     torch.manual_seed(0)
     model = build_model(cfg).train()
@@ -201,7 +203,7 @@ def test_padding_a_batch_does_not_change_the_gram_matrix(generator):
         return sums[-1]
 
     layer._sums = record
-    inputs = pixels(generator, (64, 96), (96, 64))
+    inputs = pixels(generator, (64, 90), (96, 60))
 
     class StopError(Exception):
         pass
@@ -212,11 +214,22 @@ def test_padding_a_batch_does_not_change_the_gram_matrix(generator):
     model.backbone.register_forward_hook(stop)
     for batch in (inputs, inputs[:1], inputs[1:]):
         with pytest.raises(StopError):
-            model(batch)
-    assert layer.image_sizes is None  # also after an error
-    (both, n), (first, n1), (second, n2) = sums
-    assert n == n1 + n2 == 2 * 32 * 48
-    torch.testing.assert_close(both, first + second, rtol=1e-9, atol=0)
+            model(batched_inputs=batch) if keyword else model(batch)
+    counts = [n for _, n in sums]
+    # Stride 2; padded to multiples of 32. Beyond the image two more windows see it, if there is room.
+    assert counts == [34 * 47 + 48 * 32, 32 * 47, 48 * 32]
+    model.eval()
+    with torch.no_grad(), pytest.raises(StopError):
+        model(inputs)
+    assert layer.image_sizes is None
+
+
+def test_remove_tract_leaves_nothing_behind():
+    cfg = tract_cfg(CONFIGS / "COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    model = remove_tract_of_a_model(build_model(cfg))
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    stem = model.backbone.bottom_up.stem.conv1
+    assert type(stem) is Conv2d and not {"tract", "image_sizes", "edges"} & set(vars(stem))
 
 
 def test_the_norm_inside_detectron2s_convolution_stays(generator):

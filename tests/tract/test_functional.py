@@ -249,6 +249,36 @@ def test_a_padded_batch_gives_the_gradient_of_the_unpadded_images(generator):
         conv(batch)
 
 
+@pytest.mark.parametrize(
+    ("keywords", "sizes"),
+    [
+        (geometry(7, stride=2, padding=3), [(30, 41), (48, 29), (2, 3)]),
+        (geometry(3, padding=1), [(31, 17), (48, 48)]),
+        (geometry(16, stride=16), [(33, 47), (10, 20)]),  # smaller than a patch, even
+        (geometry(2, stride=5), [(23, 22)]),
+    ],
+    ids=_name,
+)
+def test_windows_at_the_edges_of_padded_images_count_where_they_are_learnt_from(
+    keywords, sizes, generator
+):
+    """`dZ` is nowhere zero: the oracle has every window of the canvas that sees a pixel."""
+    conv = TrActConv2d(**keywords)
+    batch = torch.zeros(len(sizes), 3, 48, 48)
+    for image, (height, width) in zip(batch, sizes, strict=True):
+        image[:, :height, :width] = photo_like(generator, 3, height, width) + 3  # no pixel is zero
+    set_image_sizes(conv, sizes, edges=True)
+    out = conv(batch)
+    dZ = torch.randn(out.shape, generator=generator)
+    out.backward(dZ)
+    X = F.unfold(batch, conv.kernel_size, 1, conv.padding, conv.stride).mT.flatten(0, 1)
+    seen = X.abs().sum(1) > 0
+    rows = dZ.movedim(1, -1).flatten(0, 2)[seen]
+    expected, _, _ = tract_gradient(X[seen], rows, conv.lambda_)
+    ours = conv.weight.grad.flatten(1).double()
+    assert (ours - expected).norm() <= 1e-5 * expected.norm()
+
+
 @pytest.mark.parametrize("module", [TrActConv2d(3, 4, 3, padding=1), TrActLinear(8, 4)])
 def test_compiles_without_a_graph_break(module, generator):
     x = torch.randn(2, 3, 8, 8, generator=generator)

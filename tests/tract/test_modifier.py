@@ -98,7 +98,7 @@ def test_remove_tract_gives_the_plain_model_back():
     remove_tract(apply_tract(model, 0.3))
     assert str(model) == text
     assert type(model.conv1) is nn.Conv2d
-    assert not {"tract", "image_sizes"} & set(vars(model.conv1))
+    assert not {"tract", "image_sizes", "edges"} & set(vars(model.conv1))
 
 
 def test_applying_twice_sets_lambda():

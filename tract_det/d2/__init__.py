@@ -19,7 +19,7 @@ from tract_det.d2.config import add_tract_config
 from tract_det.d2.config_files import config_file
 from tract_det.d2.data import VOCEvaluator, register_voc
 from tract_det.d2.detector import as_detector, as_detectron2
-from tract_det.d2.modifier import apply_tract
+from tract_det.d2.modifier import apply_tract, remove_tract
 from tract_det.d2.plain_loop import plain_steps
 from tract_det.d2.vgg import VGG, VGGBoxHead
 from tract_det.d2.weights import load_into, pixel_statistics_of
@@ -40,4 +40,5 @@ __all__ = [
     "plain_steps",
     "read_weights",
     "register_voc",
+    "remove_tract",
 ]

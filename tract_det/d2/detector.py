@@ -44,12 +44,10 @@ class _OneInterface(nn.Module):
             {"image": self._pixels(image), "instances": _instances(image, target)}
             for image, target in zip(images, targets, strict=True)
         ]
-        set_image_sizes(self, [(image.shape[-2], image.shape[-1]) for image in images])
-        try:
-            with EventStorage():  # its parts log into one
-                return super().forward(inputs)
-        finally:
-            set_image_sizes(self, None)
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        set_image_sizes(self, sizes, edges=True)
+        with EventStorage():  # its parts log into one
+            return super().forward(inputs)
 
     def _detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         inputs = [

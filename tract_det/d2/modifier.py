@@ -103,20 +103,26 @@ def _check_channels(model: nn.Module, stem: str) -> None:
             )
 
 
+def remove_tract(model: ModelT) -> ModelT:
+    """`tract_det.remove_tract`, and no hook of `apply_tract` is left; before `torch.jit.script`."""
+    tract.remove_tract(model)
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _tell_sizes]:
+            del hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    return model
+
+
 def _hook(model: nn.Module) -> None:
     """Tells the stem the images' sizes in every batch that the model is called with."""
     if _tell_sizes not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_tell_sizes)
-        model.register_forward_hook(_forget_sizes, always_call=True)
+        model.register_forward_pre_hook(_tell_sizes, with_kwargs=True)
 
 
-def _tell_sizes(model: nn.Module, args: tuple[Any, ...]) -> None:
-    inputs = args[0] if args else None
-    if model.training and isinstance(inputs, list | tuple):
-        images = [one.get("image") for one in inputs if isinstance(one, dict)]
-        sizes = [(i.shape[-2], i.shape[-1]) for i in images if isinstance(i, Tensor)]
-        set_image_sizes(model, sizes if len(sizes) == len(inputs) else None)
-
-
-def _forget_sizes(model: nn.Module, *_: Any) -> None:
-    set_image_sizes(model, None)
+def _tell_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # They hold until the next batch: a checkpointed stem runs again in the backward pass.
+    inputs = next(iter([*args, *kwargs.values()]), None) or ()
+    images = [one.get("image") for one in inputs if isinstance(one, dict)]
+    sizes = [(i.shape[-2], i.shape[-1]) for i in images if isinstance(i, Tensor)]
+    known = model.training and len(sizes) == len(inputs) > 0
+    set_image_sizes(model, sizes if known else None, edges=True)

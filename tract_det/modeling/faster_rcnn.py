@@ -229,10 +229,9 @@ class FasterRCNN(nn.Module):
         if targets is not None:
             targets = [{"boxes": t["boxes"], "labels": t["labels"]} for t in targets]
         batch, targets = self.transform(images, targets)
-        if self.training:
-            set_image_sizes(self.backbone, batch.image_sizes)
+        # They hold until the next batch: a checkpointed stem runs again in the backward pass.
+        set_image_sizes(self.backbone, batch.image_sizes if self.training else None, edges=True)
         features = self.backbone(batch.tensors)
-        set_image_sizes(self.backbone, None)
         if isinstance(features, Tensor):
             features = {"0": features}
         proposals, rpn_losses = self.rpn(batch, features, targets)

@@ -17,7 +17,7 @@ from tract_det.tract.solve import (
     damped_solve,
     damped_solve_rows,
     effective_lambda,
-    is_singular,
+    is_cheap,
     needs_float64,
     trace,
 )
@@ -38,7 +38,7 @@ def _needs_float64(total: Tensor, count: Tensor, lambda_: float, key: int) -> bo
     value, relative, _ = _settings(lambda_, key)
     gram_trace = trace(total) / count.clamp(min=1)
     damping = effective_lambda(gram_trace / total.shape[-1], value, relative)
-    return needs_float64(gram_trace, damping) or is_singular(total, count)
+    return needs_float64(gram_trace, damping)
 
 
 def _solve(plain: Tensor, total: Tensor, count: Tensor, lambda_: float, key: int) -> Tensor:
@@ -86,11 +86,12 @@ def _conv_weight_gradient(
     key: int,
 ) -> tuple[Tensor, Tensor]:
     windows = Windows(*((geometry[i], geometry[i + 1]) for i in range(0, len(geometry), 2)))
-    exact = _needs_float64(total, count, lambda_, key)
+    K = total.shape[-1]
+    exact = is_cheap(dZ, K) or _needs_float64(total, count, lambda_, key)
     plain, grad_bias = conv_gradient(
         input.detach(), dZ.detach(), windows, groups, bias=bias, exact=exact
     )
-    by_group = plain.reshape(groups, -1, total.shape[-1])
+    by_group = plain.reshape(groups, -1, K)
     solved = _solve(by_group, total, count, lambda_, key).reshape(plain.shape)
     return solved.to(dtype).contiguous(), grad_bias.to(dtype)
 
@@ -115,7 +116,7 @@ def _linear_weight_gradient(
     if total is None or count is None:
         solved = _solve_rows(linear_gradient(X, dZ, True)[None], X, lambda_, key)
     else:
-        exact = _needs_float64(total, count, lambda_, key)
+        exact = is_cheap(dZ, X.shape[-1]) or _needs_float64(total, count, lambda_, key)
         solved = _solve(linear_gradient(X, dZ, exact)[None], total, count, lambda_, key)
     return solved[0].to(dtype).contiguous()
 

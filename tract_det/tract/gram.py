@@ -32,6 +32,7 @@ from torch import Tensor
 
 from tract_det.tract.correlation import correlation_sum
 from tract_det.tract.operators import operator
+from tract_det.tract.solve import FEW_PATCHES
 from tract_det.tract.windows import BLOCK_BYTES, Windows, crop, windows_of
 
 # The correlation pays for pairs of channels after space-to-depth, the direct sum for pairs of taps.
@@ -141,6 +142,8 @@ def _direct_sum(x: Tensor, windows: Windows, groups: int, first_row: int = 0) ->
     images = max(1, block // (step * Wo))
     columns = (origin[1], origin[1] + (Wo - 1) * stride[1] + reach[1])
     total = torch.zeros((groups, K, K), dtype=torch.float64, device=x.device)
+    if len(x) * Ho * Wo <= FEW_PATCHES * K and x.device.type == "cpu":
+        x = x.double()  # cheap, and needed: see `is_cheap`
     for top in range(first_row, Ho, step):
         first = origin[0] + top * stride[0]
         rows = (first, first + (min(step, Ho - top) - 1) * stride[0] + reach[0])

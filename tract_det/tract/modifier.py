@@ -171,6 +171,6 @@ def remove_tract(model: ModelT) -> ModelT:
     for module in model.modules():
         if type(module) in plain:
             module.__class__ = plain[type(module)]
-            for name in ("tract", "image_sizes"):
+            for name in ("tract", "image_sizes", "edges"):
                 vars(module).pop(name, None)
     return model

@@ -11,6 +11,7 @@ from tract_det.tract.autograd import learning_conv2d, learning_linear
 from tract_det.tract.solve import condition_number
 from tract_det.tract.state import Pending, State, TrActError, check_lambda
 from tract_det.tract.sums import conv_sums, over_ranks, smaller_system
+from tract_det.tract.windows import touching, windows_of
 
 
 class TrActLayer(nn.Module):
@@ -51,9 +52,11 @@ class TrActConv2d(TrActLayer, nn.Conv2d):
     Attributes:
         image_sizes: `(height, width)` of each image of a batch that is padded with zeros at the
             bottom and right: `G` is then that of the images without the padding. None = no padding.
+        edges: `G` is also of the windows that reach from an image into its padding.
     """
 
     image_sizes: Sequence[tuple[int, int]] | None = None
+    edges: bool = False
 
     def __init__(self, *args: Any, lambda_: float = 0.1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -82,6 +85,11 @@ class TrActConv2d(TrActLayer, nn.Conv2d):
             raise TrActError(f"image_sizes has {len(sizes)} entries for {len(input)} images")
         if all(tuple(size) == tuple(input.shape[-2:]) for size in sizes):
             return self._sums_of(input, self.tract.gram_patches)
+        if self.edges:  # zeros add nothing to `X^T X`
+            conv = (self.kernel_size, self.stride, self.padding, self.dilation)
+            windows = windows_of(input.shape[-2:], *conv)
+            total, _ = self._sums_of(input, self.tract.gram_patches)
+            return total, sum(touching(size, windows) for size in sizes)
         parts = []
         for height, width in dict.fromkeys(map(tuple, sizes)):  # those of one size at once
             alike = [i for i, size in enumerate(sizes) if tuple(size) == (height, width)]
@@ -160,17 +168,23 @@ def set_micro_batches(model: nn.Module, micro_batches: int) -> None:
         module.tract.pending = Pending(micro_batches) if micro_batches > 1 else None
 
 
-def set_image_sizes(model: nn.Module, sizes: Sequence[tuple[int, int]] | None) -> None:
+def set_image_sizes(
+    model: nn.Module, sizes: Sequence[tuple[int, int]] | None, *, edges: bool = False
+) -> None:
     """Tells TrAct convolutions the images' sizes in the padded batch that comes next, in place.
 
     Args:
         model: with TrAct layers, or without: then nothing happens.
         sizes: `(height, width)` of each image, pixels; None = no padding. They hold until the next
             call.
+        edges: for a model that learns from the outputs at the images' edges as well, where a window
+            sees a part of an image and zeros, as detectors do. Without them in `G` their part of
+            the gradient would be magnified by up to `1 / lambda_`. False: as if each image were
+            alone, without the padding.
     """
     for _, module in tract_layers(model):
         if isinstance(module, TrActConv2d):
-            module.image_sizes = sizes
+            module.image_sizes, module.edges = sizes, edges
 
 
 def tract_diagnostics(model: nn.Module) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Where the windows of a convolution lie, and images cut to any rectangle around them."""
 
+import math
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -46,6 +47,17 @@ def windows_of(
             f"kernel {kernel}, dilation {spread}: too large for {tuple(size)} + {zeros}"
         )
     return Windows(kernel, step, spread, (-before[0], -before[1]), (height, width))
+
+
+def touching(size: tuple[int, int], windows: Windows) -> int:
+    """How many windows touch an image of `size`, at the top left of the one they lie on."""
+    counts = (
+        min(n, -(-(length - first) // step))
+        for n, length, first, step in zip(
+            windows.out, size, windows.origin, windows.stride, strict=True
+        )
+    )
+    return math.prod(counts)
 
 
 def crop(x: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
