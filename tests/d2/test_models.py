@@ -216,7 +216,7 @@ def test_padding_adds_no_patches(keyword, generator):
         with pytest.raises(StopError):
             model(batched_inputs=batch) if keyword else model(batch)
     counts = [n for _, n in sums]
-    # Stride 2; padded to multiples of 32. Beyond the image two more windows see it, if there is room.
+    # Stride 2; padded to multiples of 32. Two more windows see an image's end, if there is room.
     assert counts == [34 * 47 + 48 * 32, 32 * 47, 48 * 32]
     model.eval()
     with torch.no_grad(), pytest.raises(StopError):
@@ -247,6 +247,9 @@ def test_a_layer_that_cannot_see_the_pixels_is_refused():
     cfg = tract_cfg(CONFIGS / "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
     cfg.MODEL.TRACT.STEM = "backbone.fpn_lateral2"
     with pytest.raises(TrActError, match="takes 256 channels and the images have 3"):
+        build_model(cfg)
+    cfg.MODEL.TRACT.STEM = "nope"
+    with pytest.raises(TrActError, match="has no module 'nope'; its children are: backbone, "):
         build_model(cfg)
 
 

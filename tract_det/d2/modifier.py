@@ -74,6 +74,8 @@ def apply_tract(
 
 def _pixel_std(model: nn.Module, given: Sequence[float] | None) -> list[float]:
     if given is not None:
+        if not all(value > 0 for value in given):
+            raise TrActError(f"pixel_std (MODEL.PIXEL_STD) is {list(given)}: it must be positive")
         return [float(value) for value in given]
     own = getattr(model, "pixel_std", None)
     if not isinstance(own, Tensor) or own.is_meta:
@@ -93,7 +95,7 @@ def _variance(std: Sequence[float], pixel_format: str | None) -> float:
 
 def _check_channels(model: nn.Module, stem: str) -> None:
     """Refuses a layer that cannot see the pixels."""
-    mean, layer = getattr(model, "pixel_mean", None), model.get_submodule(stem)
+    mean, layer = getattr(model, "pixel_mean", None), dict(model.named_modules()).get(stem)
     if isinstance(mean, Tensor) and isinstance(layer, nn.Conv2d):
         channels = mean.numel()
         if layer.in_channels != channels:

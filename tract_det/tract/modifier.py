@@ -150,19 +150,23 @@ def _change(module: nn.Module, name: str, state: State) -> None:
     if tract_class is None:
         raise TrActError(
             f"'{name}' is a {type(module).__module__}.{type(module).__name__}: TrAct knows "
-            f"{', '.join(c.__name__ for c in TRACT_CLASSES)}; teach it this class with "
+            f"{', '.join(map(_short_name, TRACT_CLASSES))}; teach it this class with "
             "register_layer, or name another layer with stem='...'"
         )
     if not module.weight.requires_grad:
         raise TrActError(
             f"'{name}' is frozen (weight.requires_grad is False), so TrAct would do nothing: call "
             f"model.get_submodule('{name}').requires_grad_(True) first, or build the model with "
-            "nothing frozen (FREEZE_AT 0, trainable_backbone_layers=5)"
+            "nothing frozen (FREEZE_AT 0, freeze_at=0, trainable_backbone_layers=5)"
         )
     if _is_tract(module):
         state.pending = module.tract.pending  # type: ignore[union-attr, assignment]
     module.__class__ = tract_class
     module.tract = state  # type: ignore[assignment]
+
+
+def _short_name(layer: type[nn.Module]) -> str:
+    return f"{layer.__module__.split('.')[0]}'s {layer.__name__}"
 
 
 def remove_tract(model: ModelT) -> ModelT:
