@@ -1,20 +1,25 @@
 """detectron2's models from its own configuration files, yacs and LazyConfig."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import detectron2
 import yaml
-from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
+from detectron2.modeling.proposal_generator.rrpn import RRPN
+from detectron2.modeling.roi_heads import RROIHeads
 from torch import nn
 
 from tract_det.d2.config import add_tract_config
 from tract_det.d2.detector import as_detector
 from tract_det.errors import UserError
 
-_OPTS = "MODEL.DETECTRON2.OPTS"
+_FILE, _OPTS = "MODEL.DETECTRON2.CONFIG_FILE", "MODEL.DETECTRON2.OPTS"
+_FREEZE_AT = f"{_OPTS} names what this config says: set MODEL.BACKBONE.FREEZE_AT in it instead"
+_ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
 
 
 def find_config(name: str) -> Path:
@@ -23,13 +28,14 @@ def find_config(name: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs"
-    places = [Path(name), Path(__file__).parent / "configs" / name, zoo / name]
+    places = [Path(name), Path(__file__).parent / "configs" / name, _ZOO / name]
     for path in places:
+        if path.is_file() and path.suffix not in (".yaml", ".yml", ".py"):
+            raise UserError(f"{_FILE} {path} is of no known form: name a .yaml or a LazyConfig .py")
         if path.is_file():
             return path
     raise UserError(
-        f"MODEL.DETECTRON2.CONFIG_FILE {name} does not exist: name a file, or one of detectron2's "
+        f"{_FILE} {name} does not exist: name a file, or one of detectron2's "
         "model zoo, such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
     )
 
@@ -56,12 +62,32 @@ def build_detector(
         max_size: longer side's bound in evaluation, pixels.
 
     Raises:
-        UserError: the file or an override is wrong, or the model does not learn from boxes.
+        UserError: the file or an override is wrong, or says what the caller's configuration says
+            (TrAct, frozen stages); or the model does not learn from images of RGB and boxes.
     """
     path = find_config(config_file)
     make = _from_lazy if path.suffix == ".py" else _from_yacs
     model, input_format = make(path, list(opts), num_classes, freeze_at)
-    return as_detector(model, min_size=min_size, max_size=max_size, input_format=input_format)
+    order = getattr(model, "input_format", None) or input_format or "BGR"
+    _check_data(model, order)
+    return as_detector(model, min_size=min_size, max_size=max_size, input_format=order)
+
+
+class _Cfg(CfgNode):
+    """A yacs configuration of which detectron2's own files alone may run code, as they do."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> Any:
+        is_own = Path(filename).resolve().is_relative_to(_ZOO.resolve())
+        try:
+            loaded = super().load_yaml_with_base(filename, allow_unsafe=is_own)
+        except yaml.constructor.ConstructorError as error:
+            raise ValueError(f"{_line(error)}: write plain values, no code is run") from error
+        except TypeError as error:  # of what is no mapping
+            raise ValueError(f"{filename} holds no KEY: VALUE") from error
+        if not isinstance(loaded, dict):
+            raise ValueError(f"{filename} holds no KEY: VALUE")
+        return loaded
 
 
 def _from_yacs(
@@ -69,53 +95,80 @@ def _from_yacs(
 ) -> tuple[nn.Module, str]:
     cfg = get_cfg()
     add_tract_config(cfg)
-    try:
+    cfg = _Cfg(cfg)
+    no_tract = cfg.MODEL.TRACT.clone()
+    if "MODEL.BACKBONE.FREEZE_AT" in opts[::2]:
+        raise UserError(_FREEZE_AT)
+    with _in_one_line(f"{_FILE} {path} cannot be read"):
         cfg.merge_from_file(str(path))
-    except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
-        raise UserError(f"MODEL.DETECTRON2.CONFIG_FILE {path}: {_line(error)}") from error
-    try:
+    with _in_one_line(f"{_OPTS} {opts}"):
         cfg.merge_from_list(opts)
-    except (KeyError, ValueError, AssertionError) as error:
-        raise UserError(f"{_OPTS} {opts}: {_line(error)}") from error
+    if no_tract != cfg.MODEL.TRACT:
+        raise UserError(
+            f"{_FILE} {path} or its OPTS set MODEL.TRACT: set MODEL.TRACT.ENABLED in this config, "
+            "not in MODEL.DETECTRON2, and take a file without it (no _tract)"
+        )
     for node in ("ROI_HEADS", "RETINANET"):
         cfg.MODEL[node].NUM_CLASSES = num_classes
     if freeze_at is not None:
         cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
     # The caller's to decide.
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.VIS_PERIOD = "cpu", "", 0
-    cfg.MODEL.TRACT.ENABLED = False
-    return _built(lambda: build_model(cfg), path), cfg.INPUT.FORMAT
+    with _in_one_line(f"{_FILE} {path} builds no model"):
+        return build_model(cfg), cfg.INPUT.FORMAT
 
 
 def _from_lazy(
     path: Path, opts: list[Any], num_classes: int, freeze_at: int | None
 ) -> tuple[nn.Module, str]:
-    try:
-        config = LazyConfig.load(str(path))
-        model = config["model"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"MODEL.DETECTRON2.CONFIG_FILE {path} has no `model`") from error
-    try:
-        model = LazyConfig.apply_overrides(model, [str(option) for option in opts])
-    except Exception as error:  # hydra's own, of many classes
-        raise UserError(f"{_OPTS} {opts}: {_line(error)}") from error
-    (model.roi_heads if "roi_heads" in model else model).num_classes = num_classes
-    if freeze_at is not None:
-        backbone = model.backbone
-        for name in ("bottom_up", "net"):
-            backbone = backbone.get(name, backbone)
-        if freeze_at or "freeze_at" in backbone:
-            backbone.freeze_at = freeze_at
-    return _built(lambda: instantiate(model), path), ""
-
-
-def _built(make: Any, path: Path) -> nn.Module:
-    try:
-        return make()
-    except (KeyError, ValueError, AssertionError, TypeError) as error:
+    options = [str(option) for option in opts]
+    if any(option.split("=")[0].endswith("freeze_at") for option in options):
+        raise UserError(_FREEZE_AT)
+    with _in_one_line(f"{_FILE} {path} cannot be read"):
+        model = LazyConfig.load(str(path)).get("model")
+    target = getattr(model, "_target_", None)
+    if target is not None and str(getattr(target, "__name__", target)).endswith("apply_tract"):
         raise UserError(
-            f"MODEL.DETECTRON2.CONFIG_FILE {path} builds no model: {_line(error)}"
-        ) from error
+            f"{_FILE} {path} puts apply_tract around its model: leave it out, and set "
+            "MODEL.TRACT.ENABLED in this config"
+        )
+    if target is None or "backbone" not in model:
+        raise UserError(f"{_FILE} {path} has no `model` with a `backbone`, a LazyCall: add it")
+    with _in_one_line(f"{_OPTS} {opts}"):
+        model = LazyConfig.apply_overrides(model, options)
+    with _in_one_line(f"{_FILE} {path} builds no model"):
+        (model.roi_heads if "roi_heads" in model else model).num_classes = num_classes
+        if freeze_at is not None:
+            backbone = model.backbone
+            for name in ("bottom_up", "net"):
+                backbone = backbone.get(name, backbone)
+            if freeze_at or "freeze_at" in backbone:
+                backbone.freeze_at = freeze_at
+        return instantiate(model), ""
+
+
+def _check_data(model: nn.Module, order: str) -> None:
+    """Refuses models of other images and boxes than the data's."""
+    if order not in ("RGB", "BGR"):
+        raise UserError(
+            f"INPUT.FORMAT (LazyConfig: input_format) is {order}: the images are RGB, set RGB or "
+            f"BGR in {_OPTS}"
+        )
+    parts = [getattr(model, name, None) for name in ("proposal_generator", "roi_heads")]
+    if any(isinstance(part, RRPN | RROIHeads) for part in parts):
+        raise UserError(
+            "MODEL.PROPOSAL_GENERATOR.NAME RRPN and MODEL.ROI_HEADS.NAME RROIHeads are for rotated "
+            "boxes, which the data have not: take RPN and StandardROIHeads"
+        )
+
+
+@contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Of errors of many classes: parsers', hydra's, torch's, those of a file that is run."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what}: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:
