@@ -144,10 +144,10 @@ def _detectron2s(
         min_size=cfg.INPUT.MIN_SIZE_TEST,
         max_size=cfg.INPUT.MAX_SIZE_TEST,
     )
-    mean, std = d2.pixel_statistics_of(model)
+    statistics = {"pixel_mean": cfg.MODEL.PIXEL_MEAN, "pixel_std": cfg.MODEL.PIXEL_STD}
     report = None
     if weights is not None:
-        statistics = {"pixel_mean": cfg.MODEL.PIXEL_MEAN, "pixel_std": cfg.MODEL.PIXEL_STD}
         report = d2.load_into(model, weights, class_names, **statistics, strict=strict)
-    meta = {"detectron2": given, "freeze_at": frozen, "pixel_mean": mean, "pixel_std": std}
-    return model, meta, report
+    elif cfg.MODEL.PIXEL_MEAN:
+        d2.check_pixels(model, *statistics.values(), "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD are")
+    return model, {"detectron2": given, "freeze_at": frozen, **d2.meta_of(model)}, report

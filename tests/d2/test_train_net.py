@@ -13,7 +13,9 @@ from detectron2.modeling import build_model
 
 from tests.conftest import REPO, run_python
 from tests.tools.test_train_net import LAUNCHERS, TOOL, losses, port, results, weights
+from tract_det.config import load_cfg
 from tract_det.d2 import add_tract_config, config_file
+from tract_det.errors import UserError
 
 CONFIG = "configs/detectron2/faster_rcnn_R_18_FPN_tract.yaml"
 MODEL = [
@@ -62,6 +64,14 @@ def test_a_run_leaves_what_every_run_leaves(trained):
     assert results(output)["images"] == 5 and set(losses(output)) == {1, 2, 3, 4}
     for name in ("model_final.pth", "results.json", "detections.png", "metrics.jsonl"):
         assert (output / name).is_file()
+    meta = torch.load(output / "model_final.pth", weights_only=True)["meta"]
+    assert meta["format"] == "RGB" and meta["stride_in_1x1"] is None  # no bottlenecks
+
+
+def test_pixel_statistics_that_are_not_the_models_are_refused_without_weights_too(train_net):
+    cfg = load_cfg(REPO / CONFIG, ["MODEL.PIXEL_MEAN", "[1, 2, 3]", "MODEL.PIXEL_STD", "[1, 1, 1]"])
+    with pytest.raises(UserError, match=r"PIXEL_STD are other .*: set MODEL\.PIXEL_MEAN \[1"):
+        train_net.build_model(cfg, None, ("a", "b"), strict=False)
 
 
 def test_eval_only_finds_the_same_to_the_last_bit(trained, voc_tree, tmp_path):

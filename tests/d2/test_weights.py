@@ -8,10 +8,10 @@ import torch
 import torchvision
 
 from tests.conftest import run_python
-from tract_det.d2 import build_detector, load_into, pixel_statistics_of, read_weights
+from tract_det.d2 import build_detector, load_into, meta_of, pixel_statistics_of, read_weights
 from tract_det.errors import UserError
 from tract_det.modeling.faster_rcnn import build_faster_rcnn
-from tract_det.modeling.weights import IMAGENET_MEAN, IMAGENET_STD
+from tract_det.modeling.weights import IMAGENET_MEAN, IMAGENET_STD, Weights
 from tract_det.modeling.weights import load_into as into_ours
 from tract_det.modeling.weights import read_weights as read_ours
 
@@ -108,9 +108,8 @@ def test_other_pixels_and_strides_are_refused_with_what_to_write(pth, pkl):
             load_into(model, read_weights(file), CLASSES, **statistics)
 
 
-def test_a_caffe2_file_enters_detectron2s_default_model(tmp_path):
-    """As MSRA's: Caffe2's names, norms folded into scale and shift, nothing said of pixels."""
-    model = detector(ZOO)
+def caffe2(model, path):
+    """A file as MSRA's: Caffe2's names, norms folded into scale and shift, nothing said."""
     rng = np.random.default_rng(0)
     arrays = {"conv1_w_momentum": np.zeros(1, np.float32)}
     leaves = {"shortcut": "branch1", "conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c"}
@@ -122,13 +121,118 @@ def test_a_caffe2_file_enters_detectron2s_default_model(tmp_path):
         ends = [end for end in named if key.endswith(end)]
         if ends:  # not a statistic
             arrays[named[ends[0]]] = rng.normal(size=tensor.shape).astype(np.float32)
-    path = tmp_path / "R-50.pkl"
     path.write_bytes(pickle.dumps(arrays, 2))
+    return arrays
+
+
+def test_a_caffe2_file_enters_detectron2s_default_model(tmp_path):
+    model, path = detector(ZOO), tmp_path / "R-50.pkl"
+    arrays = caffe2(model, path)
     report = load_into(model, read_weights(str(path)), CLASSES)
     stem = model.backbone.bottom_up.stem.conv1
     assert len(report.used) == 53 * 3 and not report.left
     assert torch.equal(stem.weight, torch.from_numpy(arrays["conv1_w"]))
     assert torch.equal(stem.norm.bias, torch.from_numpy(arrays["res_conv1_bn_b"]))
+
+
+STD = [57.375, 57.12, 58.395]
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["INPUT.FORMAT", "RGB"], "takes BGR and the model RGB"),
+        (["MODEL.PIXEL_STD", STD], r"MODEL\.PIXEL_STD \[1\.0, 1\.0, 1\.0\] in MODEL"),
+        (["MODEL.RESNETS.STRIDE_IN_1X1", False], r"STRIDE_IN_1X1 True in .*stride_in_1x1=true"),
+    ],
+)
+def test_a_caffe2_file_is_for_bgr_of_std_1_and_strides_in_the_1x1(opts, message, tmp_path):
+    model, path = detector(ZOO, opts), tmp_path / "R-50.pkl"
+    caffe2(model, path)
+    with pytest.raises(UserError, match=message):
+        load_into(model, read_weights(str(path)), CLASSES)
+
+
+RESNEXT = ["MODEL.RESNETS.NUM_GROUPS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 8]
+
+
+def test_fairs_resnexts_stride_in_the_3x3_and_their_pixels_are_the_users_word(tmp_path):
+    opts = [*RESNEXT, "MODEL.RESNETS.STRIDE_IN_1X1", False, "MODEL.PIXEL_STD", STD]
+    model, path = detector(ZOO, opts), tmp_path / "X.pkl"
+    caffe2(model, path)
+    load_into(model, read_weights(str(path)), CLASSES)
+    load_into(model, read_weights(str(path)), CLASSES, **STATISTICS)
+    with pytest.raises(UserError, match=r"STRIDE_IN_1X1 False"):
+        load_into(detector(ZOO, RESNEXT), read_weights(str(path)), CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("name", "opts", "message"),
+    [
+        (R_50, [], None),
+        (R_50, ["MODEL.PIXEL_STD", [1.0] * 3], r"PIXEL_STD \[58\.395, 57\.12, 57\.375\] in"),
+        (R_50, ["MODEL.RESNETS.STRIDE_IN_1X1", True], "STRIDE_IN_1X1 False"),
+        (ZOO, [], "takes RGB and the model BGR"),
+    ],
+)
+def test_a_file_of_detectron2s_own_converter_is_torchvisions(name, opts, message, tmp_path):
+    """tools/convert-torchvision-to-d2.py writes its author, and nothing of pixels or strides."""
+    model, path = detector(name, opts), tmp_path / "r50.pkl"
+    arrays = {key: value.numpy() for key, value in model.backbone.bottom_up.state_dict().items()}
+    content = {"model": arrays, "__author__": "torchvision", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(content, 2))
+    if message is None:
+        assert len(load_into(model, read_weights(str(path)), CLASSES).used) == 53 * 5
+        return
+    with pytest.raises(UserError, match=message):
+        load_into(model, read_weights(str(path)), CLASSES)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.PIXEL_STD", [1.0] * 3], "was trained with other pixel statistics"),
+        (BGR, "takes RGB and the model BGR.*LazyConfig: input_format"),
+        (["MODEL.RESNETS.STRIDE_IN_1X1", True], "strides in the 3x3"),
+    ],
+)
+def test_a_saved_model_is_for_the_pixels_and_strides_that_it_had(opts, message, strict):
+    """In training and in --eval-only alike, and before anything is loaded."""
+    saved, model = detector(), detector(opts=opts)
+    weights = Weights("model_final.pth", saved.state_dict(), meta_of(saved))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=message) as caught:
+        load_into(model, weights, CLASSES, strict=strict)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    load_into(detector(), weights, CLASSES, strict=strict)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_pixels_that_the_user_gives_are_the_models_or_refused(strict):
+    """Of a file that says nothing, such as DetectionCheckpointer's."""
+    model = detector(ZOO)
+    weights = Weights("theirs.pth", model.state_dict(), {})
+    load_into(model, weights, CLASSES, strict=strict)
+    load_into(model, weights, CLASSES, pixel_mean=IMAGENET_MEAN, pixel_std=[1.0] * 3, strict=strict)
+    with pytest.raises(UserError, match="other pixel statistics than the model's"):
+        load_into(model, weights, CLASSES, **STATISTICS, strict=strict)
+
+
+@pytest.mark.parametrize(
+    ("name", "strides"),
+    [
+        (R_50, False),
+        (ZOO, True),
+        ("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml", True),
+        ("COCO-Detection/faster_rcnn_R_50_DC5_1x.yaml", True),
+        ("BCCD-Detection/faster_rcnn_R_18_FPN.yaml", None),
+        ("PascalVOC-Detection/Base-VGG_16.yaml", None),
+    ],
+)
+def test_a_model_says_where_its_bottlenecks_stride(name, strides):
+    assert meta_of(detector(name))["stride_in_1x1"] is strides
 
 
 def test_a_detector_of_other_classes_leaves_its_predictor(tmp_path):

@@ -22,7 +22,7 @@ from tract_det.d2.detector import as_detector, as_detectron2
 from tract_det.d2.modifier import apply_tract, remove_tract
 from tract_det.d2.plain_loop import plain_steps
 from tract_det.d2.vgg import VGG, VGGBoxHead
-from tract_det.d2.weights import load_into, pixel_statistics_of
+from tract_det.d2.weights import check_pixels, load_into, meta_of, pixel_statistics_of
 from tract_det.d2.weights import read as read_weights
 
 __all__ = [
@@ -34,8 +34,10 @@ __all__ = [
     "as_detector",
     "as_detectron2",
     "build_detector",
+    "check_pixels",
     "config_file",
     "load_into",
+    "meta_of",
     "pixel_statistics_of",
     "plain_steps",
     "read_weights",

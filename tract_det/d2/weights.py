@@ -1,6 +1,7 @@
 """Weights of detectron2, of torchvision and of this project, into a detectron2 model."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from tract_det.errors import UserError
 from tract_det.modeling import convert
 from tract_det.modeling.weights import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     LoadReport,
     Weights,
     load_matching,
@@ -32,6 +35,27 @@ def pixel_statistics_of(model: nn.Module) -> tuple[list[float], list[float]]:
     step = -1 if model.input_format == "BGR" else 1
     mean, std = (model.get_buffer(f"pixel_{name}").flatten().tolist() for name in ("mean", "std"))
     return mean[::step], std[::step]
+
+
+def meta_of(model: nn.Module) -> dict[str, Any]:
+    """What `load_into` checks of a file, for the file that a detectron2 model is saved into."""
+    mean, std = pixel_statistics_of(model)
+    return {
+        "pixel_mean": mean,
+        "pixel_std": std,
+        "format": model.input_format,
+        "stride_in_1x1": _strides_in_1x1(model),
+    }
+
+
+def _strides_in_1x1(model: nn.Module) -> bool | None:
+    """Whether bottlenecks stride in the first of their convolutions; None = there are none."""
+    for block in model.modules():
+        convs = [getattr(block, f"conv{i}", None) for i in (1, 2, 3)]
+        strides: list[Any] = [getattr(conv, "stride", None) for conv in convs]
+        if None not in strides and strides[0] != strides[1]:
+            return bool(strides[0] > strides[1])
+    return None
 
 
 def read(source: str) -> Weights:
@@ -72,7 +96,7 @@ def _of_pickle(content: Any, source: str) -> tuple[dict[str, Tensor], dict[str, 
         for key, value in arrays.items()
         if isinstance(value, np.ndarray) and not str(key).endswith("_momentum")
     }
-    meta = {"author": str(author)} | dict(content.get("meta", {}))
+    meta = {"author": str(author)} | _known(author, state) | dict(content.get("meta", {}))
     step = -1 if content.get("FORMAT") == "BGR" else 1
     for key, name in (("PIXEL_MEAN", "pixel_mean"), ("PIXEL_STD", "pixel_std")):
         if key in content:
@@ -81,6 +105,21 @@ def _of_pickle(content: Any, source: str) -> tuple[dict[str, Tensor], dict[str, 
         if key in content:
             meta[name] = content[key]
     return state, meta
+
+
+def _known(author: str | None, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What files that say nothing of themselves were trained on."""
+    if author == "torchvision":  # detectron2's own converter
+        statistics = {"pixel_mean": list(IMAGENET_MEAN), "pixel_std": list(IMAGENET_STD)}
+        return {"format": "RGB", "stride_in_1x1": False, **statistics}
+    if not any(re.match(r"res\d_\d+_branch", key) for key in state):
+        return {}
+    grouped = any(k.endswith("branch2b_w") and t.shape[1] < t.shape[0] for k, t in state.items())
+    if grouped:  # FAIR's ResNeXts; of their pixels, each has its own
+        return {"format": "BGR", "stride_in_1x1": False}
+    statistics = {"pixel_mean": list(IMAGENET_MEAN), "pixel_std": [1.0, 1.0, 1.0]}
+    has_gn = any("_gn_" in key for key in state)  # FAIR's; the others are MSRA's
+    return {"format": "BGR", "stride_in_1x1": not has_gn, **statistics}
 
 
 def load_into(
@@ -99,7 +138,8 @@ def load_into(
         weights: as `read` reads them: a classifier's or a detector's.
         class_names: the detector's classes. A detector's weights of other classes keep their
             predictors to themselves.
-        pixel_mean: of RGB, the user's word for a classifier whose file does not say.
+        pixel_mean: of RGB, the user's word where the file does not say; checked wherever it is
+            given.
         pixel_std: likewise.
         strict: every tensor of the model must be in the file (for evaluation).
 
@@ -109,6 +149,8 @@ def load_into(
     own = model.state_dict()
     if strict:
         _check_whole(own, weights, class_names)
+        _check_pixels(model, weights, pixel_mean, pixel_std, is_known=True)
+        _check_stride(model, weights, is_torchvision=False)
         return load_matching(model, own, weights.state)
     state = weights.state
     is_torchvision = convert.is_resnet(state) or convert.is_vgg(state)
@@ -176,41 +218,43 @@ def _check_pixels(
 
     Files with detectron2's names that do not say are what the configuration is written for.
     """
-    own = pixel_statistics_of(model)
     form = weights.meta.get("format", model.input_format)
     if form != model.input_format:
         raise UserError(
             f"MODEL.WEIGHTS {weights.source} takes {form} and the model {model.input_format}: set "
-            f"INPUT.FORMAT {form} and MODEL.PIXEL_MEAN and PIXEL_STD in that order, in "
-            "MODEL.DETECTRON2.OPTS"
+            f"INPUT.FORMAT {form} and MODEL.PIXEL_MEAN and PIXEL_STD in that order (LazyConfig: "
+            "input_format, pixel_mean, pixel_std), in MODEL.DETECTRON2.OPTS"
         )
-    if "pixel_mean" not in weights.meta and is_known:
-        return
-    theirs = pixel_statistics(weights, mean, std)
-    pairs = zip([*own[0], *own[1]], [*theirs[0], *theirs[1]], strict=True)
+    if mean or "pixel_mean" in weights.meta or not is_known:
+        theirs = pixel_statistics(weights, mean, std)
+        check_pixels(model, *theirs, f"MODEL.WEIGHTS {weights.source} was trained with")
+
+
+def check_pixels(model: nn.Module, mean: Sequence[float], std: Sequence[float], whose: str) -> None:
+    """Refuses other pixel statistics, of RGB, than the model's; `whose` begins the message."""
+    own = pixel_statistics_of(model)
+    pairs = zip([*own[0], *own[1]], [*mean, *std], strict=True)
     if any(abs(a - b) > 1e-3 * max(1.0, abs(b)) for a, b in pairs):
         step = -1 if model.input_format == "BGR" else 1
-        wanted = [[round(value, 3) for value in values[::step]] for values in theirs]
+        wanted = [[round(value, 3) for value in values[::step]] for values in (mean, std)]
         raise UserError(
-            f"MODEL.WEIGHTS {weights.source} was trained with other pixel statistics than the "
-            f"model's: set MODEL.PIXEL_MEAN {wanted[0]} and MODEL.PIXEL_STD {wanted[1]} in "
-            f"MODEL.DETECTRON2.OPTS ({model.input_format} in [0, 255])"
+            f"{whose} other pixel statistics than the model's: set MODEL.PIXEL_MEAN {wanted[0]} "
+            f"and MODEL.PIXEL_STD {wanted[1]} in MODEL.DETECTRON2.OPTS (LazyConfig: "
+            f"pixel_mean=[...], pixel_std=[...]; {model.input_format} in [0, 255])"
         )
 
 
 def _check_stride(model: nn.Module, weights: Weights, is_torchvision: bool) -> None:
     """Refuses a bottleneck that strides in the other of its convolutions."""
     theirs = weights.meta.get("stride_in_1x1", False if is_torchvision else None)
-    for name, block in model.named_modules():
-        if theirs is None or not (name.endswith("res3.0") and hasattr(block, "conv3")):
-            continue
-        ours = block.conv1.stride == (2, 2)
-        if ours != theirs:
-            raise UserError(
-                f"MODEL.WEIGHTS {weights.source} strides in the {'1x1' if theirs else '3x3'} "
-                f"convolutions of its bottlenecks: set MODEL.RESNETS.STRIDE_IN_1X1 {theirs} in "
-                "MODEL.DETECTRON2.OPTS"
-            )
+    ours = _strides_in_1x1(model)
+    if None not in (ours, theirs) and ours != theirs:
+        raise UserError(
+            f"MODEL.WEIGHTS {weights.source} strides in the {'1x1' if theirs else '3x3'} "
+            f"convolutions of its bottlenecks: set MODEL.RESNETS.STRIDE_IN_1X1 {theirs} in "
+            "MODEL.DETECTRON2.OPTS (LazyConfig: backbone.bottom_up.stages.stride_in_1x1="
+            f"{str(theirs).lower()})"
+        )
 
 
 def _flipped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
