@@ -103,3 +103,27 @@ def test_a_missing_image_is_an_error_not_a_lower_figure(name, generator):
         evaluator.process([one], [output])
     with pytest.raises(UserError, match="1 of 8 images were not evaluated"):
         evaluator.evaluate()
+
+
+@pytest.mark.parametrize("other", ["test_nowhere", "coco_2017_train"])
+def test_an_evaluator_of_no_voc_data_names_register_voc(other):
+    with pytest.raises(UserError, match=rf"'{other}' is no registered .*register_voc"):
+        VOCEvaluator(other)
+    assert "test_nowhere" not in MetadataCatalog
+
+
+@pytest.mark.parametrize("classes", ["RBC", ()])
+def test_class_names_are_a_sequence_of_names(classes, voc_tree):
+    with pytest.raises(UserError, match=r"class_names of register_voc is .*: give a sequence"):
+        register_voc("test_refused", voc_tree, "train", classes)
+    assert "test_refused" not in DatasetCatalog
+
+
+def test_a_class_that_is_not_in_the_list_says_where_it_is_given(voc_tree):
+    register_voc("test_one_class", voc_tree, "train", ("disc",))
+    try:
+        with pytest.raises(UserError, match=r"'box' is not in .*register_voc's class_names"):
+            DatasetCatalog.get("test_one_class")
+    finally:
+        DatasetCatalog.remove("test_one_class")
+        MetadataCatalog.remove("test_one_class")

@@ -11,6 +11,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
 from tract_det.data.voc import VOC_CLASSES, Annotation, read_split
+from tract_det.errors import UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator, format_table
 
 
@@ -24,8 +25,8 @@ def register_voc(
 ) -> None:
     """Registers a split of a tree in VOC layout with detectron2, to be read when it is first used.
 
-    Unlike detectron2's `register_pascal_voc` it reads images of any suffix and annotations without
-    optional tags or with coordinates in fractions, and says what is wrong with a file by its name.
+    Unlike detectron2's `register_pascal_voc` it reads images of any suffix, and says what is wrong
+    with a file by its name.
 
     Args:
         name: for DATASETS.TRAIN and DATASETS.TEST.
@@ -35,8 +36,14 @@ def register_voc(
         use_difficult: train on objects marked difficult, as detectron2 does.
 
     Raises:
+        UserError: `class_names` is one name, or empty.
         AssertionError: detectron2's, for a name that is registered already.
     """
+    if isinstance(class_names, str) or not class_names:
+        raise UserError(
+            f"class_names of register_voc is {class_names!r}: give a sequence of names, such as "
+            "('RBC', 'WBC')"
+        )
     names = tuple(class_names)
 
     def read() -> list[dict[str, Any]]:
@@ -85,6 +92,9 @@ class VOCEvaluator(DatasetEvaluator):
         rule: one of `evaluation.voc_ap.RULES`: "devkit", or "detectron2" for that one's figures.
         output_dir: where the challenge's files are written; None = nowhere.
 
+    Raises:
+        UserError: there is no such data set, or it has no VOC layout.
+
     Attributes:
         table: the figures by class as text, after `evaluate`.
     """
@@ -92,7 +102,13 @@ class VOCEvaluator(DatasetEvaluator):
     def __init__(
         self, dataset_name: str, *, rule: str = "devkit", output_dir: str | Path | None = None
     ) -> None:
-        meta = MetadataCatalog.get(dataset_name)
+        # Its `get` would make one.
+        meta: Any = MetadataCatalog.get(dataset_name) if dataset_name in MetadataCatalog else None
+        if not all(hasattr(meta, name) for name in ("dirname", "split", "thing_classes")):
+            raise UserError(
+                f"VOCEvaluator: '{dataset_name}' is no registered data set in VOC layout: register "
+                "it with tract_det.d2.register_voc, under that name"
+            )
         self._split = str(meta.split)
         self._classes, self._rule = tuple(meta.thing_classes), rule
         self._output = None if output_dir is None else Path(output_dir)

@@ -341,14 +341,14 @@ def _class_list(
         return tuple(sorted(found))
     names = tuple(given)
     if len(set(names)) < len(names):
-        raise UserError(f"DATASETS.CLASSES names a class twice: {', '.join(names)}")
+        raise UserError(f"the class list (DATASETS.CLASSES) has one twice: {', '.join(names)}")
     if not found <= set(names):
         xml, name = next((r.xml, n) for r in records for n in r.classes if n not in names)
         close = difflib.get_close_matches(name, names, n=1)
         guess = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
             f"{xml}: class {name!r} is not in the class list ({', '.join(names)}): {guess}"
-            "mend the annotation or add the class to DATASETS.CLASSES"
+            "mend the annotation or add the class (DATASETS.CLASSES; register_voc's class_names)"
         )
     return names
 
