@@ -1,5 +1,8 @@
 """MODEL.TRACT in detectron2's configuration and registry, which stay what they were otherwise."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -34,7 +37,8 @@ def test_the_registry_hands_out_what_acts_as_the_class():
     class Derived(found):
         pass
 
-    assert Derived.__mro__[1] is GeneralizedRCNN
+    assert Derived.__mro__[1] is GeneralizedRCNN and issubclass(Derived, found)
+    assert pickle.loads(pickle.dumps(found)) == copy.deepcopy(found) == found
     with pytest.raises(KeyError, match="No object named 'X'"):
         META_ARCH_REGISTRY.get("X")
 

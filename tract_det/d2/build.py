@@ -18,7 +18,7 @@ from tract_det.d2.detector import as_detector
 from tract_det.errors import UserError
 
 _FILE, _OPTS = "MODEL.DETECTRON2.CONFIG_FILE", "MODEL.DETECTRON2.OPTS"
-_FREEZE_AT = f"{_OPTS} names what this config says: set MODEL.BACKBONE.FREEZE_AT in it instead"
+_FREEZE_AT = f"{_OPTS} sets FREEZE_AT, this config's: set MODEL.BACKBONE.FREEZE_AT in it instead"
 _ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
 
 

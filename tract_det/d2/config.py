@@ -99,6 +99,12 @@ class _Builder:
     def __instancecheck__(self, instance: Any) -> bool:
         return isinstance(instance, self._builder)  # type: ignore[arg-type]
 
+    def __subclasscheck__(self, other: type) -> bool:
+        return issubclass(other, self._builder)  # type: ignore[arg-type]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Builder, (self._builder,)
+
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self._builder,)
 
