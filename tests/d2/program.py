@@ -41,7 +41,7 @@ def configure(output, classes, *pairs):
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (96,), "none"
     cfg.DATALOADER.NUM_WORKERS = 0
     # Small steps: rounding decides which pixel of a pooling window learns, and grows from there.
-    cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS = 0.001, 0
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS = 0.0003, 0
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 20, ()
     cfg.TEST.EVAL_PERIOD, cfg.SEED, cfg.OUTPUT_DIR = 0, 3, str(output)
     cfg.merge_from_list(list(pairs))
