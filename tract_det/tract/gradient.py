@@ -19,8 +19,8 @@ from tract_det.tract.windows import BLOCK_BYTES, Windows, crop
 _IMAGES_BYTES = 16 * 2**20
 # And of the rows of an image that is larger.
 _ROWS_BYTES = 8 * 2**20
-# Of either where `X` is wide: half the error. A 24 ms as before, and B 36, 38; but C 46, 30.
-_WIDE_K, _WIDE_BYTES = 100, 4 * 2**20
+# Of either for a K of 7x7: half the error at A 24 ms as before and B 36, 38. But C 46, 30; D 13, 11.
+_MIDDLE_K, _MIDDLE_BYTES = range(100, 512), 4 * 2**20
 
 
 def _blocks(dZ: Tensor, K: int) -> Iterator[tuple[int, int, int, int]]:
@@ -31,8 +31,8 @@ def _blocks(dZ: Tensor, K: int) -> Iterator[tuple[int, int, int, int]]:
         yield 0, B, 0, Ho
         return
     images_bytes, rows_bytes = _IMAGES_BYTES, _ROWS_BYTES
-    if K >= _WIDE_K:
-        images_bytes = rows_bytes = _WIDE_BYTES
+    if K in _MIDDLE_K:
+        images_bytes = rows_bytes = _MIDDLE_BYTES
     image_bytes = M * Ho * Wo * 4
     images = max(1, images_bytes // image_bytes)
     rows = Ho if image_bytes <= images_bytes else max(1, rows_bytes // (M * Wo * 4))
