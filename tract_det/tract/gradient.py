@@ -19,7 +19,7 @@ from tract_det.tract.windows import BLOCK_BYTES, Windows, crop
 _IMAGES_BYTES = 16 * 2**20
 # And of the rows of an image that is larger.
 _ROWS_BYTES = 8 * 2**20
-# Of either for a K of 7x7: half the error at A 24 ms as before and B 36, 38. But C 46, 30; D 13, 11.
+# Of either for a K of 7x7: half the error, A 24 ms as before, B 36, 38. But C 46, 30; D 13, 11.
 _MIDDLE_K, _MIDDLE_BYTES = range(100, 512), 4 * 2**20
 
 
