@@ -92,7 +92,7 @@ def test_a_tract_config_differs_from_its_control_by_tract_alone(path):
         (["solver.max_iter", "1"], "unknown key .*did you mean 'SOLVER.MAX_ITER'"),
         (["BASE_LR", "1"], "did you mean 'SOLVER.BASE_LR'"),
         (["XYZ", "1"], "unknown key 'XYZ'"),
-        (["SOLVER.MAX_ITER", "many"], "'SOLVER.MAX_ITER' takes int, like 450, not 'many'"),
+        (["SOLVER.MAX_ITER", "many"], "'SOLVER.MAX_ITER' takes int, like 600, not 'many'"),
         (["SOLVER.MAX_ITER", "1.5"], "takes int"),
         (["SOLVER", "1"], "'SOLVER' is a section"),
         (["SOLVER.MAX_ITER"], "has no value"),
