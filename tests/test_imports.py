@@ -26,7 +26,7 @@ ALLOWED = {
     ),
     "d2": (
         {"d2", "tract", "modeling", "data", "evaluation", "engine", "errors", "files"},
-        {"torch", "torchvision", "numpy", "detectron2"},
+        {"torch", "torchvision", "numpy", "yaml", "detectron2"},
     ),
     "config": ({"config_common"}, {"fvcore"}),
     "config_classification": ({"config_common"}, {"fvcore"}),
