@@ -17,6 +17,11 @@ from tract_det.d2.data import to_records
 from tract_det.data.voc import Annotation
 
 
+def _check_finite(loss: torch.Tensor, iteration: int) -> None:
+    if not torch.isfinite(loss).all():
+        raise FloatingPointError(f"the loss is not finite at step {iteration}")
+
+
 def plain_steps(
     model: nn.Module,
     annotations: Sequence[Annotation],
@@ -51,17 +56,10 @@ def plain_steps(
     cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY = learning_rate, weight_decay
     cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.STEPS = 0, ()
     resize = [T.ResizeShortestEdge(list(min_size), max_size, "choice")] if min_size else []
-    mapper = DatasetMapper(
-        is_train=True,
-        augmentations=[*resize, T.RandomFlip()],
-        image_format=getattr(model, "input_format", None) or "BGR",
-    )
-    loader = build_detection_train_loader(
-        to_records(annotations),
-        mapper=mapper,
-        total_batch_size=batch_size,
-        num_workers=num_workers,
-    )
+    order = getattr(model, "input_format", None) or "BGR"
+    mapper = DatasetMapper(True, augmentations=[*resize, T.RandomFlip()], image_format=order)
+    sizes = {"total_batch_size": batch_size, "num_workers": num_workers}
+    loader = build_detection_train_loader(to_records(annotations), mapper=mapper, **sizes)
     model.train()
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
@@ -71,8 +69,7 @@ def plain_steps(
             storage.iter = iteration
             losses = model(batch)
             loss = sum(losses.values())
-            if not torch.isfinite(loss).all():
-                raise FloatingPointError(f"the loss is not finite at step {iteration}: {losses}")
+            _check_finite(loss, iteration)
             reduced = {name: value.item() for name, value in comm.reduce_dict(losses).items()}
             storage.put_scalars(total_loss=sum(reduced.values()), **reduced)
             optimizer.zero_grad()

@@ -45,9 +45,8 @@ def build_classifier(
             "resnet10", with one basic block a stage; or "timm:NAME" for one of timm's.
         num_classes: of the head.
         small_images: the form for CIFAR's. Convolutional models: a 3x3/1 stem under its name, and
-            no pooling near it; `make_small` says which. VGGs: the same features, averaged to 1 x 1,
-            and one `nn.Linear(512, num_classes)` as `classifier`. timm's ViTs: 8 x 8 patches an
-            image, whatever patch size the name says.
+            no pooling near it; `make_small` says which. VGGs: features averaged to 1 x 1, and one
+            `nn.Linear(512, num_classes)`. timm's ViTs: 8 x 8 patches, whatever the name says.
         norm: "BN" (what the model has), "SyncBN", or "GN", in place of its batch norms.
         patch_norm: "", "layer_norm" or "dual", as `add_patch_norm` has them, on ViTs.
         drop_rate: dropout. Of torchvision's models it is that of every `nn.Dropout`, the default
