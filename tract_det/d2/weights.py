@@ -24,6 +24,8 @@ from tract_det.modeling.weights import (
     load_matching,
     pixel_statistics,
     read_weights,
+    rounded,
+    same_statistics,
 )
 from tract_det.tract import find_stem
 
@@ -155,11 +157,10 @@ def load_into(
     state = weights.state
     is_torchvision = convert.is_resnet(state) or convert.is_vgg(state)
     if is_torchvision:
+        state = convert.flip_stem(state) if model.input_format == "BGR" else state
         state = convert.to_form(state, "detectron2", f"MODEL.WEIGHTS {weights.source}")
     _check_pixels(model, weights, pixel_mean, pixel_std, is_known=not is_torchvision)
     _check_stride(model, weights, is_torchvision)
-    if is_torchvision and model.input_format == "BGR":
-        state = _flipped(state)
     if _knows_other_classes(weights, class_names):
         state = {k: v for k, v in state.items() if ".box_predictor" not in k and "cls_" not in k}
     state = {k: v for k, v in state.items() if not _is_constant(k) and v.isfinite().all()}
@@ -198,10 +199,10 @@ def _check_whole(own: Mapping[str, Tensor], weights: Weights, class_names: Seque
             f"MODEL.WEIGHTS {weights.source} is not this model's, it {what}: evaluate with the "
             "MODEL.DETECTRON2 and the classes that it was trained with"
         )
-    theirs = weights.meta.get("class_names")
-    if theirs is not None and list(theirs) != list(class_names):
+    if _knows_other_classes(weights, class_names):
+        theirs = ", ".join(weights.meta["class_names"])
         raise UserError(
-            f"MODEL.WEIGHTS {weights.source} detects {', '.join(theirs)}; the data set's "
+            f"MODEL.WEIGHTS {weights.source} detects {theirs}; the data set's "
             f"classes are {', '.join(class_names)}: set DATASETS.CLASSES or other weights"
         )
 
@@ -233,10 +234,9 @@ def _check_pixels(
 def check_pixels(model: nn.Module, mean: Sequence[float], std: Sequence[float], whose: str) -> None:
     """Refuses other pixel statistics, of RGB, than the model's; `whose` begins the message."""
     own = pixel_statistics_of(model)
-    pairs = zip([*own[0], *own[1]], [*mean, *std], strict=True)
-    if any(abs(a - b) > 1e-3 * max(1.0, abs(b)) for a, b in pairs):
+    if not same_statistics([*own[0], *own[1]], [*mean, *std]):
         step = -1 if model.input_format == "BGR" else 1
-        wanted = [[round(value, 3) for value in values[::step]] for values in (mean, std)]
+        wanted = [rounded(values[::step]) for values in (mean, std)]
         raise UserError(
             f"{whose} other pixel statistics than the model's: set MODEL.PIXEL_MEAN {wanted[0]} "
             f"and MODEL.PIXEL_STD {wanted[1]} in MODEL.DETECTRON2.OPTS (LazyConfig: "
@@ -255,12 +255,6 @@ def _check_stride(model: nn.Module, weights: Weights, is_torchvision: bool) -> N
             "MODEL.DETECTRON2.OPTS (LazyConfig: backbone.bottom_up.stages.stride_in_1x1="
             f"{str(theirs).lower()})"
         )
-
-
-def _flipped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The stem of a network for RGB, for BGR."""
-    stems = ("stem.conv1.weight", "features.0.weight")
-    return {key: value.flip(1) if key in stems else value for key, value in state.items()}
 
 
 def _knows_other_classes(weights: Weights, class_names: Sequence[str]) -> bool:

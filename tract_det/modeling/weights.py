@@ -125,11 +125,11 @@ def pixel_statistics(
     """
     own = weights.meta if weights else {}
     if weights and "pixel_mean" in own:
-        if mean and not _close([*mean, *std], [*own["pixel_mean"], *own["pixel_std"]]):
+        if mean and not same_statistics([*mean, *std], [*own["pixel_mean"], *own["pixel_std"]]):
             raise UserError(
                 f"MODEL.PIXEL_MEAN {list(mean)} and MODEL.PIXEL_STD {list(std)} are not those that "
-                f"{weights.source} was trained with, {_short(own['pixel_mean'])} and "
-                f"{_short(own['pixel_std'])}: leave both keys out"
+                f"{weights.source} was trained with, {rounded(own['pixel_mean'])} and "
+                f"{rounded(own['pixel_std'])}: leave both keys out"
             )
         return list(own["pixel_mean"]), list(own["pixel_std"])
     if mean:
@@ -155,11 +155,13 @@ def input_variance(std: Sequence[float]) -> float:
     return sum((a / b) ** 2 for a, b in zip(IMAGENET_STD, std, strict=True)) / 3
 
 
-def _close(a: Sequence[float], b: Sequence[float]) -> bool:
+def same_statistics(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether pixel statistics are the same but for how many digits were written down."""
     return all(abs(x - y) <= 1e-3 * max(1.0, abs(y)) for x, y in zip(a, b, strict=True))
 
 
-def _short(values: Sequence[float]) -> list[float]:
+def rounded(values: Sequence[float]) -> list[float]:
+    """For messages."""
     return [round(float(value), 3) for value in values]
 
 
