@@ -28,8 +28,8 @@ ALLOWED = {
         {"d2", "tract", "modeling", "data", "evaluation", "engine", "errors", "files"},
         {"torch", "torchvision", "numpy", "yaml", "detectron2"},
     ),
-    "config": ({"config_common"}, {"fvcore"}),
-    "config_classification": ({"config_common"}, {"fvcore"}),
+    "config": ({"config_common", "evaluation"}, {"fvcore"}),
+    "config_classification": ({"config_common", "evaluation"}, {"fvcore"}),
     "config_common": ({"errors"}, {"fvcore", "yaml"}),
     "visualize": ({"errors", "files"}, {"torch", "torchvision", "numpy", "PIL", "matplotlib"}),
     "distributed": (set(), {"torch"}),
@@ -73,6 +73,12 @@ def test_a_module_imports_only_what_its_room_may(path):
             assert rest[0] in own, f"{path.name} imports {name}"
         elif top not in sys.stdlib_module_names:
             assert top in others, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("name", ["metrics.py", "voc_ap.py"])
+def test_the_names_that_a_config_takes_from_evaluation_need_numpy_at_most(name):
+    needed = {module.split(".")[0] for module in imports(PACKAGE / "evaluation" / name)}
+    assert needed - sys.stdlib_module_names <= {"numpy"}
 
 
 def test_deepspeed_has_one_door():

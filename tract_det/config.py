@@ -19,15 +19,13 @@ from tract_det.config_common import (
     tract_keys,
     with_run_keys,
 )
+from tract_det.evaluation.metrics import METRICS
+from tract_det.evaluation.voc_ap import RULES
 
 BACKBONES = (
     *(f"resnet{depth}_fpn" for depth in (18, 34, 50, 101, 152)),
     "vgg16",
     "vgg16_bn",
-)
-METRICS = (
-    *(f"{rule}.{mean}" for rule in ("voc_07", "voc_area") for mean in ("mAP", "mAP_50_95")),
-    *(f"coco.{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")),
 )
 NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
 
@@ -156,7 +154,7 @@ def validate(cfg: CfgNode) -> None:
     check_common(cfg)
     one_of(cfg, "MODEL.BACKBONE.NAME", BACKBONES)
     one_of(cfg, "MODEL.BACKBONE.NORM", NORMS)
-    one_of(cfg, "TEST.VOC_RULE", ("devkit", "detectron2"))
+    one_of(cfg, "TEST.VOC_RULE", RULES)
     one_of(cfg, "TEST.BEST_METRIC", METRICS)
     for key in ("TRAIN", "TEST", "CLASSES"):
         words = [word for word in cfg.DATASETS[key] if not isinstance(word, str)]

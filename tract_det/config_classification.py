@@ -19,6 +19,7 @@ from tract_det.config_common import (
     tract_keys,
     with_run_keys,
 )
+from tract_det.evaluation.metrics import CLASSIFICATION_METRICS
 
 NORMS = ("BN", "SyncBN", "GN")
 PATCH_NORMS = ("", "layer_norm", "dual")
@@ -26,7 +27,6 @@ DATA_SETS = ("imagefolder", "cifar10", "cifar100", "flowers102", "stanford_cars"
 CROPS = ("random_resized", "pad", "simple", "none")
 AUTO_AUGMENT = ("", "randaugment", "trivialaugment", "three_augment")
 INTERPOLATIONS = ("bilinear", "bicubic")
-METRICS = ("top1", "top5", "ema.top1", "ema.top5")
 
 
 def _model() -> CfgNode:
@@ -159,7 +159,7 @@ def validate(cfg: CfgNode) -> None:
     one_of(cfg, "MODEL.NORM", NORMS)
     one_of(cfg, "MODEL.PATCH_NORM", PATCH_NORMS)
     one_of(cfg, "MODEL.LOSS", ("ce", "bce"))
-    one_of(cfg, "TEST.BEST_METRIC", METRICS)
+    one_of(cfg, "TEST.BEST_METRIC", CLASSIFICATION_METRICS)
     model, solver, ema = cfg.MODEL, cfg.SOLVER, cfg.MODEL.EMA
     require(
         model.STANDARDIZE or not model.PIXEL_MEAN,

@@ -3,9 +3,10 @@ import torch
 
 from tract_det.errors import UserError
 from tract_det.evaluation.classification import TopK
+from tract_det.evaluation.metrics import CLASSIFICATION_METRICS
 
 
-def test_counts_are_those_of_sorting(generator):
+def test_counts_equal_sorting_the_logits(generator):
     logits = torch.randn(50, 12, generator=generator, dtype=torch.float64)
     labels = torch.randint(12, (50,), generator=generator)
     top = TopK(50)
@@ -20,13 +21,20 @@ def test_counts_are_those_of_sorting(generator):
     assert results["images"] == 50
 
 
-def test_equal_scores_go_by_the_class_list():
+def test_equal_scores_rank_in_the_order_of_the_class_list():
     top = TopK(12)
     top.add(torch.zeros(12, 12), torch.arange(12))
     assert top.evaluate()["correct"] == {"top1": 1, "top5": 5}
 
 
-def test_top5_of_fewer_classes_is_everything():
+def test_the_metrics_of_a_config_are_the_accuracies_and_those_of_the_moving_average():
+    top = TopK(1)
+    top.add(torch.zeros(1, 2), torch.tensor([0]))
+    names = [name for name, value in top.evaluate().items() if isinstance(value, float)]
+    assert (*names, *(f"ema.{name}" for name in names)) == CLASSIFICATION_METRICS
+
+
+def test_top5_of_fewer_classes_is_100_per_cent():
     top = TopK(2)
     top.add(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 0]))
     assert top.evaluate() == {
@@ -34,24 +42,24 @@ def test_top5_of_fewer_classes_is_everything():
     }  # fmt: skip
 
 
-def test_a_score_that_is_not_finite_is_no_hit_and_no_miss():
+def test_a_score_that_is_not_finite_is_refused_with_the_image():
     logits = torch.zeros(2, 3)
     logits[1, 2] = torch.nan
     with pytest.raises(UserError, match=r"a score of b\.png is not finite"):
         TopK(2).add(logits, torch.tensor([0, 0]), ["a.png", "b.png"])
 
 
-@pytest.mark.parametrize("seen", [2, 4])
-def test_an_image_too_few_or_too_many_is_refused(seen):
+@pytest.mark.parametrize("evaluated", [2, 4])
+def test_an_image_too_few_or_too_many_is_refused(evaluated):
     top = TopK(3)
-    top.add(torch.zeros(seen, 3), torch.zeros(seen, dtype=torch.long))
+    top.add(torch.zeros(evaluated, 3), torch.zeros(evaluated, dtype=torch.long))
     with pytest.raises(
-        UserError, match=f"{seen} images were evaluated and 0 skipped, the split has 3"
+        UserError, match=f"{evaluated} images were evaluated and 0 skipped, the split has 3"
     ):
         top.evaluate()
 
 
-def test_an_image_that_was_skipped_is_counted_apart():
+def test_a_skipped_image_is_counted_separately():
     top = TopK(3)
     top.add(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 0]))
     assert top.evaluate(skipped=1) == {

@@ -1,4 +1,4 @@
-"""The challenge's files: written, read back, and refused where they are not its own."""
+"""The challenge's files of detections: written, read back, and refused if they are malformed."""
 
 import re
 from pathlib import Path
@@ -13,10 +13,10 @@ from tract_det.evaluation.detection_files import read_detections
 
 @pytest.mark.parametrize("rule", ["devkit", "detectron2"])
 def test_files_read_back_give_the_same_figures(tmp_path, rule):
-    images, found = random_split(40)
-    evaluator, results = evaluate(images, found, rule)
+    images, detections = random_split(40)
+    evaluator, results = evaluate(images, detections, rule)
     evaluator.write_detections(tmp_path / "new", "val")
-    ids = [one.image_id for one in images]
+    ids = [annotation.image_id for annotation in images]
     read = read_detections(tmp_path / "new", "val", CLASSES, ids)
     assert list(read) == ids
     _, again = evaluate(images, list(read.values()), rule)
@@ -30,8 +30,11 @@ def test_files_read_back_give_the_same_figures(tmp_path, rule):
 def test_files_have_the_challenges_form_and_nothing_else_is_left(tmp_path):
     images = [image("one", [], []), image("two", [], [])]
     third = np.float32(1 / 3)
-    found = [([[0, 1, 10, 20.5], [4, 4, 8, 8]], [third, 0.25], [1, 2]), ([[2, 2, 9, 9]], [1], [1])]
-    evaluator, _ = evaluate(images, found)
+    detections = [
+        ([[0, 1, 10, 20.5], [4, 4, 8, 8]], [third, 0.25], [1, 2]),
+        ([[2, 2, 9, 9]], [1], [1]),
+    ]
+    evaluator, _ = evaluate(images, detections)
     evaluator.write_detections(tmp_path, "test")
     names = [f"comp4_det_test_{name}.txt" for name in sorted(CLASSES)]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -41,14 +44,14 @@ def test_files_have_the_challenges_form_and_nothing_else_is_left(tmp_path):
 
 
 def write_files(folder: Path, lines: str = "", competition: str = "comp4") -> Path:
-    """Files for all classes; `lines` are the dogs'."""
+    """Writes a file per class, with `lines` in that of the dogs, and returns the latter."""
     for name in CLASSES:
         path = folder / f"{competition}_det_test_{name}.txt"
         path.write_text(lines if name == "dog" else "")
     return folder / f"{competition}_det_test_dog.txt"
 
 
-def test_either_competitions_files_are_read_but_not_both(tmp_path):
+def test_files_of_either_competition_are_read_but_not_of_both(tmp_path):
     write_files(tmp_path, "a 0.5 1 1 10 10\n\n", "comp3")
     read = read_detections(tmp_path, "test", CLASSES)
     np.testing.assert_array_equal(read["a"].boxes, [[0, 0, 10, 10]])
@@ -61,7 +64,7 @@ def test_either_competitions_files_are_read_but_not_both(tmp_path):
 def test_image_id_with_blanks_is_read_when_it_is_in_the_split(tmp_path):
     write_files(tmp_path, "my cat 1 0.5 1 1 10 10\n")
     read = read_detections(tmp_path, "test", CLASSES, ["my cat 1", "other"])
-    assert [len(one.scores) for one in read.values()] == [1, 0]
+    assert [len(detections.scores) for detections in read.values()] == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The evaluator: what goes in, what comes out, and several ranks."""
+"""The evaluator: results, input, output files, and several ranks."""
 
 import json
 import math
@@ -22,6 +22,7 @@ from tests.evaluation.detections import (
 )
 from tract_det.errors import UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator, format_table, write_json
+from tract_det.evaluation.metrics import METRICS
 
 # ---- Results. ----
 
@@ -42,12 +43,12 @@ def test_perfect_detections_give_100_by_every_measure(rule):
     assert [coco[name] for name in ("AP", "AP50", "AP75", "APl")] == pytest.approx([100] * 4)
 
 
-def test_figures_are_in_per_cent_by_class():
+def test_results_are_in_per_cent_by_class():
     cat, dog = (0, 0, 100, 100), (200, 0, 300, 100)
     images = [image("a", [cat, dog], [0, 1]), image("b", [cat], [0])]
-    halved = (200, 0, 300, 50)  # IoU 0.5: found at 0.5 alone, by the devkit's rule
-    found = [([cat, halved], [0.9, 0.9], [0, 1]), NONE]
-    _, results = evaluate(images, found)
+    halved = (200, 0, 300, 50)  # IoU 0.5: matches at threshold 0.5 only, by the devkit's rule
+    detections = [([cat, halved], [0.9, 0.9], [0, 1]), NONE]
+    _, results = evaluate(images, detections)
     assert results["voc_07"]["AP"]["cat"] == pytest.approx(600 / 11)
     assert results["voc_area"]["AP"]["cat"] == pytest.approx(50)
     assert results["voc_area"]["AP_50_95"]["cat"] == pytest.approx(50)
@@ -56,23 +57,29 @@ def test_figures_are_in_per_cent_by_class():
     assert math.isnan(results["voc_area"]["AP"]["bus"])
     assert results["voc_area"]["mAP"] == pytest.approx(75)
     assert results["voc_area"]["mAP_50_95"] == pytest.approx(30)
-    # pycocotools: recall 0, 0.01, ..., 0.5 is 51 of 101 points for the cats; >= for the dogs.
+    # pycocotools: recall 0, 0.01, ..., 0.5 is 51 of 101 points for the cats; IoU >= for the dogs.
     assert results["coco"]["AP50"] == pytest.approx((5100 / 101 + 100) / 2)
-    _, strict = evaluate(images, found, "detectron2")
+    _, strict = evaluate(images, detections, "detectron2")
     assert strict["voc_area"]["AP"]["dog"] == 0
 
 
-def test_curves_of_every_class_are_there_for_plots():
-    images, found = random_split(20)
-    evaluator, results = evaluate(images, found)
-    assert len(evaluator.voc.curves) == len(CLASSES)
-    for label, curve in enumerate(evaluator.voc.curves):
-        detections = sum(int((one.labels == label).sum()) for one in found)
-        assert curve.precision.shape == curve.recall.shape == (detections,)
+def test_the_mean_over_stricter_overlaps_is_lower():
+    results = evaluate(*random_split(20))[1]
     assert 0 < results["voc_07"]["mAP_50_95"] < results["voc_07"]["mAP"] < 100
 
 
-def test_nothing_found_is_zero_and_nothing_to_find_is_nan():
+def test_the_metrics_of_a_config_are_the_means_in_the_results():
+    results = evaluate(*random_split(4))[1]
+    means = [
+        f"{group}.{name}"
+        for group in ("voc_07", "voc_area", "coco")
+        for name, value in results[group].items()
+        if isinstance(value, float)
+    ]
+    assert tuple(means) == METRICS
+
+
+def test_no_detections_is_zero_and_no_ground_truth_is_nan():
     images = [image("a", [(0, 0, 50, 50)], [0])]
     _, results = evaluate(images, [NONE])
     assert results["voc_07"]["mAP"] == results["coco"]["AP"] == 0
@@ -81,16 +88,16 @@ def test_nothing_found_is_zero_and_nothing_to_find_is_nan():
     assert all(map(math.isnan, results["coco"].values()))
 
 
-def test_coco_leaves_a_difficult_object_out_of_the_recall():
+def test_coco_leaves_difficult_objects_out_of_the_recall():
     easy, hard = (0, 0, 50, 50), (100, 0, 200, 100)
     images = [image("a", [easy, hard], [0, 0], [False, True])]
-    for found in ([easy], [easy, hard]):
-        detections = (found, [0.5, 0.9][: len(found)], [0] * len(found))
+    for boxes in ([easy], [easy, hard]):
+        detections = (boxes, [0.5, 0.9][: len(boxes)], [0] * len(boxes))
         assert evaluate(images, [detections])[1]["coco"]["AP"] == pytest.approx(100)
 
 
-def test_coco_does_not_take_a_difficult_object_for_a_crowd():
-    # Half of a difficult object: of the detection's own area all lies inside, but the IoU is 0.25.
+def test_coco_does_not_treat_a_difficult_object_as_a_crowd():
+    # A quarter of a difficult object: all of the detection lies inside it, but the IoU is 0.25.
     easy, hard, inside = (0, 0, 50, 50), (100, 0, 200, 100), (100, 0, 150, 50)
     images = [image("a", [easy, hard], [0, 0], [False, True])]
     _, results = evaluate(images, [([easy, inside], [0.5, 0.9], [0, 0])])
@@ -98,8 +105,8 @@ def test_coco_does_not_take_a_difficult_object_for_a_crowd():
 
 
 def test_evaluation_prints_nothing(capfd):
-    images, found = random_split(3)
-    evaluate(images, found)
+    images, detections = random_split(3)
+    evaluate(images, detections)
     assert capfd.readouterr().out == ""
 
 
@@ -108,14 +115,14 @@ def test_evaluation_prints_nothing(capfd):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_tensors_equal_arrays(dtype):
-    images, found = random_split(6)
+    images, detections = random_split(6)
     tensors = [
         (
-            torch.from_numpy(one.boxes).to(dtype).requires_grad_(),
-            torch.from_numpy(one.scores).to(dtype),
-            torch.from_numpy(one.labels),
+            torch.from_numpy(boxes).to(dtype).requires_grad_(),
+            torch.from_numpy(scores).to(dtype),
+            torch.from_numpy(labels),
         )
-        for one in found
+        for boxes, scores, labels in detections
     ]
     as_arrays = [
         (b.detach().double().numpy(), s.double().numpy(), y.numpy()) for b, s, y in tensors
@@ -129,7 +136,7 @@ def test_added_detections_are_copies():
     evaluator.add("a", boxes, scores, labels)
     boxes[:], scores[:], labels[:] = 7, 7, 2
     evaluator.evaluate()
-    assert [one.max() for one in evaluator.detections["a"]] == [1, 1, 0]
+    assert [values.max() for values in evaluator.detections["a"]] == [1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -167,38 +174,37 @@ def test_missing_images_are_counted_and_named():
         evaluator.evaluate()
 
 
-def test_evaluator_refuses_what_it_cannot_tell_apart():
-    one = image("a", [(0, 0, 5, 5)], [2])
+def test_names_that_occur_twice_unknown_labels_and_rules_are_refused():
+    bus = image("a", [(0, 0, 5, 5)], [2])
     with pytest.raises(ValueError, match="1 class names occur more than once"):
-        DetectionEvaluator([one], ["cat", "dog", "cat"])
+        DetectionEvaluator([bus], ["cat", "dog", "cat"])
     with pytest.raises(ValueError, match="1 image ids occur more than once"):
-        DetectionEvaluator([one, one], CLASSES)
+        DetectionEvaluator([bus, bus], CLASSES)
     with pytest.raises(ValueError, match=r"labels outside 0\.\.1"):
-        DetectionEvaluator([one], CLASSES[:2])
+        DetectionEvaluator([bus], CLASSES[:2])
     with pytest.raises(ValueError, match="'voc'"):
-        DetectionEvaluator([one], CLASSES, rule="voc")
+        DetectionEvaluator([bus], CLASSES, rule="voc")
 
 
-def test_detections_are_there_only_after_evaluate():
-    images, found = random_split(4)
+def test_detections_are_available_only_after_evaluate():
+    images, detections = random_split(4)
     evaluator = DetectionEvaluator(images, CLASSES)
-    for what in ("detections", "voc"):
-        with pytest.raises(RuntimeError, match="evaluate"):
-            getattr(evaluator, what)
-    for one, detections in reversed(list(zip(images, found, strict=True))):
-        evaluator.add(one.image_id, *detections)
+    with pytest.raises(RuntimeError, match="evaluate"):
+        _ = evaluator.detections
+    for annotation, image_detections in reversed(list(zip(images, detections, strict=True))):
+        evaluator.add(annotation.image_id, *image_detections)
     evaluator.evaluate()
-    assert list(evaluator.detections) == [one.image_id for one in images]
+    assert list(evaluator.detections) == [annotation.image_id for annotation in images]
 
 
 # ---- JSON and the table. ----
 
 
 def test_json_has_null_for_nan_and_full_precision(tmp_path):
-    images, found = random_split(10)
-    results = evaluate(images, found)[1]
+    images, detections = random_split(10)
+    results = evaluate(images, detections)[1]
     results["voc_07"]["AP"]["bus"] = math.nan
-    path = tmp_path / "made" / "results.json"
+    path = tmp_path / "new" / "results.json"
     write_json(path, results)
 
     def no_constant(name: str) -> None:
@@ -208,7 +214,7 @@ def test_json_has_null_for_nan_and_full_precision(tmp_path):
     assert read["voc_07"]["AP"].pop("bus") is None
     results["voc_07"]["AP"].pop("bus")
     assert read["voc_07"] == results["voc_07"]
-    assert [one.name for one in path.parent.iterdir()] == ["results.json"]
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
 
 
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -227,8 +233,8 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
 def test_table_names_rule_classes_means_and_coco():
     images = [image("a", [(0, 0, 100, 100), (0, 0, 40, 40)], [0, 1])]
-    found = [([(0, 0, 100, 100)], [0.9], [0])]
-    lines = format_table(evaluate(images, found, "detectron2")[1]).splitlines()
+    detections = [([(0, 0, 100, 100)], [0.9], [0])]
+    lines = format_table(evaluate(images, detections, "detectron2")[1]).splitlines()
     assert "detectron2 rule" in lines[0]
     assert lines[0].endswith("1 images")
     rows = [line.split() for line in lines[2:6]]
@@ -246,19 +252,19 @@ def test_table_names_rule_classes_means_and_coco():
 
 
 def evaluate_shard(rank: int, folder: Path) -> None:
-    """One of two ranks: seven images shared out unequally, then two faults."""
+    """One of two ranks: seven images divided unequally, then a missing and a repeated image."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    images, found = random_split(7)
+    images, detections = random_split(7)
     report: dict[str, Any] = {}
-    for case, mine in {
+    for case, numbers in {
         "interleaved": [(0, 2, 3, 5, 6), (1, 4)][rank],
         "all on one": [(), range(7)][rank],
         "missing": [(0, 2, 3, 5), (1, 4)][rank],
         "twice": [(0, 2, 3, 5, 6), (1, 4, 3)][rank],
     }.items():
         evaluator = DetectionEvaluator(images, CLASSES)
-        for number in mine:
-            evaluator.add(images[number].image_id, *found[number])
+        for number in numbers:
+            evaluator.add(images[number].image_id, *detections[number])
         try:
             report[case] = evaluator.evaluate()
         except UserError as error:
@@ -271,10 +277,10 @@ def evaluate_shard(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_give_what_one_process_gives(tmp_path):
+def test_two_ranks_give_the_results_and_files_of_one_process(tmp_path):
     mp.start_processes(evaluate_shard, (tmp_path,), nprocs=2, start_method="spawn")
-    evaluator, _ = alone = evaluate(*random_split(7))
-    write_json(tmp_path / "alone.json", alone[1])
+    evaluator, results = evaluate(*random_split(7))
+    write_json(tmp_path / "alone.json", results)
     evaluator.write_detections(tmp_path / "alone", "test")
     expected = json.loads((tmp_path / "alone.json").read_text())
     assert 0 < expected["voc_07"]["mAP"] < 100

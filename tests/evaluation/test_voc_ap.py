@@ -25,39 +25,42 @@ from tract_det.evaluation.voc_ap import (
     voc_ap,
 )
 
-Box = tuple[float, float, float, float]
-Truth = tuple[int, Box, bool]  # image, pixel edges, difficult
-Found = tuple[int, Box, float]  # image, pixel edges, score
+Box = tuple[float, float, float, float]  # pixel edges
+GroundTruth = tuple[int, Box, bool]  # image, box, difficult
+Detection = tuple[int, Box, float]  # image, box, score
 
 A, B, FAR = (0, 0, 10, 10), (20, 0, 30, 10), (50, 50, 60, 60)
 
 
-def arrays(truths: Sequence[Truth], founds: Sequence[Found]) -> tuple[Objects, Detections]:
+def arrays(
+    ground_truth: Sequence[GroundTruth], detections: Sequence[Detection]
+) -> tuple[Objects, Detections]:
     """Flat arrays of one class, label 0."""
-    objects = Objects(
-        np.array([t[0] for t in truths], dtype=int),
-        np.array([t[1] for t in truths], dtype=float).reshape(-1, 4),
-        np.zeros(len(truths), dtype=int),
-        np.array([t[2] for t in truths], dtype=bool),
+    return (
+        Objects(
+            np.array([image for image, _, _ in ground_truth], dtype=int),
+            np.array([box for _, box, _ in ground_truth], dtype=float).reshape(-1, 4),
+            np.zeros(len(ground_truth), dtype=int),
+            np.array([difficult for _, _, difficult in ground_truth], dtype=bool),
+        ),
+        Detections(
+            np.array([image for image, _, _ in detections], dtype=int),
+            np.array([box for _, box, _ in detections], dtype=float).reshape(-1, 4),
+            np.array([score for _, _, score in detections], dtype=float),
+            np.zeros(len(detections), dtype=int),
+        ),
     )
-    detections = Detections(
-        np.array([f[0] for f in founds], dtype=int),
-        np.array([f[1] for f in founds], dtype=float).reshape(-1, 4),
-        np.array([f[2] for f in founds], dtype=float),
-        np.zeros(len(founds), dtype=int),
-    )
-    return objects, detections
 
 
 def ap_at_half(
-    truths: Sequence[Truth], founds: Sequence[Found], rule: str = "devkit"
+    ground_truth: Sequence[GroundTruth], detections: Sequence[Detection], rule: str = "devkit"
 ) -> tuple[float, float]:
     """11-point and area AP at IoU 0.5."""
-    result = voc_ap(*arrays(truths, founds), ["thing"], rule)
+    result = voc_ap(*arrays(ground_truth, detections), ["thing"], rule)
     return result.ap_07[0, 0], result.ap_area[0, 0]
 
 
-# ---- The slow, obvious evaluation: plain Python, one detection and one object at a time. ----
+# ---- The slow, obvious evaluation in plain Python, one detection and object at a time. ----
 
 
 def inclusive_iou(a: Box, b: Box, number: type) -> float:
@@ -74,10 +77,10 @@ def inclusive_iou(a: Box, b: Box, number: type) -> float:
 
 
 def slow_ap(
-    truths: Sequence[Truth], founds: Sequence[Found], rule: str, percent: int
+    ground_truth: Sequence[GroundTruth], detections: Sequence[Detection], rule: str, percent: int
 ) -> tuple[float, float]:
     """11-point and area AP at an IoU of `percent` / 100."""
-    total = sum(not difficult for _, _, difficult in truths)
+    total = sum(not difficult for _, _, difficult in ground_truth)
     if total == 0:
         return math.nan, math.nan
     exact = rule == "devkit"
@@ -87,33 +90,33 @@ def slow_ap(
         x1, y1, x2, y2 = box[0] + 1, box[1] + 1, box[2], box[3]
         return (x1, y1, x2, y2) if exact else tuple(float(f"{x:.1f}") for x in (x1, y1, x2, y2))
 
-    def written(score: float) -> float:
+    def score_in_file(score: float) -> float:
         return score if exact else float(f"{score:.3f}")
 
-    taken, tp, fp, history = set(), 0, 0, []
-    for image, box, _ in sorted(founds, key=lambda f: (-written(f[2]), f[0])):
-        best, which = 0, None
-        for index, (truth_image, truth_box, _) in enumerate(truths):
-            if truth_image == image:
-                one_based = (truth_box[0] + 1, truth_box[1] + 1, truth_box[2], truth_box[3])
+    matched, tp, fp, history = set(), 0, 0, []
+    for image, box, _ in sorted(detections, key=lambda d: (-score_in_file(d[2]), d[0])):
+        best_iou, best = 0, None
+        for index, (object_image, object_box, _) in enumerate(ground_truth):
+            if object_image == image:
+                one_based = (object_box[0] + 1, object_box[1] + 1, object_box[2], object_box[3])
                 iou = inclusive_iou(in_file(box), one_based, number)
-                if iou > best:
-                    best, which = iou, index
-        bar = Fraction(percent, 100) if exact else percent / 100.0
-        enough = best >= bar if exact else best > bar
-        if not enough:
+                if iou > best_iou:
+                    best_iou, best = iou, index
+        threshold = Fraction(percent, 100) if exact else percent / 100.0
+        reached = best_iou >= threshold if exact else best_iou > threshold
+        if not reached:
             fp += 1
-        elif truths[which][2]:
+        elif ground_truth[best][2]:
             pass
-        elif which in taken:
+        elif best in matched:
             fp += 1
         else:
-            taken.add(which)
+            matched.add(best)
             tp += 1
         history.append((number(tp) / total, tp / (tp + fp) if tp + fp else 0.0))
 
-    bars = [Fraction(k, 10) for k in range(11)] if exact else np.arange(0.0, 1.1, 0.1)
-    eleven = [max((p for r, p in history if r >= bar), default=0.0) for bar in bars]
+    thresholds = [Fraction(k, 10) for k in range(11)] if exact else np.arange(0.0, 1.1, 0.1)
+    eleven = [max((p for r, p in history if r >= recall), default=0.0) for recall in thresholds]
     area, previous = 0.0, 0
     for position, (recall, _) in enumerate(history):
         area += float(recall - previous) * max(p for _, p in history[position:])
@@ -129,39 +132,43 @@ def boxes_of(coordinate: st.SearchStrategy) -> st.SearchStrategy:
 
 
 IMAGES = st.integers(0, 2)
-TRUTHS = st.lists(st.tuples(IMAGES, boxes_of(st.integers(0, 5)), st.booleans()), max_size=8)
-# Few scores, so that many are equal; few positions, so that many overlaps meet a threshold exactly.
-FOUNDS = st.lists(
+GROUND_TRUTH = st.lists(st.tuples(IMAGES, boxes_of(st.integers(0, 5)), st.booleans()), max_size=8)
+# Few scores, so that many are equal; few positions, so that many IoUs equal a threshold.
+DETECTIONS = st.lists(
     st.tuples(IMAGES, boxes_of(st.integers(0, 5)), st.integers(0, 6).map(lambda k: k / 8)),
     max_size=14,
 )
-# Between the decimals, where detectron2 rounds; some eighths are ties of the rounding.
+# Eighths, which detectron2 rounds to decimals; some are exactly between two decimals.
 FINE = st.integers(0, 40).map(lambda k: k / 8)
-FINE_FOUNDS = st.lists(
+FINE_DETECTIONS = st.lists(
     st.tuples(IMAGES, boxes_of(FINE), st.integers(0, 40).map(lambda k: 0.5 + k / 8192)),
     max_size=14,
 )
 
 
-def assert_equals_slow(truths: list[Truth], founds: list[Found], rule: str) -> None:
+def assert_equals_slow(
+    ground_truth: list[GroundTruth], detections: list[Detection], rule: str
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = voc_ap(*arrays(truths, founds), ["thing"], rule)
-    slow = np.array([slow_ap(truths, founds, rule, percent) for percent in range(50, 100, 5)])
+        result = voc_ap(*arrays(ground_truth, detections), ["thing"], rule)
+    slow = np.array(
+        [slow_ap(ground_truth, detections, rule, percent) for percent in range(50, 100, 5)]
+    )
     np.testing.assert_allclose(result.ap_07[0], slow[:, 0], rtol=0, atol=1e-12)
     np.testing.assert_allclose(result.ap_area[0], slow[:, 1], rtol=0, atol=1e-12)
 
 
 @settings(max_examples=150, deadline=None)
-@given(TRUTHS, FOUNDS)
-def test_devkit_rule_equals_the_slow_evaluation(truths, founds):
-    assert_equals_slow(truths, founds, "devkit")
+@given(GROUND_TRUTH, DETECTIONS)
+def test_devkit_rule_equals_the_slow_evaluation(ground_truth, detections):
+    assert_equals_slow(ground_truth, detections, "devkit")
 
 
 @settings(max_examples=150, deadline=None)
-@given(TRUTHS, FINE_FOUNDS)
-def test_detectron2_rule_equals_the_slow_evaluation(truths, founds):
-    assert_equals_slow(truths, founds, "detectron2")
+@given(GROUND_TRUTH, FINE_DETECTIONS)
+def test_detectron2_rule_equals_the_slow_evaluation(ground_truth, detections):
+    assert_equals_slow(ground_truth, detections, "detectron2")
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -172,14 +179,15 @@ def test_many_random_objects_equal_the_slow_evaluation(rule):
         x, y, w, h = (*rng.integers(0, 60, 2).tolist(), *rng.integers(5, 40, 2).tolist())
         return (x, y, x + w, y + h)
 
-    truths = [(int(rng.integers(12)), box(), bool(rng.random() < 0.2)) for _ in range(60)]
-    founds = [
+    ground_truth = [(int(rng.integers(12)), box(), bool(rng.random() < 0.2)) for _ in range(60)]
+    detections = [
         (image, tuple((np.array(b) + rng.integers(-4, 5, 4)).tolist()), score)
-        for image, b, _ in truths
+        for image, b, _ in ground_truth
         for score in rng.random(3).round(2).tolist()
     ]
-    assert_equals_slow(truths, founds, rule)
-    assert 0.1 < ap_at_half(truths, founds, rule)[1] < 0.9  # a case that exercises both outcomes
+    assert_equals_slow(ground_truth, detections, rule)
+    # The case has both true and false positives.
+    assert 0.1 < ap_at_half(ground_truth, detections, rule)[1] < 0.9
 
 
 @given(boxes_of(st.integers(0, 8)), boxes_of(st.integers(0, 8)))
@@ -196,49 +204,50 @@ def test_iou_of_pixel_edges_is_the_devkits_inclusive_iou(a, b):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_perfect_detections_have_ap_one_at_every_threshold(rule):
-    truths = [(0, A, False), (0, B, False), (1, A, True), (1, B, False)]
-    result = voc_ap(*arrays(truths, [(i, b, 0.9) for i, b, _ in truths]), ["thing"], rule)
+    ground_truth = [(0, A, False), (0, B, False), (1, A, True), (1, B, False)]
+    detections = [(image, box, 0.9) for image, box, _ in ground_truth]
+    result = voc_ap(*arrays(ground_truth, detections), ["thing"], rule)
     np.testing.assert_allclose(result.ap_07, 1, rtol=1e-14)
     np.testing.assert_allclose(result.ap_area, 1, rtol=1e-14)
 
 
-def test_iou_of_exactly_one_half_is_right_by_devkit_and_wrong_by_detectron2():
-    truths, founds = [(0, A, False)], [(0, (0, 0, 10, 5), 0.9)]
-    assert ap_at_half(truths, founds, "devkit") == (1, 1)
-    assert ap_at_half(truths, founds, "detectron2") == (0, 0)
+def test_iou_of_exactly_one_half_is_a_true_positive_by_devkit_and_a_false_one_by_detectron2():
+    ground_truth, detections = [(0, A, False)], [(0, (0, 0, 10, 5), 0.9)]
+    assert ap_at_half(ground_truth, detections, "devkit") == (1, 1)
+    assert ap_at_half(ground_truth, detections, "detectron2") == (0, 0)
 
 
 @pytest.mark.parametrize("twentieths", range(10, 20))
 def test_iou_equal_to_a_threshold_reaches_it_and_no_higher_one(twentieths):
-    truths, founds = [(0, (0, 0, 20, 1), False)], [(0, (0, 0, twentieths, 1), 0.9)]
-    result = voc_ap(*arrays(truths, founds), ["thing"])
+    ground_truth, detections = [(0, (0, 0, 20, 1), False)], [(0, (0, 0, twentieths, 1), 0.9)]
+    result = voc_ap(*arrays(ground_truth, detections), ["thing"])
     reached = 5 * twentieths >= np.arange(50, 100, 5)
     np.testing.assert_array_equal(result.ap_area[0], reached)
 
 
-def test_finding_a_difficult_object_counts_neither_for_nor_against():
-    truths = [(0, A, True), (0, B, False)]
+def test_detections_of_a_difficult_object_are_ignored():
+    ground_truth = [(0, A, True), (0, B, False)]
     with_difficult = [(0, A, 0.9), (0, A, 0.85), (0, B, 0.8)]
-    assert ap_at_half(truths, with_difficult) == pytest.approx((1, 1))
-    assert ap_at_half(truths, [(0, B, 0.8)]) == pytest.approx((1, 1))
-    assert match(*arrays(truths, with_difficult)).num_objects == 1
+    assert ap_at_half(ground_truth, with_difficult) == pytest.approx((1, 1))
+    assert ap_at_half(ground_truth, [(0, B, 0.8)]) == pytest.approx((1, 1))
+    assert match(*arrays(ground_truth, with_difficult)).num_objects == 1
 
 
-def test_second_detection_of_an_object_is_wrong():
-    truths = [(0, A, False), (0, B, False)]
-    founds = [(0, A, 0.9), (0, A, 0.8), (0, B, 0.7)]
+def test_second_detection_of_an_object_is_a_false_positive():
+    ground_truth = [(0, A, False), (0, B, False)]
+    detections = [(0, A, 0.9), (0, A, 0.8), (0, B, 0.7)]
     # Precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1.
-    assert ap_at_half(truths, founds) == pytest.approx((6 / 11 + 5 / 11 * 2 / 3, 5 / 6))
+    assert ap_at_half(ground_truth, detections) == pytest.approx((6 / 11 + 5 / 11 * 2 / 3, 5 / 6))
 
 
-def test_detection_whose_best_object_is_taken_does_not_get_the_next_best():
+def test_detection_whose_best_object_is_already_matched_does_not_get_the_next_best():
     near = (0, 0, 10, 9)  # IoU 0.9 with A: a detection of A's box overlaps both
-    truths = [(0, A, False), (0, near, False)]
-    assert ap_at_half(truths, [(0, A, 0.9), (0, A, 0.8)])[1] == pytest.approx(0.5)
+    ground_truth = [(0, A, False), (0, near, False)]
+    assert ap_at_half(ground_truth, [(0, A, 0.9), (0, A, 0.8)])[1] == pytest.approx(0.5)
 
 
 def test_first_of_two_equal_overlaps_is_the_match():
-    # The detection overlaps both objects by 2/3; the first is difficult, so it is left out.
+    # The detection has IoU 3/5 with both objects. It is ignored if the first one is difficult.
     left, right, between = (0, 0, 4, 10), (2, 0, 6, 10), (1, 0, 5, 10)
     assert ap_at_half([(0, left, True), (0, right, False)], [(0, between, 0.9)])[1] == 0
     assert ap_at_half([(0, right, False), (0, left, True)], [(0, between, 0.9)])[1] == 1
@@ -246,51 +255,52 @@ def test_first_of_two_equal_overlaps_is_the_match():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_equal_scores_keep_the_images_order_then_the_detections_order(rule):
-    truths = [(0, A, False), (1, A, False)]
-    right_first = [(0, A, 0.5), (1, FAR, 0.5)]
-    wrong_first = [(0, FAR, 0.5), (1, A, 0.5)]
-    for founds, area in ((right_first, 1 / 2), (wrong_first, 1 / 4)):
-        assert ap_at_half(truths, founds, rule)[1] == pytest.approx(area)
-        assert ap_at_half(truths, founds[::-1], rule)[1] == pytest.approx(area)
+    ground_truth = [(0, A, False), (1, A, False)]
+    true_positive_first = [(0, A, 0.5), (1, FAR, 0.5)]
+    false_positive_first = [(0, FAR, 0.5), (1, A, 0.5)]
+    for detections, area in ((true_positive_first, 1 / 2), (false_positive_first, 1 / 4)):
+        assert ap_at_half(ground_truth, detections, rule)[1] == pytest.approx(area)
+        assert ap_at_half(ground_truth, detections[::-1], rule)[1] == pytest.approx(area)
     within_image = [(0, A, 0.5), (0, FAR, 0.5)]
-    assert ap_at_half(truths, within_image, rule)[1] == pytest.approx(1 / 2)
-    assert ap_at_half(truths, within_image[::-1], rule)[1] == pytest.approx(1 / 4)
+    assert ap_at_half(ground_truth, within_image, rule)[1] == pytest.approx(1 / 2)
+    assert ap_at_half(ground_truth, within_image[::-1], rule)[1] == pytest.approx(1 / 4)
 
 
 def test_scores_that_differ_in_the_fourth_decimal_are_equal_by_detectron2_only():
-    truths, founds = [(0, A, False)], [(0, FAR, 0.50001), (0, A, 0.50002)]
-    assert ap_at_half(truths, founds, "devkit")[1] == 1
-    assert ap_at_half(truths, founds, "detectron2")[1] == 0.5
+    ground_truth, detections = [(0, A, False)], [(0, FAR, 0.50001), (0, A, 0.50002)]
+    assert ap_at_half(ground_truth, detections, "devkit")[1] == 1
+    assert ap_at_half(ground_truth, detections, "detectron2")[1] == 0.5
 
 
 def test_boxes_are_rounded_to_a_decimal_by_detectron2_only():
-    truths, founds = [(0, A, False)], [(0, (0, 0, 10, 5.04), 0.9)]
-    assert ap_at_half(truths, founds, "devkit")[1] == 1
-    assert ap_at_half(truths, founds, "detectron2")[1] == 0  # 5.0, an IoU of exactly one half
+    ground_truth, detections = [(0, A, False)], [(0, (0, 0, 10, 5.04), 0.9)]
+    assert ap_at_half(ground_truth, detections, "devkit")[1] == 1
+    # 5.04 becomes 5.0: an IoU of exactly one half.
+    assert ap_at_half(ground_truth, detections, "detectron2")[1] == 0
 
 
 def test_recall_of_exactly_three_tenths_reaches_three_tenths():
-    truths = [(image, A, False) for image in range(10)]
-    founds = [(image, A, 0.9) for image in range(3)]
-    assert ap_at_half(truths, founds, "devkit")[0] == pytest.approx(4 / 11)
-    assert ap_at_half(truths, founds, "detectron2")[0] == pytest.approx(3 / 11)
+    ground_truth = [(image, A, False) for image in range(10)]
+    detections = [(image, A, 0.9) for image in range(3)]
+    assert ap_at_half(ground_truth, detections, "devkit")[0] == pytest.approx(4 / 11)
+    assert ap_at_half(ground_truth, detections, "detectron2")[0] == pytest.approx(3 / 11)
 
 
 @pytest.mark.parametrize("tenths", range(11))
 @pytest.mark.parametrize("objects", [10, 30, 70, 90])
 def test_recall_of_any_tenth_reaches_that_tenth(tenths, objects):
-    truths = [(image, A, False) for image in range(objects)]
-    founds = [(image, A, 0.9) for image in range(objects * tenths // 10)]
-    expected = (tenths + 1) / 11 if founds else 0
-    assert ap_at_half(truths, founds)[0] == pytest.approx(expected)
+    ground_truth = [(image, A, False) for image in range(objects)]
+    detections = [(image, A, 0.9) for image in range(objects * tenths // 10)]
+    expected = (tenths + 1) / 11 if detections else 0
+    assert ap_at_half(ground_truth, detections)[0] == pytest.approx(expected)
 
 
-def test_class_without_objects_is_nan_warned_of_and_not_in_the_mean():
+def test_class_without_objects_is_nan_with_a_warning_and_not_in_the_mean():
     objects, detections = arrays([(0, A, False), (0, B, True)], [(0, A, 0.9), (0, B, 0.8)])
-    objects.labels[1] = 1  # class 1 has a difficult object only, class 2 nothing at all
+    objects.labels[1] = 1  # class 1 has only a difficult object, class 2 has none
     detections.labels[1] = 2
     with pytest.warns(UserWarning, match=r"2 of 3 classes .*: only difficult, nothing"):
-        result = voc_ap(objects, detections, ["found", "only difficult", "nothing"])
+        result = voc_ap(objects, detections, ["detected", "only difficult", "nothing"])
     for ap in (result.ap_07, result.ap_area):
         np.testing.assert_array_equal(np.isnan(ap[:, 0]), [False, True, True])
         assert mean_ap(ap[:, 0]) == pytest.approx(1)
@@ -314,12 +324,12 @@ def test_classes_do_not_match_each_other():
     assert (voc_ap(objects, detections, ["a", "b"]).ap_area == 0).all()
 
 
-def test_curve_is_precision_over_recall_at_half():
-    truths = [(0, A, False), (0, B, False)]
-    founds = [(0, A, 0.9), (0, FAR, 0.8), (0, (20, 0, 30, 5), 0.7)]  # the last by IoU 0.5
-    curve = voc_ap(*arrays(truths, founds), ["thing"]).curves[0]
-    np.testing.assert_allclose(curve.precision, [1, 1 / 2, 2 / 3])
-    np.testing.assert_allclose(curve.recall, [1 / 2, 1 / 2, 1])
+def test_matches_give_precision_and_recall_at_each_detection():
+    ground_truth = [(0, A, False), (0, B, False)]
+    detections = [(0, A, 0.9), (0, FAR, 0.8), (0, (20, 0, 30, 5), 0.7)]  # the last has IoU 0.5
+    matches = match(*arrays(ground_truth, detections))
+    np.testing.assert_allclose(matches.precision[0], [1, 1 / 2, 2 / 3])
+    np.testing.assert_allclose(matches.recall[0], [1 / 2, 1 / 2, 1])
 
 
 def test_boxes_without_area_overlap_nothing():
@@ -369,15 +379,17 @@ def test_voc2007_test_takes_seconds():
     image = np.sort(rng.integers(0, images, objects))
     xy, wh = rng.integers(0, 300, (objects, 2)), rng.integers(10, 200, (objects, 2))
     boxes = np.concatenate([xy, xy + wh], axis=1).astype(float)
-    truth = Objects(image, boxes, rng.integers(0, classes, objects), rng.random(objects) < 0.2)
+    ground_truth = Objects(
+        image, boxes, rng.integers(0, classes, objects), rng.random(objects) < 0.2
+    )
     source = np.sort(rng.integers(0, objects, 100 * images))
-    found = Detections(
+    detections = Detections(
         image[source],
         boxes[source] + rng.normal(0, 8, (len(source), 4)),
         rng.random(len(source)),
-        truth.labels[source],
+        ground_truth.labels[source],
     )
-    start = time.process_time()  # of this process alone: other work on the machine does not count
-    result = voc_ap(truth, found, [str(label) for label in range(classes)])
+    start = time.process_time()  # excludes the time of other processes
+    result = voc_ap(ground_truth, detections, [str(label) for label in range(classes)])
     assert time.process_time() - start < 6
     assert result.ap_07.shape == (classes, len(IOU_THRESHOLDS))

@@ -1,1 +1,1 @@
-"""Average precision, by rules that are written down."""
+"""Average precision and top-k accuracy by documented rules."""

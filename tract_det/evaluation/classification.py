@@ -1,4 +1,4 @@
-"""Top-1 and top-5 over all ranks, counted in whole images."""
+"""Top-1 and top-5 accuracy over all ranks, from integer counts of images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,15 +8,14 @@ from torch import Tensor
 
 from tract_det.distributed import gather
 from tract_det.errors import UserError
-
-KS = (1, 5)
+from tract_det.evaluation.metrics import TOP_K
 
 
 class TopK:
-    """Counts the images of a split whose class is among the k most likely, k = 1 and 5.
+    """Counts the images of a split whose class is among the k highest scores, for k in `TOP_K`.
 
-    A class of equal score counts as more likely if it comes first in the class list, so that the
-    counts do not depend on a sorting algorithm.
+    Of two classes with equal scores the one that comes first in the class list ranks higher, so
+    that the counts do not depend on a sorting algorithm.
 
     Args:
         images: number of images in the split.
@@ -24,16 +23,16 @@ class TopK:
 
     def __init__(self, images: int) -> None:
         self.images = images
-        self.seen = 0
-        self.correct = dict.fromkeys(KS, 0)
+        self.evaluated = 0
+        self.correct = dict.fromkeys(TOP_K, 0)
 
     def add(self, logits: Tensor, labels: Tensor, ids: Sequence[str] = ()) -> None:
-        """Takes a batch; each image of the split is to be added once, on any rank.
+        """Adds a batch. Each image of the split must be added exactly once, on any rank.
 
         Args:
             logits: `(B, num_classes)`.
             labels: `(B,)`, 0..num_classes-1.
-            ids: the images' names, for messages.
+            ids: names of the images, for error messages.
 
         Raises:
             UserError: a logit is not finite.
@@ -43,33 +42,36 @@ class TopK:
             first = int(finite.logical_not().nonzero()[0])
             name = f" of {ids[first]}" if ids else ""
             raise UserError(f"a score{name} is not finite: check MODEL.WEIGHTS")
-        own = logits.gather(1, labels[:, None])
+        score = logits.gather(1, labels[:, None])
         before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
-        rank = ((logits > own) | ((logits == own) & before)).sum(dim=1)  # 0 = the most likely
-        self.seen += len(labels)
-        for k in KS:
+        rank = ((logits > score) | ((logits == score) & before)).sum(dim=1)  # 0 = highest
+        self.evaluated += len(labels)
+        for k in TOP_K:
             self.correct[k] += int((rank < k).sum())
 
     def evaluate(self, skipped: int = 0) -> dict[str, Any]:
-        """`images`, `top1` and `top5` in per cent, and both as counts under `correct`.
-
-        Every rank must call it, and gets the same.
+        """Sums the counts of all ranks. Every rank must call it.
 
         Args:
-            skipped: this rank's images that could not be read. Their sum over the ranks is given
-                back as `skipped`, where there are any, and is not part of `images`.
+            skipped: number of this rank's images that could not be read.
+
+        Returns:
+            On every rank `images` (the number evaluated), `top1` and `top5` in per cent, both as
+            counts under `correct`, and, if any image was skipped, their number as `skipped`.
 
         Raises:
-            UserError: the ranks did not see as many images as the split has, or none at all.
+            UserError: the ranks together did not account for each image of the split, or evaluated
+                none.
         """
-        own: dict[str, Any] = {"seen": self.seen, "skipped": skipped, "correct": self.correct}
-        ranks = gather(own)
-        seen, left = (sum(one[key] for one in ranks) for key in ("seen", "skipped"))
-        if seen + left != self.images or not seen:
+        ranks = gather((self.evaluated, skipped, self.correct))
+        counts, skips, corrects = zip(*ranks, strict=True)
+        evaluated, num_skipped = sum(counts), sum(skips)
+        if evaluated + num_skipped != self.images or not evaluated:
             raise UserError(
-                f"{seen} images were evaluated and {left} skipped, the split has {self.images}: "
-                "give each image to exactly one rank"
+                f"{evaluated} images were evaluated and {num_skipped} skipped, the split has "
+                f"{self.images}: give each image to exactly one rank"
             )
-        correct = {f"top{k}": sum(one["correct"][k] for one in ranks) for k in KS}
-        percent = {name: 100 * count / seen for name, count in correct.items()}
-        return {"images": seen, **percent, "correct": correct} | ({"skipped": left} if left else {})
+        correct = {f"top{k}": sum(rank_correct[k] for rank_correct in corrects) for k in TOP_K}
+        percent = {name: 100 * count / evaluated for name, count in correct.items()}
+        results = {"images": evaluated, **percent, "correct": correct}
+        return results | ({"skipped": num_skipped} if num_skipped else {})

@@ -1,4 +1,4 @@
-"""COCO's average precision through pycocotools, on VOC's ground truth."""
+"""COCO's average precision, computed by pycocotools from VOC's ground truth."""
 
 import contextlib
 import io
@@ -9,70 +9,69 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from tract_det.evaluation.metrics import COCO_STATS
 from tract_det.evaluation.voc_ap import Detections, Objects
-
-# COCOeval.stats in their order.
-_COCO_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 class _VOCasCOCO(COCOeval):
-    """COCO's evaluation with VOC's difficult objects ignored.
+    """COCO's evaluation that ignores VOC's difficult objects.
 
-    An ignored object is not in the recall, and the detection that is matched to it is neither right
-    nor wrong. pycocotools sets `ignore` to `iscrowd`, whatever the annotation says; but a difficult
-    object is one object, not a crowd, whose overlap would be measured by the detection's area and
-    which any number of detections may match. So `ignore` is set again.
+    An ignored object is not in the recall, and the detection matched to it is neither a true nor a
+    false positive. pycocotools overwrites an annotation's `ignore` with its `iscrowd`. Marking
+    difficult objects as crowds instead would be wrong: the overlap with a crowd is relative to the
+    detection's area alone, and any number of detections may match it.
     """
 
     def _prepare(self) -> None:
         super()._prepare()
         for objects in self._gts.values():
-            for one in objects:
-                one["ignore"] = one["difficult"]
+            for annotation in objects:
+                annotation["ignore"] = annotation["difficult"]
 
 
 def coco_ap(
     objects: Objects, detections: Detections, num_images: int, num_classes: int
 ) -> dict[str, float]:
-    """COCO's average precision through pycocotools: 101 points, at most 100 detections an image.
+    """COCO's average precision: 101 recall points, at most 100 detections per image.
 
-    Difficult objects are ignored, see `_VOCasCOCO`. Areas are in pixels of the annotated image.
+    Difficult objects are ignored, see `_VOCasCOCO`. The areas that separate small, medium and large
+    objects are in pixels of the annotated image.
 
     Args:
         objects: the ground truth.
-        detections: what was found.
-        num_images: images in the split.
+        detections: the detections of the split.
+        num_images: number of images in the split.
         num_classes: K.
 
     Returns:
-        `AP`, `AP50`, `AP75`, `APs`, `APm`, `APl` in per cent; NaN where there is nothing to find.
+        The `COCO_STATS` in per cent; NaN where there is no ground truth.
     """
     common = {
         "images": [{"id": image + 1} for image in range(num_images)],
         "categories": [{"id": label + 1} for label in range(num_classes)],
     }
-    truth, found = COCO(), COCO()
-    truth.dataset = {
+    ground_truth, results = COCO(), COCO()
+    ground_truth.dataset = {
         **common,
         "annotations": _coco_boxes(objects, "difficult", objects.difficult.astype(int)),
     }
-    found.dataset = {**common, "annotations": _coco_boxes(detections, "score", detections.scores)}
+    results.dataset = {**common, "annotations": _coco_boxes(detections, "score", detections.scores)}
     with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        found.createIndex()
-        evaluation = _VOCasCOCO(truth, found, "bbox")
+        ground_truth.createIndex()
+        results.createIndex()
+        evaluation = _VOCasCOCO(ground_truth, results, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    stats = evaluation.stats[: len(_COCO_STATS)]
+    stats = evaluation.stats[: len(COCO_STATS)]
     return {
         name: math.nan if value < 0 else 100 * float(value)
-        for name, value in zip(_COCO_STATS, stats, strict=True)
+        for name, value in zip(COCO_STATS, stats, strict=True)
     }
 
 
 def _coco_boxes(boxes: Objects | Detections, key: str, values: np.ndarray) -> list[dict[str, Any]]:
-    """Boxes as COCO's annotations, each with one more entry."""
+    """Boxes as COCO annotations, each with the additional entry `key`."""
     size = boxes.boxes[:, 2:] - boxes.boxes[:, :2]
     columns = (
         (boxes.image + 1).tolist(),
@@ -81,7 +80,7 @@ def _coco_boxes(boxes: Objects | Detections, key: str, values: np.ndarray) -> li
         size.prod(axis=1).tolist(),
         values.tolist(),
     )
-    # Ids count from 1: pycocotools marks "unmatched" with 0, so an object 0 could not be found.
+    # Ids count from 1: in pycocotools 0 means "unmatched", so an object 0 would never match.
     return [
         {
             "id": number,

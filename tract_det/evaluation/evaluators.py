@@ -1,4 +1,4 @@
-"""Detections of all ranks in; PASCAL VOC and COCO figures, and the challenge's files, out."""
+"""Collects detections from all ranks; reports PASCAL VOC and COCO metrics, and writes files."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from tract_det.distributed import gather, is_main
 from tract_det.errors import UserError
 from tract_det.evaluation.coco import coco_ap
 from tract_det.evaluation.detection_files import ImageDetections, write_detections
-from tract_det.evaluation.voc_ap import RULES, Detections, Objects, VOCResult, mean_ap, voc_ap
+from tract_det.evaluation.voc_ap import RULES, Detections, Objects, mean_ap, voc_ap
 from tract_det.files import write_text
 
 
@@ -23,7 +23,7 @@ class Annotation(Protocol):
 
     @property
     def image_id(self) -> str:
-        """The image's name in its split."""
+        """Name of the image in its split."""
 
     @property
     def boxes(self) -> np.ndarray:
@@ -39,16 +39,16 @@ class Annotation(Protocol):
 
 
 class DetectionEvaluator:
-    """Collects the detections of a split, each image on any one rank, and evaluates them.
+    """Collects the detections of a split and evaluates them. Each image belongs to one rank.
 
     Args:
-        annotations: the images of the split, in its order, the same on every rank.
-        class_names: the K names that the labels point to.
+        annotations: all images of the split, in order, the same on every rank.
+        class_names: the K names that the labels index.
         rule: one of `voc_ap.RULES`.
 
     Raises:
-        ValueError: for an unknown rule, a class name or image id that occurs twice, or a label that
-            has no name.
+        ValueError: the rule is unknown, a class name or image id occurs twice, or a label has no
+            name.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class DetectionEvaluator:
         self.class_names = tuple(class_names)
         self.rule = rule
         self._ids = [annotation.image_id for annotation in annotations]
-        self._known = set(self._ids)
-        for what, names in (("class names", self.class_names), ("image ids", self._ids)):
+        self._id_set = set(self._ids)
+        for kind, names in (("class names", self.class_names), ("image ids", self._ids)):
             if len(set(names)) < len(names):
-                raise ValueError(f"{len(names) - len(set(names))} {what} occur more than once")
+                raise ValueError(f"{len(names) - len(set(names))} {kind} occur more than once")
         self._objects = Objects(
             *_flat([a.boxes for a in annotations]),
             _joined([a.labels for a in annotations], np.int64),
@@ -74,125 +74,125 @@ class DetectionEvaluator:
         )
         if not _are_labels(self._objects.labels, len(self.class_names)):
             raise ValueError(f"ground truth has labels outside 0..{len(self.class_names) - 1}")
-        self._own: dict[str, ImageDetections] = {}
-        self._all: dict[str, ImageDetections] | None = None
-        self._voc: VOCResult | None = None
+        self._local: dict[str, ImageDetections] = {}  # of this rank
+        self._merged: dict[str, ImageDetections] | None = None  # of all ranks
 
     def add(self, image_id: str, boxes: Any, scores: Any, labels: Any) -> None:
-        """Takes the detections of one image, also when there are none.
+        """Adds the detections of one image. An image without detections must be added as well.
 
         Args:
-            image_id: an image of the split that was not added before, on any rank.
+            image_id: an image of the split that no rank has added before.
             boxes: (n, 4) array or tensor, pixel edges.
             scores: (n,) array or tensor.
             labels: (n,) array or tensor, 0..K-1.
 
         Raises:
-            UserError: for an image that is not in the split or was added before, a label without a
-                class, or boxes or scores that are not finite.
-            ValueError: if the shapes do not agree.
+            UserError: the image is not in the split or was added before, a label has no class, or a
+                box or score is not finite.
+            ValueError: the shapes do not agree.
         """
-        if image_id not in self._known:
+        if image_id not in self._id_set:
             raise UserError(
                 f"image {image_id!r} is not among the {len(self._ids)} images of the split:"
-                " evaluate the split that the detections are of"
+                " evaluate the split that these detections belong to"
             )
-        if image_id in self._own:
+        if image_id in self._local:
             raise UserError(f"image {image_id!r} was added twice: add each image once")
-        found = ImageDetections(
+        detections = ImageDetections(
             _array(boxes, np.float64), _array(scores, np.float64), _array(labels, np.int64)
         )
-        n = found.scores.size
-        if (found.boxes.shape, found.scores.shape, found.labels.shape) != ((n, 4), (n,), (n,)):
+        self._check(image_id, detections)
+        self._local[image_id] = detections
+
+    def _check(self, image_id: str, detections: ImageDetections) -> None:
+        boxes, scores, labels = detections
+        n, num_classes = scores.size, len(self.class_names)
+        if (boxes.shape, scores.shape, labels.shape) != ((n, 4), (n,), (n,)):
             raise ValueError(
-                f"image {image_id!r}: boxes {found.boxes.shape}, scores {found.scores.shape} and"
-                f" labels {found.labels.shape} must be (n, 4), (n,) and (n,)"
+                f"image {image_id!r}: boxes {boxes.shape}, scores {scores.shape} and labels"
+                f" {labels.shape} must be (n, 4), (n,) and (n,)"
             )
-        if not _are_labels(found.labels, len(self.class_names)):
+        if not _are_labels(labels, num_classes):
             raise UserError(
-                f"image {image_id!r}: detections have labels {found.labels.min()} to"
-                f" {found.labels.max()}; the {len(self.class_names)} classes are 0 to"
-                f" {len(self.class_names) - 1}: use the detector's own class list"
+                f"image {image_id!r}: detections have labels {labels.min()} to {labels.max()}; the"
+                f" {num_classes} classes are 0 to {num_classes - 1}: use the class list that the"
+                " detector was trained with"
             )
-        if not (np.isfinite(found.boxes).all() and np.isfinite(found.scores).all()):
+        if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
             raise UserError(
                 f"image {image_id!r}: a detected box or score is not finite: check the weights"
             )
-        self._own[image_id] = found
 
     def evaluate(self) -> dict[str, Any]:
-        """Evaluates what all ranks added. Every rank must call it.
+        """Evaluates the detections of all ranks. Every rank must call it.
 
         Returns:
             On every rank `images`, `rule`, `voc_07` and `voc_area` (each with `mAP`, `mAP_50_95`,
             and per class `AP` and `AP_50_95`) and `coco` (see `coco_ap`); in per cent, NaN where
-            there is nothing to find.
+            there is no ground truth.
 
         Raises:
-            UserError: on every rank, unless each image of the split was added exactly once.
+            UserError: an image of the split was not added, or was added twice. Every rank raises.
         """
-        self._all = self._merged(gather(self._own))
+        self._merged = self._merge(gather(self._local))
         detections = self._flat_detections()
         with warnings.catch_warnings():
             if not is_main():
-                warnings.simplefilter("ignore")  # once, not once a rank
-            self._voc = voc_ap(self._objects, detections, self.class_names, self.rule)
+                warnings.simplefilter("ignore")  # rank 0 warns for all
+            voc = voc_ap(self._objects, detections, self.class_names, self.rule)
         return {
             "images": len(self._ids),
             "rule": self.rule,
-            "voc_07": self._per_class(self._voc.ap_07),
-            "voc_area": self._per_class(self._voc.ap_area),
+            "voc_07": self._per_class(voc.ap_07),
+            "voc_area": self._per_class(voc.ap_area),
             "coco": coco_ap(self._objects, detections, len(self._ids), len(self.class_names)),
         }
 
     @property
     def detections(self) -> dict[str, ImageDetections]:
-        """The detections of all ranks by image, in the split's order. After `evaluate`."""
-        if self._all is None:
-            raise RuntimeError("call evaluate() first: it gathers the detections of all ranks")
-        return self._all
+        """The detections of all ranks by image id, in the order of the split. After `evaluate`.
 
-    @property
-    def voc(self) -> VOCResult:
-        """AP at every IoU threshold, and precision over recall by class. After `evaluate`."""
-        if self._voc is None:
-            raise RuntimeError("call evaluate() first")
-        return self._voc
+        Raises:
+            RuntimeError: `evaluate` was not called.
+        """
+        if self._merged is None:
+            raise RuntimeError("call evaluate() first: it gathers the detections of all ranks")
+        return self._merged
 
     def write_detections(self, folder: Path, split: str) -> None:
-        """Writes the challenge's files, after `evaluate`; see `detection_files.write_detections`.
+        """Writes the challenge's files; see `detection_files.write_detections`. After `evaluate`.
 
-        One rank is enough.
+        Only one rank needs to call it.
         """
         write_detections(Path(folder), split, self.class_names, self.detections)
 
-    def _merged(self, ranks: Sequence[dict[str, ImageDetections]]) -> dict[str, ImageDetections]:
-        """The ranks' detections as one, in the split's order."""
+    def _merge(self, ranks: Sequence[dict[str, ImageDetections]]) -> dict[str, ImageDetections]:
+        """Merges the detections of all ranks, in the order of the split."""
         merged: dict[str, ImageDetections] = {}
-        twice: list[str] = []
-        for own in ranks:
-            twice += [image_id for image_id in own if image_id in merged]
-            merged.update(own)
+        repeated: list[str] = []
+        for detections in ranks:
+            repeated += [image_id for image_id in detections if image_id in merged]
+            merged.update(detections)
         missing = [image_id for image_id in self._ids if image_id not in merged]
-        for ids, fault in ((missing, "were not evaluated"), (twice, "were evaluated twice")):
+        for ids, problem in ((missing, "were not evaluated"), (repeated, "were evaluated twice")):
             if ids:
-                some = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
+                examples = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
                 raise UserError(
-                    f"{len(ids)} of {len(self._ids)} images {fault} ({some}):"
+                    f"{len(ids)} of {len(self._ids)} images {problem} ({examples}):"
                     " give each image of the split to exactly one rank"
                 )
         return {image_id: merged[image_id] for image_id in self._ids}
 
     def _flat_detections(self) -> Detections:
-        found = list(self.detections.values())
+        images = list(self.detections.values())
         return Detections(
-            *_flat([one.boxes for one in found]),
-            _joined([one.scores for one in found], np.float64),
-            _joined([one.labels for one in found], np.int64),
+            *_flat([image.boxes for image in images]),
+            _joined([image.scores for image in images], np.float64),
+            _joined([image.labels for image in images], np.int64),
         )
 
     def _per_class(self, ap: np.ndarray) -> dict[str, Any]:
-        """`ap` is (K, T), in 0..1."""
+        """Means and per-class entries in per cent, from (K, T) APs in 0..1."""
         percent = 100 * ap
         return {
             "mAP": mean_ap(percent[:, 0]),
@@ -203,7 +203,7 @@ class DetectionEvaluator:
 
 
 def format_table(results: dict[str, Any]) -> str:
-    """The results of `DetectionEvaluator.evaluate` as text: a line a class, the means, and COCO."""
+    """Formats the results of `DetectionEvaluator.evaluate`: a row per class, means, and COCO."""
     columns = [(rule, ap) for rule in ("voc_07", "voc_area") for ap in ("AP", "AP_50_95")]
     names = list(results["voc_07"]["AP"])
     width = max(map(len, [*names, "class"]))
@@ -220,17 +220,17 @@ def format_table(results: dict[str, Any]) -> str:
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Writes results as JSON, whole or not at all; NaN becomes null.
+    """Writes results as JSON, atomically; NaN becomes null.
 
     Raises:
-        UserError: if the file cannot be written.
+        UserError: the file cannot be written.
     """
     write_text(Path(path), json.dumps(_without_nan(results), indent=2, allow_nan=False) + "\n")
 
 
 def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nan(one) for key, one in value.items()}
+        return {key: _without_nan(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -239,10 +239,10 @@ def _percent(value: float) -> str:
 
 
 def _array(values: Any, dtype: type) -> np.ndarray:
-    """A copy on the CPU."""
+    """A copy of an array or tensor on the CPU."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
-        # numpy has no bfloat16
+        # numpy has no bfloat16.
         values = (values.double() if values.is_floating_point() else values).numpy()
     return np.array(values, dtype=dtype)
 
@@ -252,11 +252,11 @@ def _are_labels(labels: np.ndarray, num_classes: int) -> bool:
 
 
 def _joined(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
-    """(n_0,), (n_1,), ... -> (n,)."""
+    """Concatenates (n_0,), (n_1,), ... to (n,)."""
     return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype)
 
 
 def _flat(boxes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes image by image, (n_i, 4) -> image positions (n,) and boxes (n, 4)."""
-    image = np.repeat(np.arange(len(boxes)), [len(one) for one in boxes])
+    """Concatenates the boxes of each image, (n_i, 4), to image positions (n,) and boxes (n, 4)."""
+    image = np.repeat(np.arange(len(boxes)), [len(image_boxes) for image_boxes in boxes])
     return image, np.concatenate([np.empty((0, 4)), *boxes])

@@ -1,15 +1,19 @@
-"""Average precision (AP) as PASCAL VOC defines it: pure functions, numpy only.
+"""Average precision (AP) as PASCAL VOC defines it: pure functions that need numpy only.
 
-Boxes are *pixel edges*: float (xmin, ymin, xmax, ymax), 0-based, half-open. The box (xmin, ymin,
-xmax, ymax) of a VOC file counts pixels from 1 and includes the last one; here it is (xmin - 1,
-ymin - 1, xmax, ymax). The "+1 pixel" that the VOC devkit adds to every width and height is thereby
-done: its overlap of 1-based inclusive boxes is the plain intersection over union (IoU) of pixel
-edges.
+Boxes are *pixel edges*: float (xmin, ymin, xmax, ymax), 0-based, half-open. A VOC file counts
+pixels from 1 and includes the last one, so its box (xmin, ymin, xmax, ymax) is (xmin - 1, ymin - 1,
+xmax, ymax) here. The conversion makes the "+1 pixel" that the VOC devkit adds to every width and
+height unnecessary: the devkit's overlap of inclusive boxes equals the plain intersection over union
+(IoU) of pixel edges.
 
-Two rules are in use for what counts as found. Both look, for each detection in descending order of
-score, at the one ground truth object of the class and image that it overlaps most (the first of
-equals), and both leave out difficult objects: they are not in the recall, and a detection of one is
-neither right nor wrong. A second detection of an object is wrong.
+Each detection of a class, in descending order of score, is compared with the one ground truth
+object of its class and image that it overlaps most (the first of equals):
+
+- The overlap does not reach the threshold, or there is no such object: false positive.
+- The object is marked difficult: the detection is ignored, and so is the object in the recall.
+- Otherwise the first detection of the object is a true positive, every later one a false positive.
+
+Two rules are in use for the details:
 
 =================  =============================  =================================================
                    `devkit` (the default)         `detectron2` (and py-faster-rcnn)
@@ -21,8 +25,8 @@ recall thresholds  exactly 0, 1/10, ..., 1        `np.arange(0, 1.1, 0.1)`: 0.3,
                                                   too high, so a recall of 3/10 misses 0.3
 =================  =============================  =================================================
 
-Equal scores keep the order of the split's images, then that of an image's detections, under both
-rules (detectron2's own order of equal scores is left to its sorting algorithm).
+Under both rules, detections of equal score are ordered by the position of their image in the split,
+then by their position in the image (detectron2 itself leaves this to its sorting algorithm).
 
 Sources: Everingham et al., "The PASCAL Visual Object Classes (VOC) Challenge", IJCV 2010, section
 4.2 (11 points), and the VOC2010 development kit (area).
@@ -37,12 +41,12 @@ from dataclasses import dataclass
 import numpy as np
 
 RULES = ("devkit", "detectron2")
-# 0.5, 0.55, ..., 0.95. From integers: each is the double nearest to its decimal, as is an IoU of
-# small integers, so that an IoU of exactly 11/20 reaches 0.55.
+# 0.5, 0.55, ..., 0.95, computed from integers so that each is the double nearest to its decimal. An
+# IoU of integer areas is such a double too: an IoU of exactly 11/20 reaches 0.55.
 IOU_THRESHOLDS = np.arange(50, 100, 5) / 100
 # detectron2's recall thresholds, with its rounding errors.
 _INEXACT_RECALLS = np.arange(0.0, 1.1, 0.1)
-# Detections whose overlaps are computed at once: bounds the memory on crowded images.
+# Number of detections whose overlaps are computed at once: bounds the memory on crowded images.
 _BLOCK = 32768
 
 
@@ -64,13 +68,13 @@ class Objects:
 
     def of_class(self, label: int) -> "Objects":
         """The objects of one class."""
-        own = self.labels == label
-        return Objects(self.image[own], self.boxes[own], self.labels[own], self.difficult[own])
+        mask = self.labels == label
+        return Objects(self.image[mask], self.boxes[mask], self.labels[mask], self.difficult[mask])
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector found on a split, or of one class, in flat arrays.
+    """The detections of a split, or of one of its classes, in flat arrays.
 
     Attributes:
         image: (n,) int, position of the detection's image in the split.
@@ -86,18 +90,18 @@ class Detections:
 
     def of_class(self, label: int) -> "Detections":
         """The detections of one class."""
-        own = self.labels == label
-        return Detections(self.image[own], self.boxes[own], self.scores[own], self.labels[own])
+        mask = self.labels == label
+        return Detections(self.image[mask], self.boxes[mask], self.scores[mask], self.labels[mask])
 
 
 @dataclass(frozen=True)
 class Matches:
-    """How the detections of one class fared, best score first.
+    """Running counts over the detections of one class, in descending order of score.
 
     Attributes:
-        true_positives: (T, D) int, how many were right up to and including each detection.
-        false_positives: (T, D) int, how many were wrong; those of difficult objects are neither.
-        num_objects: objects that are not difficult.
+        true_positives: (T, D) int, true positives up to and including each detection.
+        false_positives: (T, D) int, false positives likewise. Ignored detections are in neither.
+        num_objects: number of objects that are not difficult.
     """
 
     true_positives: np.ndarray
@@ -106,7 +110,7 @@ class Matches:
 
     @property
     def precision(self) -> np.ndarray:
-        """(T, D) float; 0 as long as nothing has counted."""
+        """(T, D) float; 0 as long as every detection was ignored."""
         counted = self.true_positives + self.false_positives
         return self.true_positives / np.maximum(counted, 1)
 
@@ -119,26 +123,16 @@ class Matches:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Precision over recall of one class at IoU 0.5: two (D,) arrays, best score first."""
-
-    precision: np.ndarray
-    recall: np.ndarray
-
-
-@dataclass(frozen=True)
 class VOCResult:
-    """AP of every class by both definitions, as fractions; NaN for a class without objects.
+    """AP of every class by both definitions, in 0..1; NaN for a class without objects.
 
     Attributes:
         ap_07: (K, T) float, the 2007 challenge's 11-point AP at each of `IOU_THRESHOLDS`.
         ap_area: (K, T) float, the area under the precision envelope (VOC2010 and later).
-        curves: one curve a class.
     """
 
     ap_07: np.ndarray
     ap_area: np.ndarray
-    curves: tuple[Curve, ...]
 
 
 def voc_ap(
@@ -148,13 +142,13 @@ def voc_ap(
 
     Args:
         objects: the ground truth.
-        detections: what was found; in any order, but one image's in the detector's order.
-        class_names: the K names that the labels point to.
+        detections: in any order of images, but within an image in the detector's order.
+        class_names: the K names that the labels index.
         rule: one of `RULES`.
 
     Returns:
-        Both APs at every IoU threshold and the curves at 0.5. A class that has no objects, or only
-        difficult ones, has no AP: it is NaN and the class is named in a warning.
+        Both APs at every IoU threshold. A class without objects, or with difficult ones only, has
+        no AP: its entries are NaN, and a warning names it.
 
     Raises:
         ValueError: if the rule is unknown.
@@ -162,20 +156,18 @@ def voc_ap(
     num_classes = len(class_names)
     ap_07 = np.full((num_classes, len(IOU_THRESHOLDS)), np.nan)
     ap_area = ap_07.copy()
-    curves = []
     for label in range(num_classes):
         matches = match(objects.of_class(label), detections.of_class(label), rule)
         ap_07[label] = ap_11_point(matches, exact=rule == "devkit")
         ap_area[label] = ap_under_envelope(matches)
-        curves.append(Curve(matches.precision[0], matches.recall[0]))
     empty = [name for name, ap in zip(class_names, ap_area[:, 0], strict=True) if np.isnan(ap)]
     if empty:
         warnings.warn(
-            f"{len(empty)} of {num_classes} classes have no objects (other than difficult ones) in"
-            f" this split, so no AP and no part in the mean: {', '.join(empty)}",
+            f"{len(empty)} of {num_classes} classes have no objects in this split (difficult ones"
+            f" are ignored), so they have no AP and are left out of the mean: {', '.join(empty)}",
             stacklevel=2,
         )
-    return VOCResult(ap_07, ap_area, tuple(curves))
+    return VOCResult(ap_07, ap_area)
 
 
 def mean_ap(ap: np.ndarray) -> float:
@@ -190,7 +182,7 @@ def match(
     rule: str = "devkit",
     iou_thresholds: np.ndarray = IOU_THRESHOLDS,
 ) -> Matches:
-    """Decides which detections of one class are right, at every IoU threshold.
+    """Counts the true and false positives of one class at every IoU threshold.
 
     Args:
         objects: the ground truth of the class.
@@ -199,7 +191,7 @@ def match(
         iou_thresholds: (T,) float.
 
     Returns:
-        Counts of right and wrong detections, best score first.
+        The running counts, in descending order of score.
 
     Raises:
         ValueError: if the rule is unknown.
@@ -208,29 +200,31 @@ def match(
         raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}")
     scores, boxes, object_boxes, pixel = detections.scores, detections.boxes, objects.boxes, 0.0
     if rule == "detectron2":
-        # The arithmetic too is done on 1-based inclusive boxes: 0.1 is not a binary fraction, and
-        # an overlap near the threshold must fall on the side where detectron2's falls.
+        # detectron2 rounds 1-based inclusive boxes and computes the overlap from them. So does this
+        # branch, so that an overlap near the threshold falls on the same side in floating point.
         one_based = np.array([1.0, 1.0, 0.0, 0.0])
         scores, boxes = round_decimals(scores, 3), round_decimals(boxes + one_based, 1)
         object_boxes, pixel = objects.boxes + one_based, 1.0
-    order = np.lexsort((detections.image, -scores))  # stable: ties keep an image's own order
-    best_iou, best = best_overlaps(
+    order = np.lexsort((detections.image, -scores))  # stable: ties keep the order in an image
+    best_iou, best_object = best_overlaps(
         detections.image[order], boxes[order], objects.image, object_boxes, pixel
     )
-    column = iou_thresholds[:, None]
-    overlapping = best_iou >= column if rule == "devkit" else best_iou > column  # (T, D)
-    # `best` is -1 where the image has no object of the class: the appended entry.
-    of_difficult = np.append(objects.difficult.astype(bool), False)[best]  # (D,)
-    right = np.zeros(overlapping.shape, dtype=bool)
-    for row, found in zip(right, overlapping & ~of_difficult, strict=True):
-        candidates = np.flatnonzero(found)
-        _, first = np.unique(best[candidates], return_index=True)  # best-scored one of each object
+    thresholds = iou_thresholds[:, None]
+    overlapping = best_iou >= thresholds if rule == "devkit" else best_iou > thresholds  # (T, D)
+    difficult = objects.difficult.astype(bool)
+    # `best_object` is -1 where the image has no object of the class: that picks the appended False.
+    is_difficult = np.append(difficult, False)[best_object]  # (D,)
+    true_positive = np.zeros(overlapping.shape, dtype=bool)
+    for row, matched in zip(true_positive, overlapping & ~is_difficult, strict=True):
+        candidates = np.flatnonzero(matched)
+        # The first detection of each object, which has the highest score.
+        _, first = np.unique(best_object[candidates], return_index=True)
         row[candidates[first]] = True
-    wrong = ~right & ~(overlapping & of_difficult)
+    false_positive = ~true_positive & ~(overlapping & is_difficult)
     return Matches(
-        np.cumsum(right, axis=1),
-        np.cumsum(wrong, axis=1),
-        int(np.count_nonzero(~objects.difficult.astype(bool))),
+        np.cumsum(true_positive, axis=1),
+        np.cumsum(false_positive, axis=1),
+        int(np.count_nonzero(~difficult)),
     )
 
 
@@ -241,18 +235,18 @@ def best_overlaps(
     object_boxes: np.ndarray,
     pixel: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The object of its own image that each box overlaps most.
+    """For each box, the object in the same image that it overlaps most.
 
     Args:
-        image: (D,) int, the boxes' images.
+        image: (D,) int, the image of each box.
         boxes: (D, 4) float.
-        object_image: (n,) int, the objects' images.
+        object_image: (n,) int, the image of each object.
         object_boxes: (n, 4) float.
         pixel: added to widths and heights: 0 for pixel edges, 1 for inclusive boxes.
 
     Returns:
-        IoU with that object, (D,) float, and the object's index, (D,) int: the first of equals;
-        -inf and -1 for a box whose image has no objects.
+        The IoU with that object, (D,) float, and the object's index, (D,) int (the lowest of equal
+        overlaps); -inf and -1 for a box whose image has no objects.
     """
     by_image = np.argsort(object_image, kind="stable")
     sorted_image, sorted_boxes = object_image[by_image], object_boxes[by_image]
@@ -268,14 +262,14 @@ def best_overlaps(
         iou = paired_iou(np.repeat(boxes[block], n, axis=0), sorted_boxes[pair_object], pixel)
         highest = np.maximum.reduceat(iou, first)
         is_highest = iou == np.repeat(highest, n)
-        last = len(object_boxes)  # greater than every index: never the minimum
+        last = len(object_boxes)  # greater than every index, so it is never the minimum
         best[block] = by_image[np.minimum.reduceat(np.where(is_highest, pair_object, last), first)]
         best_iou[block] = highest
     return best_iou, best
 
 
 def paired_iou(a: np.ndarray, b: np.ndarray, pixel: float = 0.0) -> np.ndarray:
-    """IoU of each box of `a` with the box of `b` beside it.
+    """IoU of each box of `a` with the box in the same row of `b`.
 
     Args:
         a: (n, 4) float.
@@ -283,24 +277,24 @@ def paired_iou(a: np.ndarray, b: np.ndarray, pixel: float = 0.0) -> np.ndarray:
         pixel: added to widths and heights: 0 for pixel edges, 1 for inclusive boxes.
 
     Returns:
-        (n,) float; 0 for boxes that do not meet, whatever their areas.
+        (n,) float; 0 for boxes that do not overlap, even if their union is empty.
     """
     overlap = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]) + pixel
     intersection = np.maximum(overlap, 0.0).prod(axis=1)
     size_a, size_b = a[:, 2:] - a[:, :2] + pixel, b[:, 2:] - b[:, :2] + pixel
     union = size_a.prod(axis=1) + size_b.prod(axis=1) - intersection
-    # Boxes that meet have areas; others may have none or negative ones, which must not divide.
+    # Boxes that overlap have positive areas. The union of others may be 0 or less: do not divide.
     return np.divide(intersection, union, out=np.zeros(len(a)), where=intersection > 0)
 
 
 def ap_11_point(matches: Matches, *, exact: bool = True) -> np.ndarray:
-    """The 2007 challenge's AP: the mean over recall 0, 0.1, ..., 1 of the best precision there.
+    """The 2007 challenge's AP: mean of the interpolated precision at recall 0, 0.1, ..., 1.
 
-    The best precision at a recall is that of any detection that reaches the recall or more.
+    The interpolated precision at a recall is the highest precision at this or any greater recall.
 
     Args:
-        matches: the class's right and wrong detections.
-        exact: compare tenths of the recall as integers; else with detectron2's rounded thresholds.
+        matches: the counts of the class.
+        exact: compare recall with tenths in integers; otherwise with detectron2's inexact floats.
 
     Returns:
         (T,) float in 0..1, NaN where the class has no objects.
@@ -308,7 +302,7 @@ def ap_11_point(matches: Matches, *, exact: bool = True) -> np.ndarray:
     num_thresholds = len(matches.true_positives)
     if matches.num_objects == 0:
         return np.full(num_thresholds, np.nan)
-    beyond = np.zeros((num_thresholds, 1))  # the precision at a recall that is never reached
+    beyond = np.zeros((num_thresholds, 1))  # the precision at a recall that no detection reaches
     envelope = np.concatenate([_envelope(matches.precision), beyond], axis=1)
     total = np.zeros(num_thresholds)
     for tenth, inexact_recall in enumerate(_INEXACT_RECALLS):
@@ -316,7 +310,8 @@ def ap_11_point(matches: Matches, *, exact: bool = True) -> np.ndarray:
             below = 10 * matches.true_positives < tenth * matches.num_objects
         else:
             below = matches.recall < inexact_recall
-        # Recall never falls: the first detection that reaches the threshold follows all below it.
+        # Recall never falls, so the count of detections below the threshold is the index of the
+        # first that reaches it.
         total += envelope[np.arange(num_thresholds), below.sum(axis=1)]
     return total / len(_INEXACT_RECALLS)
 
@@ -325,26 +320,27 @@ def ap_under_envelope(matches: Matches) -> np.ndarray:
     """The AP of VOC2010 and later: the area under the precision envelope over recall.
 
     Args:
-        matches: the class's right and wrong detections.
+        matches: the counts of the class.
 
     Returns:
         (T,) float in 0..1, NaN where the class has no objects.
     """
     if matches.num_objects == 0:
         return np.full(len(matches.true_positives), np.nan)
-    # Recall grows by 1 / num_objects at each right detection and stays at all others.
-    right = np.diff(matches.true_positives, axis=1, prepend=0)
-    return (right * _envelope(matches.precision)).sum(axis=1) / matches.num_objects
+    # Recall grows by 1 / num_objects at each true positive and does not change at the others.
+    true_positive = np.diff(matches.true_positives, axis=1, prepend=0)
+    return (true_positive * _envelope(matches.precision)).sum(axis=1) / matches.num_objects
 
 
 def round_decimals(values: np.ndarray, decimals: int) -> np.ndarray:
-    """Rounds to the nearest decimal fraction, as printing with that many decimals does.
+    """Rounds to the nearest decimal, exactly as formatting with that many decimals does.
 
-    `np.round` multiplies first and turns 0.35, which lies below the tie, into 0.4.
+    `np.round` multiplies first, which loses the exact value: it turns 0.35 into 0.4, although the
+    double 0.35 is slightly less than the tie and is formatted as 0.3.
 
     Args:
         values: float, any shape.
-        decimals: digits after the point.
+        decimals: number of digits after the decimal point.
 
     Returns:
         A new array of float64.

@@ -1,0 +1,17 @@
+"""Names of the metrics that an evaluation reports.
+
+They are apart from the code that computes them, so that a config imports no more than these names.
+"""
+
+# Names of `COCOeval.stats[:6]`, in order.
+COCO_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+# Means over all classes in a detector's results.json, as paths: "voc_07.mAP" is ["voc_07"]["mAP"].
+METRICS = (
+    *(f"{rule}.{mean}" for rule in ("voc_07", "voc_area") for mean in ("mAP", "mAP_50_95")),
+    *(f"coco.{name}" for name in COCO_STATS),
+)
+
+# The k of the top-k accuracies.
+TOP_K = (1, 5)
+# The same for a classifier. "ema" holds the metrics of the moving average of the weights.
+CLASSIFICATION_METRICS = tuple(f"{prefix}top{k}" for prefix in ("", "ema.") for k in TOP_K)
