@@ -1,4 +1,4 @@
-"""Rank, world size and the few collectives that are needed; right when nothing is initialised."""
+"""Rank, world size and the few collectives needed; all work without a process group as well."""
 
 import os
 from typing import Any, TypeVar
@@ -16,41 +16,42 @@ def is_initialized() -> bool:
 
 
 def rank() -> int:
-    """This process's rank: of the group, else of the launcher's environment, else 0."""
+    """Rank of this process: from the process group, else the launcher's environment, else 0."""
     return dist.get_rank() if is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Number of processes: of the group, else of the launcher's environment, else 1."""
+    """Number of processes: from the process group, else the launcher's environment, else 1."""
     return dist.get_world_size() if is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """This process's rank on its machine, from the launcher's environment."""
+    """Rank of this process on its machine: from the launcher's environment, else 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
-    """Number of processes on this machine, from the launcher's environment.
+    """Number of processes on this machine: from the launcher's environment.
 
-    `torchrun` and `deepspeed` both write it; all processes are taken to be here otherwise.
+    `torchrun` and `deepspeed` set it, under different names. Where neither did, all processes are
+    assumed to be on this machine.
     """
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
 
 
 def is_main() -> bool:
-    """Whether this process writes the files and the console."""
+    """Whether this process is rank 0, which writes the files and prints to the console."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Waits until every rank is here."""
+    """Waits until every rank has called it."""
     if is_initialized() and world_size() > 1:
         dist.barrier()
 
 
 def gather(item: T) -> list[T]:
-    """The items of all ranks, in rank order, on every rank. Every rank must call it."""
+    """Returns the items of all ranks, in rank order. Every rank must call it."""
     if not is_initialized() or world_size() == 1:
         return [item]
     items: list[Any] = [None] * world_size()
@@ -59,7 +60,7 @@ def gather(item: T) -> list[T]:
 
 
 def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """Whether the flag is set on at least one rank. Every rank must call it."""
+    """Returns whether the flag is set on at least one rank. Every rank must call it."""
     if not is_initialized() or world_size() == 1:
         return flag
     tensor = torch.tensor(int(flag), device=device)
@@ -68,11 +69,11 @@ def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Replaces every floating-point buffer by its mean over the ranks, in place.
+    """Replaces every floating-point buffer with its mean over the ranks, in place.
 
-    DeepSpeed never synchronises buffers: without this each rank evaluates, and rank 0 saves,
-    BatchNorm statistics of its own images alone. Integer buffers (`num_batches_tracked`) are equal
-    on all ranks already. Every rank must call it.
+    DeepSpeed never synchronises buffers. Without this, each rank would evaluate, and rank 0 would
+    save, BatchNorm statistics from its own images only. Integer buffers (`num_batches_tracked`) are
+    equal on all ranks anyway. Every rank must call it.
     """
     if not is_initialized() or world_size() == 1:
         return

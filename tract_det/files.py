@@ -1,4 +1,4 @@
-"""A file appears under its name only when it is whole."""
+"""Atomic writing: a file appears under its name only once it is complete."""
 
 import os
 from collections.abc import Callable
@@ -8,12 +8,17 @@ from tract_det.errors import UserError
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary name in the same folder, then renames it to `path`.
+    """Calls `write` with a temporary path in the same folder, then renames that file to `path`.
+
+    Args:
+        path: the file to write. Its folder is created if it does not exist.
+        write: writes the content to the path that it is called with.
 
     Raises:
-        UserError: the file cannot be written; nothing of it stays.
+        UserError: the file cannot be written. The temporary file is removed, and an existing file
+            at `path` is unchanged.
     """
-    # The suffix stays at the end: it tells savers like matplotlib the format.
+    # The suffix stays at the end, since savers such as matplotlib's infer the format from it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,5 +32,5 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file in UTF-8."""
+    """Writes a UTF-8 text file; see `atomically`."""
     atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
