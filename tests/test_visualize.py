@@ -1,65 +1,202 @@
-"""Pictures are whole PNG files, also at the edges of what can be drawn."""
+"""Pictures show their data, as read back from matplotlib's figures and from the PNG files."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 
-from tests.conftest import REPO, run_python
+from tools.visualize import main
 from tract_det.engine.checkpoint import save_weights
 from tract_det.errors import UserError
 from tract_det.visualize import Picture, detection_grid, stem_filters, training_curves
 
+NO_BOXES = np.zeros((0, 4))
+GROUND_TRUTH = np.array([[5.0, 5, 20, 20]])
 
-def open_picture(path):
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were saved, in order."""
+    saved = []
+    savefig = Figure.savefig
+
+    def record(figure, *args, **kwargs):
+        saved.append(figure)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return saved
+
+
+def pixels(path):
     with Image.open(path) as picture:
         picture.load()
         return np.asarray(picture.convert("RGB")).astype(int)
 
 
-def grid(tmp_path, boxes, scores):
-    Image.new("RGB", (60, 40), (0, 0, 90)).save(tmp_path / "image.png")
-    picture = Picture(
-        tmp_path / "image.png", np.array([[5.0, 5, 20, 20]]), boxes,
-        np.zeros(len(boxes), dtype=int), scores,
-    )  # fmt: skip
-    detection_grid(tmp_path / "grid.png", [picture], ["cat"])
-    return open_picture(tmp_path / "grid.png")
+def picture(path, boxes=NO_BOXES, scores=(), labels=(), color=(0, 0, 90)):
+    Image.new("RGB", (60, 40), color).save(path)
+    return Picture(path, GROUND_TRUTH, np.array(boxes), np.array(labels, int), np.array(scores))
+
+
+def corners(patch):
+    """Box of a rectangle in pixel edges. matplotlib's origin is the first pixel's centre."""
+    (left, top), width, height = patch.get_xy(), patch.get_width(), patch.get_height()
+    return [left + 0.5, top + 0.5, left + width + 0.5, top + height + 0.5]
+
+
+def legend_colors(legend):
+    """Edge colour of each entry, by its text."""
+    return {
+        text.get_text(): to_rgb(handle.get_edgecolor())
+        for text, handle in zip(legend.get_texts(), legend.get_patches(), strict=True)
+    }
+
+
+# ---- Detections. ----
 
 
 def test_a_detection_is_drawn_when_its_score_reaches_the_threshold(tmp_path):
-    box = np.array([[25.0, 10, 55, 35]])
-    without = grid(tmp_path, np.zeros((0, 4)), np.zeros(0))
-    low = grid(tmp_path, box, np.array([0.4]))
-    high = grid(tmp_path, box, np.array([0.9]))
+    def grid(boxes, scores):
+        entry = picture(tmp_path / "image.png", boxes, scores, [0] * len(scores))
+        detection_grid(tmp_path / "grid.png", [entry], ["cat"])
+        return pixels(tmp_path / "grid.png")
+
+    box = [[25.0, 10, 55, 35]]
+    without, low, high = grid(NO_BOXES, []), grid(box, [0.4]), grid(box, [0.9])
     assert (low == without).all()
     assert (high != without).any()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "image.png"]
 
 
-def test_curves_and_filters_through_the_command_line(tmp_path):
-    for name in ("plain", "tract"):
-        run = tmp_path / name
-        run.mkdir()
-        lines = [{"iteration": k, "loss": 1 / k} for k in range(1, 9)]
-        lines.append({"iteration": 8, "voc_area.mAP": 50.0})
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    save_weights(tmp_path / "tract/model_final.pth", torch.nn.Conv2d(3, 20, 7), {})
-    done = run_python(
-        REPO / "tools/visualize.py", tmp_path / "plain", tmp_path / "tract", "--out", tmp_path / "p"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "plain has no model_final.pth yet" in done.stdout
-    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["curves.png", "tract-stem.png"]
-    assert open_picture(tmp_path / "p/curves.png").std() > 1
-    assert open_picture(tmp_path / "p/tract-stem.png").std() > 1
+def test_detections_have_their_box_class_score_and_the_colour_of_the_legend(tmp_path, figures):
+    boxes = [[1.0, 2, 30, 20], [10, 5, 50, 35], [-3, -2, 12, 39]]
+    entry = picture(tmp_path / "image.png", boxes, [0.49, 0.5, 0.875], [0, 1, 2])
+    detection_grid(tmp_path / "grid.png", [entry], ["cat", "dog", "bus"])
+    (axis,) = figures[0].axes
+    ground_truth, *detections = axis.patches
+    assert corners(ground_truth) == GROUND_TRUTH[0].tolist()
+    assert to_rgb(ground_truth.get_edgecolor()) == (1, 1, 1)
+    assert ground_truth.get_linestyle() not in ("-", "solid")
+    assert [corners(patch) for patch in detections] == boxes[1:]
+    assert [text.get_text() for text in axis.texts] == ["dog 0.50", "bus 0.88"]
+    # A label is at its box's corner, or at the image's where the box begins outside.
+    assert [text.get_position() for text in axis.texts] == [(10, 5), (0, 0)]
+    colors = legend_colors(figures[0].legends[0])
+    assert list(colors) == ["ground truth", "cat", "dog", "bus"]
+    assert len(set(colors.values())) == 4
+    drawn = [to_rgb(patch.get_edgecolor()) for patch in detections]
+    assert drawn == [colors["dog"], colors["bus"]]
+    assert [to_rgb(text.get_bbox_patch().get_facecolor()) for text in axis.texts] == drawn
 
 
-def test_what_cannot_be_drawn_is_refused_by_name(tmp_path):
+def test_more_than_ten_classes_have_twenty_colours(tmp_path, figures):
+    names = [f"class {number}" for number in range(20)]
+    detection_grid(tmp_path / "grid.png", [picture(tmp_path / "image.png")], names)
+    colors = legend_colors(figures[0].legends[0])
+    assert len({colors[name] for name in names}) == 20
+
+
+def test_pictures_are_laid_out_row_by_row(tmp_path, figures):
+    shades = [10, 60, 110, 160, 210]
+    pictures = [picture(tmp_path / f"{shade}.png", color=(shade, 0, 0)) for shade in shades]
+    detection_grid(tmp_path / "grid.png", pictures, ["cat"], columns=2)
+    axes = figures[0].axes
+    assert axes[0].get_gridspec().get_geometry() == (3, 2)
+    assert [int(axis.images[0].get_array()[0, 0, 0]) for axis in axes[:5]] == shades
+    assert not axes[5].images
+    assert not any(axis.axison for axis in axes)
+
+
+# ---- Curves. ----
+
+
+def write_run(folder, losses, evaluations):
+    """Writes a run's `metrics.jsonl` from pairs of a step and a value."""
+    entries = [{"iteration": step, "loss": loss} for step, loss in losses]
+    entries += [{"iteration": step, "voc_area.mAP": value} for step, value in evaluations]
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def lines(axis):
+    """Points of each line, by its label."""
+    return {line.get_label(): list(map(tuple, line.get_xydata().tolist())) for line in axis.lines}
+
+
+def legend_names(axis):
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_curves_and_filters_through_the_tool(tmp_path, figures, capsys):
+    losses = {name: [(k, scale / k) for k in range(1, 9)] for name, scale in (("a", 1), ("b", 2))}
+    write_run(tmp_path / "a", losses["a"], [(4, 25.0), (6, None), (8, 50.0)])  # null: NaN
+    write_run(tmp_path / "b", losses["b"], [(8, 60.0)])
+    filters = torch.nn.Conv2d(3, 20, 7)
+    save_weights(tmp_path / "b/model_final.pth", filters, {})
+    out = tmp_path / "pictures"
+    main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)])
+    assert f"{tmp_path / 'a'} has no model_final.pth yet" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["b-stem.png", "curves.png"]
+
+    curves, stem = figures
+    loss_axis, map_axis = curves.axes
+    assert lines(loss_axis) == losses
+    assert lines(map_axis) == {"a": [(4, 25), (8, 50)], "b": [(8, 60)]}
+    assert legend_names(loss_axis) == legend_names(map_axis) == ["a", "b"]
+    assert (loss_axis.get_ylabel(), loss_axis.get_yscale()) == ("loss", "log")
+    assert map_axis.get_ylabel().startswith("mAP")
+    assert sum(len(axis.images) for axis in stem.axes) == 20
+
+
+def test_a_run_without_evaluations_has_a_loss_and_no_map(tmp_path, figures):
+    write_run(tmp_path / "run", [(1, 3.0), (2, 2.0)], [])
+    training_curves(tmp_path / "curves.png", {"new": tmp_path / "run/metrics.jsonl"})
+    loss_axis, map_axis = figures[0].axes
+    assert lines(loss_axis) == {"new": [(1, 3), (2, 2)]}
+    assert lines(map_axis) == {} and map_axis.get_legend() is None
+
+
+# ---- Filters. ----
+
+
+def test_filters_keep_their_order_and_each_fills_its_own_range(tmp_path, figures):
+    weight = np.random.default_rng(0).normal(size=(18, 3, 2, 5))
+    weight *= np.logspace(-4, 4, 18)[:, None, None, None]
+    weight[7] = 0.3  # constant: no range to fill
+    stem_filters(tmp_path / "stem.png", weight)
+    axes = figures[0].axes
+    assert axes[0].get_gridspec().get_geometry() == (2, 16)
+    drawn = [np.asarray(axis.images[0].get_array()) for axis in axes if axis.images]
+    assert len(drawn) == 18
+    for number, (image, kernel) in enumerate(zip(drawn, weight, strict=True)):
+        assert image.shape == (2, 5, 3)
+        assert (image.min(), image.max()) == (0, 0 if number == 7 else 1)
+        restored = image.transpose(2, 0, 1) * np.ptp(kernel) + kernel.min()
+        np.testing.assert_allclose(restored, kernel, rtol=0, atol=1e-12 * np.abs(kernel).max())
+
+
+def test_the_file_shows_the_filters_from_left_to_right_in_rgb(tmp_path):
+    red, blue = np.array([2.0, -1, -1]), np.array([-3.0, -3, 1])
+    stem_filters(tmp_path / "stem.png", np.stack([red, blue])[:, :, None, None])
+    image = pixels(tmp_path / "stem.png")
+    columns = [np.flatnonzero((image == rgb).all(axis=2).any(axis=0)) for rgb in np.eye(3) * 255]
+    assert len(columns[0]) and len(columns[2]) and not len(columns[1])
+    assert columns[0].max() < columns[2].min()
+
+
+# ---- Errors. ----
+
+
+def test_bad_input_is_refused_by_name_and_leaves_no_file(tmp_path):
     with pytest.raises(UserError, match=r"metrics\.jsonl is missing"):
         training_curves(tmp_path / "c.png", {"a": tmp_path / "a/metrics.jsonl"})
     with pytest.raises(UserError, match=r"\(M, 3, kh, kw\)"):
         stem_filters(tmp_path / "s.png", np.zeros((4, 1, 3, 3)))
+    with pytest.raises(UserError, match=r"same folder name \(run, run\)"):
+        main([str(tmp_path / "x/run"), str(tmp_path / "y/run")])
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Pictures: detections on images, a run's curves, a stem's filters. Each is a PNG file."""
+"""Pictures as PNG files: detections on images, curves of training runs, filters of a stem."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # files, no windows
+matplotlib.use("Agg")  # draws to files, needs no display
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -19,21 +19,23 @@ from PIL import Image
 from tract_det.errors import UserError
 from tract_det.files import atomically
 
+Color = tuple[float, float, float, float]  # RGBA, 0..1
+
 
 @dataclass(frozen=True)
 class Picture:
-    """An image with what is there and what was found.
+    """An image with its ground truth and its detections. Boxes are xyxy pixel edges.
 
     Attributes:
         path: the image file.
-        truth: `(n, 4)` boxes of the annotation, xyxy pixel edges.
-        boxes: `(m, 4)` detected boxes.
-        labels: `(m,)` 0..K-1.
-        scores: `(m,)`.
+        ground_truth: `(n, 4)` boxes of the annotation.
+        boxes: `(m, 4)` boxes of the detections.
+        labels: `(m,)` int, 0..K-1.
+        scores: `(m,)` float.
     """
 
     path: Path
-    truth: np.ndarray
+    ground_truth: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
@@ -47,14 +49,14 @@ def detection_grid(
     score_thresh: float = 0.5,
     columns: int = 4,
 ) -> None:
-    """Draws detections (coloured, with class and score) over ground truth (white, dashed).
+    """Draws detections (coloured, with class and score) over the ground truth (white, dashed).
 
     Args:
-        path: the PNG to write.
-        pictures: in reading order.
-        class_names: K names.
-        score_thresh: detections below are not drawn.
-        columns: pictures a row.
+        path: the PNG file to write.
+        pictures: drawn row by row.
+        class_names: the K names that the labels index.
+        score_thresh: detections with a lower score are not drawn.
+        columns: number of pictures per row.
     """
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
@@ -67,25 +69,14 @@ def detection_grid(
     for axis, picture in zip(axes.flat, pictures, strict=False):
         with Image.open(picture.path) as image:
             axis.imshow(image.convert("RGB"))
-        for box in picture.truth:
+        for box in picture.ground_truth:
             _rectangle(axis, box, edgecolor="white", linestyle=(0, (3, 3)), linewidth=1.2)
         for box, label, score in zip(picture.boxes, picture.labels, picture.scores, strict=True):
-            if score < score_thresh:
-                continue
-            color = colors(int(label) % colors.N)
-            _rectangle(axis, box, edgecolor=color, linewidth=1.8)
-            axis.text(
-                max(box[0], 0),
-                max(box[1], 0),
-                f"{class_names[int(label)]} {score:.2f}",
-                fontsize=7,
-                color="white",
-                va="bottom",
-                clip_on=True,
-                bbox={"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.85},
-            )
+            if score >= score_thresh:
+                color = colors(int(label) % colors.N)
+                _detection(axis, box, f"{class_names[int(label)]} {score:.2f}", color)
     handles = [
-        Rectangle((0, 0), 1, 1, fill=False, edgecolor="grey", linestyle="--", label="annotated"),
+        Rectangle((0, 0), 1, 1, fill=False, edgecolor="grey", linestyle="--", label="ground truth"),
         *(
             Rectangle((0, 0), 1, 1, fill=False, edgecolor=colors(k % colors.N), label=name)
             for k, name in enumerate(class_names)
@@ -95,35 +86,53 @@ def detection_grid(
     _save(figure, path)
 
 
+def _detection(axis: Axes, box: np.ndarray, text: str, color: Color) -> None:
+    """Draws a box with a label at its top left corner, or where the image begins."""
+    _rectangle(axis, box, edgecolor=color, linewidth=1.8)
+    axis.text(
+        max(box[0], 0),
+        max(box[1], 0),
+        text,
+        fontsize=7,
+        color="white",
+        va="bottom",
+        clip_on=True,
+        bbox={"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.85},
+    )
+
+
 def _rectangle(axis: Axes, box: np.ndarray, **style: object) -> None:
-    left, top, right, bottom = (float(value) - 0.5 for value in box)  # pixel centres are integers
+    # matplotlib puts pixel centres at integers, so the first pixel begins at -0.5.
+    left, top, right, bottom = (float(edge) - 0.5 for edge in box)
     axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, **style))  # type: ignore[arg-type]
 
 
 def training_curves(path: Path, runs: Mapping[str, Path]) -> None:
-    """Draws the loss and the mAP of one or several runs over their steps.
+    """Draws the loss and the mAP of one or more training runs over their steps.
 
     Args:
-        path: the PNG to write.
-        runs: name to `metrics.jsonl`.
+        path: the PNG file to write.
+        runs: the `metrics.jsonl` of each run, by the run's name.
 
     Raises:
-        UserError: a file is missing or holds no steps.
+        UserError: a file is missing.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, (loss_axis, map_axis) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for name, metrics in runs.items():
         if not metrics.is_file():
             raise UserError(f"{metrics} is missing: give the OUTPUT_DIR of a training run")
         entries = [json.loads(line) for line in metrics.read_text().splitlines()]
-        for axis, key in ((left, "loss"), (right, "voc_area.mAP")):
-            points = [(e["iteration"], e[key]) for e in entries if e.get(key) is not None]
+        for axis, key in ((loss_axis, "loss"), (map_axis, "voc_area.mAP")):
+            points = [
+                (entry["iteration"], entry[key]) for entry in entries if entry.get(key) is not None
+            ]
             if points:
                 axis.plot(
                     *zip(*points, strict=True), label=name, marker="." if key != "loss" else ""
                 )
-    left.set(xlabel="step", ylabel="loss", yscale="log")
-    right.set(xlabel="step", ylabel="mAP (area, IoU 0.5), %")
-    for axis in (left, right):
+    loss_axis.set(xlabel="step", ylabel="loss", yscale="log")
+    map_axis.set(xlabel="step", ylabel="mAP (area, IoU 0.5), %")
+    for axis in (loss_axis, map_axis):
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()
@@ -131,10 +140,10 @@ def training_curves(path: Path, runs: Mapping[str, Path]) -> None:
 
 
 def stem_filters(path: Path, weight: np.ndarray) -> None:
-    """Draws a stem's filters as RGB pictures, each scaled to its own range.
+    """Draws the filters of a stem as RGB images, in order, each scaled to its own range.
 
     Args:
-        path: the PNG to write.
+        path: the PNG file to write.
         weight: `(M, 3, kh, kw)`.
 
     Raises:
