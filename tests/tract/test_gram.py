@@ -117,6 +117,12 @@ def test_pixels_up_to_255_are_as_exact_as_standardised_ones(kernel, generator):
     assert (ours - expected).norm() <= 1e-5 * expected.norm()
 
 
+def test_windows_come_out_of_a_list_of_numbers_as_they_went_in():
+    whole = windows.windows_of((31, 40), (7, 3), (2, 1), (3, 2), (1, 4))
+    assert windows.Windows.unpack(whole.pack()) == whole
+    assert all(type(number) is int for number in whole.pack())
+
+
 def test_a_kernel_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="too large for"):
         patch_gram(torch.randn(1, 3, 4, 4), 5)

@@ -90,7 +90,9 @@ def test_padding_of_the_batch_where_the_layer_pads_by_the_size_is_refused():
     model, images = apply_tract(nn.Sequential(inner("Conv2dSame"))), photographs(2, 16)
     wanted = gradient(model, images).clone()
     set_image_sizes(model, [(16, 16), (12, 16)])
-    with pytest.raises(TrActError, match=r"Conv2dSame pads a batch.*set_image_sizes"):
+    with pytest.raises(
+        TrActError, match=r"Conv2dSame pads by the size of the batch.*set_image_sizes"
+    ):
         model(images)
     set_image_sizes(model, [(16, 16), (16, 16)])
     assert torch.equal(gradient(model, images), wanted)

@@ -188,7 +188,7 @@ def test_a_copy_has_the_settings_and_not_the_state(generator):
     model(images).sum().backward()  # a step half done
     twin = copy.deepcopy(model)
     assert str(twin) == str(model) and "lambda_=0.2 * trace(G) / K, gram_patches=50" in str(twin)
-    assert twin[0].tract.pending.seen == 0 and model[0].tract.pending.seen == 1
+    assert twin[0].tract.pending.passes == 0 and model[0].tract.pending.passes == 1
     set_lambda(twin, 0.3)
     assert model[0].lambda_ == 0.2
 

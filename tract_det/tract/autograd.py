@@ -1,10 +1,11 @@
-"""Convolution and linear layer with the framework's forward and TrAct's weight gradient.
+"""Convolution and linear layer with PyTorch's forward pass and TrAct's weight gradient.
 
-The weight gradient is an operator of its own, which `torch.compile` takes as it is. What it asks of
-a layer it looks up when it runs: a compiled model follows a schedule without being compiled again.
+The weight gradient is an operator, which `torch.compile` does not trace. It looks up the settings
+of its layer when it runs, so that a compiled model follows a schedule without recompilation. For
+its side effects, see `operators`.
 """
 
-from typing import Any, Sequence  # noqa: UP035 - the one that torch 2.4 takes in an operator
+from typing import Any, Sequence  # noqa: UP035 - torch 2.4 takes only this one in an operator
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from tract_det.tract.solve import (
     damped_solve,
     damped_solve_rows,
     effective_lambda,
-    is_cheap,
+    float64_is_cheap,
     needs_float64,
     trace,
 )
@@ -27,7 +28,7 @@ from tract_det.tract.windows import Windows, windows_of
 
 
 def _settings(lambda_: float, key: int) -> tuple[float, bool, State | None]:
-    """`lambda_`, whether it is relative, and the layer's state where there is a layer."""
+    """`lambda_`, whether it is relative, and the layer's state (None without a layer)."""
     if key == NO_KEY:
         return lambda_, False, None
     state = STATES[key]
@@ -42,24 +43,33 @@ def _needs_float64(total: Tensor, count: Tensor, lambda_: float, key: int) -> bo
 
 
 def _solve(plain: Tensor, total: Tensor, count: Tensor, lambda_: float, key: int) -> Tensor:
-    """TrAct's gradient `(groups, M, K)`; zero in all but the last micro-batch of a step."""
+    """TrAct's gradient, `(groups, M, K)`; zero before the last micro-batch of a step.
+
+    Args:
+        plain: `dZ^T X`, `(groups, M, K)`.
+        total: `X^T X`, `(groups, K, K)`.
+        count: `N`, a scalar.
+        lambda_: damping, where there is no layer.
+        key: key of the layer's state, or `NO_KEY`.
+    """
     lambda_, relative, state = _settings(lambda_, key)
     if state is not None and state.pending is not None:
-        complete = state.pending.add(total, count, plain)
-        if complete is None:
+        totals = state.pending.add(total, count, plain)
+        if totals is None:
             return torch.zeros_like(plain)
-        total, count, plain = complete
+        total, count, plain = totals
     N, K = count.clamp(min=1), total.shape[-1]
     damping = effective_lambda(trace(total) / (N * K), lambda_, relative)
-    # N G + N lambda instead of G + lambda: a division of all K^2 entries less.
+    # N G + N lambda_ instead of G + lambda_: saves a division of all K^2 entries.
     solved = damped_solve(plain, total, damping * N) * N
     if state is not None:
-        state.last = Diagnosis(total, N, damping, plain.norm(), solved.norm())
+        # A copy: an operator must not keep its arguments.
+        state.last = Diagnosis(total.clone(), N, damping, plain.norm(), solved.norm())
     return solved
 
 
 def _solve_rows(plain: Tensor, X: Tensor, lambda_: float, key: int) -> Tensor:
-    """The same, `(1, M, K)`, of a linear layer with fewer rows than columns."""
+    """TrAct's gradient, `(1, M, K)`, for a linear layer with fewer rows than columns."""
     lambda_, relative, state = _settings(lambda_, key)
     rows = X.double()[None]
     mean_square = rows.square().sum((1, 2)) / max(1, rows[0].numel())
@@ -72,7 +82,7 @@ def _solve_rows(plain: Tensor, X: Tensor, lambda_: float, key: int) -> Tensor:
     return solved
 
 
-@operator("conv_weight_gradient")
+@operator("conv_weight_gradient", repeatable=False)
 def _conv_weight_gradient(
     dZ: Tensor,
     input: Tensor,
@@ -85,11 +95,10 @@ def _conv_weight_gradient(
     lambda_: float,
     key: int,
 ) -> tuple[Tensor, Tensor]:
-    windows = Windows(*((geometry[i], geometry[i + 1]) for i in range(0, len(geometry), 2)))
     K = total.shape[-1]
-    exact = is_cheap(dZ, K) or _needs_float64(total, count, lambda_, key)
+    exact = float64_is_cheap(dZ, K) or _needs_float64(total, count, lambda_, key)
     plain, grad_bias = conv_gradient(
-        input.detach(), dZ.detach(), windows, groups, bias=bias, exact=exact
+        input.detach(), dZ.detach(), Windows.unpack(geometry), groups, bias=bias, exact=exact
     )
     by_group = plain.reshape(groups, -1, K)
     solved = _solve(by_group, total, count, lambda_, key).reshape(plain.shape)
@@ -98,11 +107,11 @@ def _conv_weight_gradient(
 
 @_conv_weight_gradient.register_fake
 def _(dZ, input, total, count, geometry, groups, dtype, *others):  # type: ignore[no-untyped-def]
-    size = (dZ.shape[1], input.shape[1] // groups, geometry[0], geometry[1])
+    size = (dZ.shape[1], input.shape[1] // groups, *Windows.unpack(geometry).kernel)
     return dZ.new_empty(size, dtype=dtype), dZ.new_empty(dZ.shape[1], dtype=dtype)
 
 
-@operator("linear_weight_gradient")
+@operator("linear_weight_gradient", repeatable=False)
 def _linear_weight_gradient(
     dZ: Tensor,
     input: Tensor,
@@ -116,7 +125,7 @@ def _linear_weight_gradient(
     if total is None or count is None:
         solved = _solve_rows(linear_gradient(X, dZ, True)[None], X, lambda_, key)
     else:
-        exact = is_cheap(dZ, X.shape[-1]) or _needs_float64(total, count, lambda_, key)
+        exact = float64_is_cheap(dZ, X.shape[-1]) or _needs_float64(total, count, lambda_, key)
         solved = _solve(linear_gradient(X, dZ, exact)[None], total, count, lambda_, key)
     return solved[0].to(dtype).contiguous()
 
@@ -140,11 +149,10 @@ class _Conv2d(torch.autograd.Function):
         key: int,
     ) -> Tensor:
         ctx.conv, ctx.lambda_, ctx.key, ctx.dtype = conv, lambda_, key, weight.dtype
-        windows = windows_of(input.shape[2:], weight.shape[2:], *conv[:3])
-        ctx.geometry = [number for field in windows for number in field]
+        ctx.geometry = windows_of(input.shape[2:], weight.shape[2:], *conv[:3]).pack()
         ctx.save_for_backward(input, total, count, weight if ctx.needs_input_grad[0] else None)
-        # Detached: autocast would keep the half copy that it makes here, which has no history,
-        # for other uses of the weight.
+        # Detached because autocast caches its low-precision copy of a weight that requires grad. A
+        # copy made here has no autograd history, and other uses of the weight would get it.
         return F.conv2d(input, weight.detach(), None if bias is None else bias.detach(), *conv)
 
     @staticmethod
@@ -214,17 +222,27 @@ def learning_conv2d(
     lambda_: float = 0.0,
     key: int = NO_KEY,
 ) -> Tensor:
-    """`F.conv2d` whose weight learns by TrAct, given the sums over its input.
+    """`F.conv2d` with TrAct's weight gradient, given the sums over its input.
 
-    `key` names the layer's state, and then `lambda_` is not asked for.
+    Args:
+        input: `(B, C, H, W)` or `(C, H, W)`.
+        weight: `(M, C / groups, kh, kw)`.
+        bias: `(M,)` or None.
+        stride: as for `F.conv2d`.
+        padding: as for `F.conv2d`.
+        dilation: as for `F.conv2d`.
+        groups: as for `F.conv2d`.
+        sums: `X^T X` and `N`.
+        lambda_: damping; not used where `key` names a layer.
+        key: key of the layer's state, or `NO_KEY`.
     """
     if input.dim() == 3:
         args = (weight, bias, stride, padding, dilation, groups, sums)
         return learning_conv2d(input[None], *args, lambda_=lambda_, key=key)[0]
     windows = windows_of(input.shape[2:], tuple(weight.shape[2:]), stride, padding, dilation)
-    if padding == "same":  # the same as in F.conv2d: what the two sides do not share is padded
-        over = [d * (k - 1) % 2 for d, k in zip(windows.dilation, windows.kernel, strict=True)]
-        input = F.pad(input, (0, over[1], 0, over[0])) if any(over) else input
+    if padding == "same":  # as in F.conv2d: an odd zero goes after the image
+        odd = [d * (k - 1) % 2 for d, k in zip(windows.dilation, windows.kernel, strict=True)]
+        input = F.pad(input, (0, odd[1], 0, odd[0])) if any(odd) else input
     zeros = (-windows.origin[0], -windows.origin[1])
     conv = (windows.stride, zeros, windows.dilation, groups)
     return _Conv2d.apply(input, weight, bias, *sums, conv, lambda_, key)
@@ -239,8 +257,14 @@ def learning_linear(
     lambda_: float = 0.0,
     key: int = NO_KEY,
 ) -> Tensor:
-    """`F.linear` whose weight learns by TrAct, given the sums over its input.
+    """`F.linear` with TrAct's weight gradient, given the sums over its input.
 
-    Without them it solves the `N x N` system of this batch.
+    Args:
+        input: `(..., K)`.
+        weight: `(M, K)`.
+        bias: `(M,)` or None.
+        sums: `X^T X` and `N`; None = solve the `N x N` system of this batch.
+        lambda_: damping; not used where `key` names a layer.
+        key: key of the layer's state, or `NO_KEY`.
     """
     return _Linear.apply(input, weight, bias, *(sums or (None, None)), lambda_, key)

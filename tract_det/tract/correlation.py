@@ -1,10 +1,10 @@
 """`X^T X` of overlapping windows from the images' correlation with themselves.
 
-Space-to-depth turns stride `s` into stride 1 over `C * sh * sw` channels. If the windows went on
-past the border until they no longer touched the image, an entry of `X^T X` would depend only on the
-lag between its two taps: it would be a value of the image's correlation with itself, which the FFT
-gives. The windows that cross the border see only thin strips; their part is computed from the
-strips and subtracted. Symbols and the machine of the times in the comments: see `gram`.
+Space-to-depth turns stride `s` into stride 1 over `C * sh * sw` channels. Suppose that the windows
+went on past the border until they no longer touched the image. Then an entry of `X^T X` would
+depend only on the lag between its two taps: it would be a value of the image's correlation with
+itself, which the FFT computes. The windows that cross the border see only narrow strips of the
+image; their contribution is computed from these strips and subtracted. Symbols: see `gram`.
 """
 
 import math
@@ -15,17 +15,17 @@ from torch import Tensor
 
 from tract_det.tract.windows import BLOCK_BYTES, Windows, crop
 
-# Rows in one transform, and transforms in one block at least. Bands of one image count as a batch
-# in the cross-spectra, and few images need that: B takes 102 ms in bands of 96 rows, 70 of 64, 57
-# of 32; A, with more images in a block, 51, 52 and 56.
+# Rows in one transform at most, and transforms in one block at least. An image is cut into bands
+# because the cross-spectra are products over the batch, which are slow for few images; the bands of
+# one image count as a batch. Measurements: benchmarks/tract_design_notes.md.
 _BAND = 64
 _TRANSFORMS = 5
-# Bytes of cross-spectra that exist at a time: 1, 2 and 4 MiB are the same within 5 %.
+# Bytes of cross-spectra that exist at a time; half or twice as many make no difference.
 _SPECTRA_BYTES = 2 * 2**20
 
 
 def _fft_size(least: int) -> int:
-    """The first size from `least` on without prime factors above 5; the others are slower."""
+    """The smallest size from `least` on without prime factors above 5: such FFTs are faster."""
     size = least
     while True:
         rest = size
@@ -38,20 +38,28 @@ def _fft_size(least: int) -> int:
 
 
 def _toeplitz(lags: Tensor, taps: int) -> Tensor:
-    """Lags from `1 - taps` on, `(..., 2 taps - 1)`, to `(..., taps, taps)`: `j - i` at `(i, j)`."""
+    """The Toeplitz matrix with lag `j - i` at `(i, j)`.
+
+    Args:
+        lags: `(..., 2 taps - 1)`, from lag `1 - taps` to `taps - 1`.
+        taps: rows and columns.
+
+    Returns:
+        `(..., taps, taps)`.
+    """
     return lags.unfold(-1, taps, 1).flip(-2)
 
 
 def _lags(spectra: Tensor, width: int, reach: tuple[int, int]) -> Tensor:
-    """Correlations at the lags needed, from what `_add_lags_of` has summed.
+    """Correlations at the lags that are needed, from the spectra that `_add_lags_of` has summed.
 
     Args:
-        spectra: `(nh, 2 reach_w + 1, C * C)`; already in the lag domain along the width.
+        spectra: `(nh, 2 reach_w + 1, C * C)`; along the width these are lags already.
         width: C.
         reach: largest lag, (height, width).
 
     Returns:
-        `(C, C, 2 reach_h + 1, 2 reach_w + 1)`; channel i times channel j, the lag further on.
+        `(C, C, 2 reach_h + 1, 2 reach_w + 1)`; channel i times channel j, shifted by the lag.
     """
     nh = spectra.shape[0]
     inverse = _inverse_dft(torch.arange(reach[0] + 1, device=spectra.device), nh, nh)
@@ -62,9 +70,10 @@ def _lags(spectra: Tensor, width: int, reach: tuple[int, int]) -> Tensor:
 
 
 def _inverse_dft(lags: Tensor, size: int, columns: int) -> Tensor:
-    """Rows of the inverse DFT of `size` points at `lags`, `(lags, columns)`, without its conjugate.
+    """Rows of the inverse DFT of `size` points at these lags, `(lags, columns)`.
 
-    Fewer columns than `size` are half a spectrum: all but the self-conjugate ones count twice.
+    With fewer `columns` than `size` they apply to half a spectrum, as `rfft` returns it: the real
+    part is the result, and all frequencies count twice except those that are their own conjugates.
     """
     frequency = torch.arange(columns, device=lags.device)
     phase = torch.outer(lags, frequency).double() * (-2 * math.pi / size)
@@ -77,25 +86,28 @@ def _inverse_dft(lags: Tensor, size: int, columns: int) -> Tensor:
 def _add_lags_of(y: Tensor, spectra: Tensor, inverse: Tensor) -> None:
     """Adds the cross-spectra of all pairs of channels, summed over the batch, to `spectra`.
 
+    The cross-spectra are huge and few lags are needed, so each part of them is transformed along
+    the width at once.
+
     Args:
-        y: `(B, C, nh, nw)`, with as many zeros at its ends as the largest lag.
-        spectra: `(nh, lags, C * C)`.
-        inverse: `(lags, nw // 2 + 1)`: the cross-spectra are huge, and few lags are needed.
+        y: `(B, C, nh, nw)`; rows and columns end with as many zeros as the largest lag.
+        spectra: `(nh, lags, C * C)`, changed in place.
+        inverse: inverse DFT along the width, `(lags, nw // 2 + 1)`.
     """
     spectrum = torch.fft.rfft2(y)
     step = max(1, _SPECTRA_BYTES // (inverse.shape[1] * y.shape[1] ** 2 * 16))
     for row in range(0, len(spectra), step):
-        # One small product for each frequency; copied so that BLAS can take them as they lie.
+        # One small product for each frequency; the copy puts each in the order that BLAS takes.
         channels = spectrum[:, :, row : row + step].permute(2, 3, 1, 0).contiguous()
         spectra[row : row + step] += inverse @ (channels @ channels.mH).flatten(2)
 
 
 def _slide(first: Tensor, last: Tensor) -> Tensor:
-    """What windows of `q + 1` rows see that reach into a border strip by 1 to q rows, summed.
+    """Gram sum of the windows of `q + 1` rows that reach into the image by 1 to q rows only.
 
     Args:
-        first: Gram sums of the taps on the first q rows, `(C, q, w, C, q, w)`.
-        last: the same of the last q rows.
+        first: Gram sums of the taps on the first q rows of the image, `(C, q, w, C, q, w)`.
+        last: the same for the last q rows.
 
     Returns:
         `(C, q + 1, w, C, q + 1, w)`.
@@ -109,19 +121,19 @@ def _slide(first: Tensor, last: Tensor) -> Tensor:
 
 
 def _row_edges(y: Tensor, q: int, taps: int) -> Tensor:
-    """Gram sums of the windows that cross the first or the last row, at every column.
+    """Gram sum of the windows that cross the first or the last row, at every column.
 
     Args:
         y: `(B, C, H, W)`; each row ends with `taps - 1` zeros.
-        q: height of the windows less one.
+        q: height of the windows minus one.
         taps: width of the windows.
 
     Returns:
         `(C, q + 1, taps, C, q + 1, taps)`.
     """
     C = y.shape[1]
-    # One signal for each channel and row of the two strips, the images one after the other. The
-    # zeros keep them apart, so that these sums too depend on lags, and no window is copied.
+    # One signal for each channel and row of the two strips, in which the images follow each other.
+    # The zeros keep them apart, so these sums too depend only on lags, and no window is copied.
     flat = torch.stack((y[:, :, :q], y[:, :, -q:])).permute(0, 2, 3, 1, 4).reshape(2, C * q, -1)
     size = flat.shape[2] - taps + 1
     lags = [flat[..., :size] @ flat[..., i : i + size].mT for i in range(taps)]
@@ -132,11 +144,11 @@ def _row_edges(y: Tensor, q: int, taps: int) -> Tensor:
 
 
 def _column_edges(y: Tensor, q: int, taps: int) -> Tensor:
-    """Gram sums of the windows that cross the first or the last column, but no row.
+    """Gram sum of the windows that cross the first or the last column, but no border row.
 
     Args:
         y: `(B, C, H, W)`.
-        q: width of the windows less one.
+        q: width of the windows minus one.
         taps: height of the windows.
 
     Returns:
@@ -152,9 +164,13 @@ def _column_edges(y: Tensor, q: int, taps: int) -> Tensor:
 def correlation_sum(x: Tensor, windows: Windows) -> tuple[Tensor, int]:
     """`X^T X` of windows without dilation, from correlations and border strips.
 
+    Args:
+        x: `(B, C, H, W)`.
+        windows: on these images; `dilation` must be 1.
+
     Returns:
-        `(1, K, K)`, float64, over the windows of the first output rows; and their number. The few
-        rows that are left do not fill a band.
+        `(1, K, K)`, float64, of the windows in the first output rows; and the number of these rows.
+        The few remaining rows do not fill a band.
     """
     (kh, kw), (sh, sw), _, origin, (Ho, Wo) = windows
     C = x.shape[1]
@@ -197,8 +213,15 @@ def correlation_sum(x: Tensor, windows: Windows) -> tuple[Tensor, int]:
     lags = _lags(spectra, channels, (qh, qw))
     gram = _toeplitz(_toeplitz(lags.mT, th).movedim(2, -1), tw)  # (i, j, h, h', w, w')
     gram = gram.permute(0, 2, 4, 1, 3, 5) - edges
-    # Depth back to space; the last taps may lie beyond the kernel.
+    return _depth_to_space(gram, C, windows), bands * rows
+
+
+def _depth_to_space(gram: Tensor, C: int, windows: Windows) -> Tensor:
+    """A Gram sum after space-to-depth, `(C sh sw, th, tw, C sh sw, th, tw)`, as `(1, K, K)`."""
+    (kh, kw), (sh, sw), *_ = windows
+    _, th, tw, *_ = gram.shape
     gram = gram.reshape(C, sh, sw, th, tw, C, sh, sw, th, tw).permute(0, 3, 1, 4, 2, 5, 8, 6, 9, 7)
-    gram = gram.reshape(C, th * sh, tw * sw, C, th * sh, tw * sw)[:, :kh, :kw, :, :kh, :kw]
-    gram = gram.reshape(1, C * kh * kw, C * kh * kw)
-    return gram, bands * rows
+    gram = gram.reshape(C, th * sh, tw * sw, C, th * sh, tw * sw)
+    # The last taps may lie beyond the kernel. Without them the result may be a view with gaps, but
+    # the operator promises a contiguous tensor.
+    return gram[:, :kh, :kw, :, :kh, :kw].reshape(1, C * kh * kw, C * kh * kw).contiguous()

@@ -1,11 +1,12 @@
-"""The two layers as functions: the framework's forward, TrAct's weight gradient.
+"""The two layers as functions, with PyTorch's forward pass and TrAct's weight gradient.
 
-Where autograd would give the weight `dZ^T X`, these give `dZ^T X (G + lambda_ I)^-1` (Petersen,
-Borgelt, Ermon: "TrAct", NeurIPS 2024, equation for `grad_W`). Output and input gradient are the
-framework's, to the bit; the bias gradient is the sum of `dZ`.
+Where autograd computes the weight gradient `dZ^T X`, these functions compute
+`dZ^T X (G + lambda_ I)^-1` (Petersen, Borgelt and Ermon, "TrAct: Making First-layer Pre-Activations
+Trainable", NeurIPS 2024). Output and input gradient are PyTorch's, to the bit; the bias gradient is
+the sum of `dZ`.
 
-`G` is that of the whole batch: the sums `X^T X` and `N` are added up over the data-parallel ranks,
-and over the micro-batches of a step (`state.Pending`), so that neither changes what is learnt.
+`G` belongs to the whole batch: the sums `X^T X` and `N` are added up over the data-parallel ranks,
+and over the micro-batches of a step (`state.Pending`), so that neither changes the result.
 """
 
 import torch
@@ -18,7 +19,7 @@ from tract_det.tract.sums import conv_sums, over_ranks, smaller_system
 
 
 def trains(weight: Tensor) -> bool:
-    """Whether a gradient of this weight will be asked for."""
+    """Whether this forward pass can lead to a gradient of this weight."""
     return torch.is_grad_enabled() and weight.requires_grad
 
 
@@ -34,11 +35,10 @@ def tract_conv2d(
     lambda_: float = 0.1,
     sync: bool = True,
 ) -> Tensor:
-    """`torch.nn.functional.conv2d` whose weight learns by TrAct.
+    """`torch.nn.functional.conv2d` with TrAct's weight gradient, `dZ^T X (G + lambda_ I)^-1`.
 
-    The output and the input's gradient are those of `conv2d`, to the bit. The weight gradient is
-    `dZ^T X (G + lambda_ I)^-1`. Under `no_grad`, and for a weight that needs no gradient, it is
-    plain `conv2d` at no cost.
+    Output and input gradient are the same as with `conv2d`, to the bit. Under `no_grad`, and for a
+    weight that needs no gradient, this is plain `conv2d` at no extra cost.
 
     Args:
         input: `(B, C, H, W)` or `(C, H, W)`.
@@ -47,9 +47,10 @@ def tract_conv2d(
         stride: as for `conv2d`.
         padding: as for `conv2d`, also "same" and "valid".
         dilation: as for `conv2d`.
-        groups: as for `conv2d`; each group has a Gram matrix of its own.
+        groups: as for `conv2d`; each group has its own Gram matrix.
         lambda_: damping, in units of standardised pixels.
-        sync: where a process group exists, `G` is that of all ranks; every rank must take part.
+        sync: whether to sum `G` over all ranks, where a process group exists; then every rank must
+            call the function.
 
     Returns:
         `(B, M, Ho, Wo)`, or `(M, Ho, Wo)`.
@@ -73,15 +74,15 @@ def tract_linear(
     lambda_: float = 0.1,
     sync: bool = True,
 ) -> Tensor:
-    """`torch.nn.functional.linear` whose weight learns by TrAct; see `tract_conv2d`.
+    """`torch.nn.functional.linear` with TrAct's weight gradient; see `tract_conv2d`.
 
     Args:
-        input: `(..., K)`; every row counts as one of the `N`. With fewer rows than columns the
-            `N x N` system is solved (Woodbury).
+        input: `(..., K)`; every row is one of the `N` patches. With fewer rows than columns, the
+            smaller `N x N` system is solved instead (Woodbury's identity).
         weight: `(M, K)`.
         bias: `(M,)` or None.
         lambda_: damping, in units of standardised inputs.
-        sync: where a process group exists, `G` is that of all ranks; every rank must take part.
+        sync: as for `tract_conv2d`.
 
     Returns:
         `(..., M)`.

@@ -1,10 +1,8 @@
-"""The plain weight gradient `dZ^T X`, a block at a time. Symbols and machine: see `gram`.
+"""The plain weight gradient `dZ^T X`, a block at a time. Symbols: see `gram`.
 
-The framework's kernel makes it, but not of the whole batch at once: sums over a block in float32,
-over the blocks in float64, are more exact than one long float32 sum, and blocks that stay in the
-cache are faster. Milliseconds and relative error on two threads, whole and in blocks:
-A 43 and 25, 6e-6 and 2e-6; B 45 and 30; C 88 and 33, 1.1e-5 and 3e-6; 3x3 on 2 x 3 x 608 x 800 117
-and 41, 1.2e-5 and 2e-6; 3x3 on 128 x 3 x 32^2 14 and 5.
+PyTorch's kernel computes it, but not for the whole batch at once: with sums in float32 within a
+block and in float64 over the blocks it is more exact than one long float32 sum, and blocks that
+stay in the cache are faster. Measurements: benchmarks/tract_design_notes.md.
 """
 
 import math
@@ -15,18 +13,26 @@ from torch import Tensor
 
 from tract_det.tract.windows import BLOCK_BYTES, Windows, crop
 
-# Bytes of `dZ` in one block of whole images. From 32 MiB on, each block gets fresh pages: C 90 ms.
+# Bytes of `dZ` in one block of whole images. Larger blocks get fresh pages from the operating
+# system, which takes longer than the arithmetic.
 _IMAGES_BYTES = 16 * 2**20
-# And of the rows of an image that is larger.
+# Bytes of `dZ` in one block of rows, where a single image is larger than that.
 _ROWS_BYTES = 8 * 2**20
-# Of either for a K of 7x7: half the error, A 24 ms as before, B 36, 38. But C 46, 30; D 13, 11.
+# Patch lengths around 147 (7x7) take smaller blocks of either kind: half the error at the same
+# speed. Shorter (3x3) and longer (16x16) patches would lose speed.
 _MIDDLE_K, _MIDDLE_BYTES = range(100, 512), 4 * 2**20
 
 
 def _blocks(dZ: Tensor, K: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first image, last, first output row, last) of each block; the last ones are not in it."""
+    """`(first image, last image, first row, last row)` of each block; the last ones are excluded.
+
+    Args:
+        dZ: `(B, M, Ho, Wo)`.
+        K: patch length.
+    """
     B, M, Ho, Wo = dZ.shape
-    # A GPU's kernels are best with much to do; halves are copied to float32, a block at a time.
+    # A GPU is most efficient with everything at once, but half precision is copied to float32, and
+    # blocks bound the size of the copy.
     if dZ.device.type != "cpu" and dZ.dtype in (torch.float32, torch.float64):
         yield 0, B, 0, Ho
         return
@@ -44,21 +50,21 @@ def _blocks(dZ: Tensor, K: int) -> Iterator[tuple[int, int, int, int]]:
 def conv_gradient(
     input: Tensor, dZ: Tensor, windows: Windows, groups: int, *, bias: bool, exact: bool
 ) -> tuple[Tensor, Tensor]:
-    """`dZ^T X` of a convolution, and the sum of `dZ`. Of one block they are the framework's.
+    """`dZ^T X` of a convolution, and the sum of `dZ`.
 
     Args:
         input: `(B, C, H, W)`.
         dZ: `(B, M, Ho, Wo)`.
         windows: of the convolution, with as many zeros after the image as before.
         groups: of the convolution.
-        bias: whether the sum is needed.
-        exact: in float64, several times slower.
+        bias: whether the sum of `dZ` is needed; otherwise it is zero.
+        exact: compute in float64, which is several times slower.
 
     Returns:
-        `(M, C / groups, kh, kw)` and `(M,)`, the sum zero where it is not needed. Of several blocks
-        they are float64.
+        `(M, C / groups, kh, kw)` and `(M,)`. For several blocks they are float64; for one block
+        they are bit for bit what PyTorch's kernel returns.
     """
-    if exact and bias:  # the sum loses nothing in float32, where it is the framework's to the bit
+    if exact and bias:  # float32 is enough for the sum, and the same as PyTorch's to the bit
         _, sum_dZ = conv_gradient(input, dZ, windows, groups, bias=True, exact=False)
         return conv_gradient(input, dZ, windows, groups, bias=False, exact=True)[0], sum_dZ
     kernel, stride, dilation, origin, (Ho, Wo) = windows
@@ -66,11 +72,11 @@ def conv_gradient(
     size = (M, input.shape[1] // groups, *kernel)
     if not dZ.numel():
         return dZ.new_zeros(size), dZ.new_zeros(M)
-    # Never halves: the solve would magnify their rounding.
+    # Never in half precision: the solve would magnify the rounding errors.
     dtype = torch.float64 if exact else torch.promote_types(dZ.dtype, torch.float32)
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     columns = (origin[1], origin[1] + (Wo - 1) * stride[1] + reach[1])
-    weight = dZ.new_empty(1, dtype=dtype).expand(size)  # read for its shape alone
+    weight = dZ.new_empty(1, dtype=dtype).expand(size)  # the kernel reads only its shape
     total: list[Tensor] = []
     for image, last_image, row, last_row in _blocks(dZ, math.prod(size[1:])):
         x, padding = input[image:last_image].to(dtype), (-origin[0], -origin[1])
@@ -94,7 +100,7 @@ def linear_gradient(input: Tensor, dZ: Tensor, exact: bool) -> Tensor:
     Args:
         input: `(N, K)`.
         dZ: `(N, M)`.
-        exact: in float64.
+        exact: compute in float64.
 
     Returns:
         `(M, K)`, float64.

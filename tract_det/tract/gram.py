@@ -1,4 +1,4 @@
-"""Patch Gram matrices, and the damped solves against them: the arithmetic of TrAct.
+"""Patch Gram matrices: the `G` of TrAct's weight gradient.
 
 | symbol    | meaning                                                                    |
 |-----------|----------------------------------------------------------------------------|
@@ -11,15 +11,14 @@
 | `lambda_` | damping                                                                    |
 
 TrAct's weight gradient is `dZ^T X (G + lambda_ I)^-1` (Petersen, Borgelt and Ermon, "TrAct: Making
-First-layer Pre-Activations Trainable", NeurIPS 2024). The inverse magnifies what is wrong in `G` by
-up to `1 / lambda_`, so `G` is float64. Two exact algorithms, neither of which unfolds the whole
-input: *correlation* where windows overlap (`correlation.py`), and *direct* where they do not and
-for rare geometries: `X^T X`, a block at a time.
+First-layer Pre-Activations Trainable", NeurIPS 2024). The inverse magnifies errors in `G` by up to
+`1 / lambda_`, so `G` is float64. There are two exact algorithms, and neither unfolds the whole
+input: *correlation* (`correlation.py`) where windows overlap, and *direct* (`X^T X`, a block of
+patches at a time) where they do not, and for rare geometries.
 
-Both work in blocks, so memory does not grow with the batch or the image. Neither branches on
-values, so nothing waits for the device. Times in the comments are milliseconds on one thread of an
-AMD EPYC 9004 (AVX-512), PyTorch 2.14 with MKL, float32 input, for the stems
-A: 7x7/2, 16 x 3 x 224^2; B: 7x7/2, 2 x 3 x 608 x 800; C: 3x3, 16 x 3 x 224^2; D: 16x16/16, as C.
+Both work in blocks, so memory grows neither with the batch nor with the image. On a GPU neither
+branches on values, so neither synchronises. The constants follow from measurements:
+benchmarks/tract_design_notes.md.
 """
 
 import math
@@ -32,30 +31,29 @@ from torch import Tensor
 
 from tract_det.tract.correlation import correlation_sum
 from tract_det.tract.operators import operator
-from tract_det.tract.solve import FEW_PATCHES
+from tract_det.tract.solve import FEW_PATCHES, trace
 from tract_det.tract.windows import BLOCK_BYTES, Windows, crop, windows_of
 
-# The correlation pays for pairs of channels after space-to-depth, the direct sum for pairs of taps.
-# Correlation and direct on the images of C: 3x3/2 37 and 57 ms, 7x7/4 72 and 103, 11x11/4 102 and
-# 210; but 5x5/4 99 and 61, and 16x16/8 (192 channels) 346 and 148.
+# The cost of a correlation grows with the pairs of channels after space-to-depth, the cost of a
+# direct sum with the pairs of taps. Within these limits the correlation is faster.
 _MAX_CHANNELS = 64
 _MIN_TAPS_PER_CHANNEL = 2
-# Direct sums up to this K are float64. Beyond, they are most of the cost (D: 86 ms, 30 in float32),
-# and blocks are multiplied in float32 and added in float64; unless the input's mean square is far
-# from that of standardised pixels, and thus the lambda_ that goes with it too small.
+# Direct sums up to this K are float64. Beyond it they would cost more than the rest of the layer:
+# blocks are multiplied in float32 and added in float64. The exception is an input whose mean square
+# is far above 1, the value of standardised pixels: a `lambda_` meant for those would be too small
+# beside the rounding errors of float32.
 _FLOAT64_K = 256
 _FLOAT64_MEAN_SQUARE = 30.0
-# Columns of one product in the lower triangle of `X^T X`. D on two threads: 18 ms whole, 12 in
-# blocks of 96 to 192, 14 of 384.
+# Columns of one product in the lower triangle of `X^T X`: faster than the whole square at once.
 _COLUMNS = 128
 
 
 @contextmanager
 def _float32_products() -> Iterator[None]:
-    """Float32 products in float32: a user's TF32 or bf16 setting is for the network's layers."""
+    """Float32 products at full precision; TF32 and bf16 settings are meant for the network."""
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # chosen by the newer setting, which does not go with this one
+    except RuntimeError:  # the user chose by the newer `fp32_precision`, which excludes this one
         with _ieee_products():
             yield
         return
@@ -80,7 +78,7 @@ def _ieee_products() -> Iterator[None]:
 
 
 def row_gram_sum(rows: Tensor) -> Tensor:
-    """`X^T X` of explicit rows.
+    """`X^T X` of explicit rows, a block at a time.
 
     Args:
         rows: `(..., N, K)`.
@@ -100,9 +98,9 @@ def _product(X: Tensor) -> Tensor:
     N, K = X.shape[-2:]
     if K > _FLOAT64_K and X.dtype != torch.float64:
         product = _float32_product(X)
-        # Asked on the CPU alone: elsewhere the answer would be waited for.
-        trace = product.diagonal(dim1=-2, dim2=-1).sum(-1)
-        if X.device.type != "cpu" or bool((trace <= _FLOAT64_MEAN_SQUARE * N * K).all()):
+        # CPU only: on a GPU, reading the answer back would synchronise.
+        small = trace(product) <= _FLOAT64_MEAN_SQUARE * N * K
+        if X.device.type != "cpu" or bool(small.all()):
             return product
     X = X.double()
     return X.mT @ X
@@ -115,7 +113,7 @@ def _block_rows(K: int) -> int:
 
 
 def _float32_product(rows: Tensor) -> Tensor:
-    """`X^T X` in float32, of which the lower triangle alone is computed."""
+    """`X^T X` in float32: the lower triangle is computed, the upper one copied from it."""
     K = rows.shape[-1]
     product = rows.new_empty((*rows.shape[:-2], K, K), dtype=torch.float32)
     lows = range(0, K, _COLUMNS)
@@ -133,7 +131,7 @@ def _float32_product(rows: Tensor) -> Tensor:
 
 
 def _direct_sum(x: Tensor, windows: Windows, groups: int, first_row: int = 0) -> Tensor:
-    """`X^T X`, `(groups, K, K)`, from the patches of output rows `first_row` on."""
+    """`X^T X`, `(groups, K, K)`, of the patches in the output rows from `first_row` on."""
     kernel, stride, dilation, origin, (Ho, Wo) = windows
     reach = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
     K = x.shape[1] // groups * kernel[0] * kernel[1]
@@ -143,7 +141,7 @@ def _direct_sum(x: Tensor, windows: Windows, groups: int, first_row: int = 0) ->
     columns = (origin[1], origin[1] + (Wo - 1) * stride[1] + reach[1])
     total = torch.zeros((groups, K, K), dtype=torch.float64, device=x.device)
     if len(x) * Ho * Wo <= FEW_PATCHES * K and x.device.type == "cpu":
-        x = x.double()  # cheap, and needed: see `is_cheap`
+        x = x.double()  # cheap, and float32 would lose too much: see `float64_is_cheap`
     for top in range(first_row, Ho, step):
         first = origin[0] + top * stride[0]
         rows = (first, first + (min(step, Ho - top) - 1) * stride[0] + reach[0])
@@ -156,10 +154,10 @@ def _direct_sum(x: Tensor, windows: Windows, groups: int, first_row: int = 0) ->
 
 
 def _gram_sum(x: Tensor, windows: Windows, groups: int) -> Tensor:
-    """`X^T X`, `(groups, K, K)`, by the algorithm that is faster for this geometry."""
+    """`X^T X`, `(groups, K, K)`, by the faster algorithm for this geometry."""
     taps, step = math.prod(windows.kernel), math.prod(windows.stride)
     if (
-        len(x)  # MKL refuses transforms of nothing
+        len(x)  # MKL refuses empty transforms
         and groups == 1
         and windows.dilation == (1, 1)
         and taps >= _MIN_TAPS_PER_CHANNEL * step
@@ -170,17 +168,16 @@ def _gram_sum(x: Tensor, windows: Windows, groups: int) -> Tensor:
     return _direct_sum(x, windows, groups)
 
 
-# An operator of its own, so that torch.compile takes it as it is: traced, its blocks are thousands
-# of nodes that a compiler can make no faster.
-@operator("patch_gram_sum")
+# An operator, so that torch.compile does not trace it: its blocks would become thousands of nodes
+# that a compiler cannot speed up.
+@operator("patch_gram_sum", repeatable=True)
 def _gram_sum_op(x: Tensor, geometry: Sequence[int], groups: int) -> Tensor:
-    fields = ((geometry[i], geometry[i + 1]) for i in range(0, len(geometry), 2))
-    return _gram_sum(x.detach(), Windows(*fields), groups)
+    return _gram_sum(x.detach(), Windows.unpack(geometry), groups)
 
 
 @_gram_sum_op.register_fake
 def _(x: Tensor, geometry: Sequence[int], groups: int) -> Tensor:
-    K = x.shape[1] // groups * geometry[0] * geometry[1]
+    K = x.shape[1] // groups * math.prod(Windows.unpack(geometry).kernel)
     return x.new_empty((groups, K, K), dtype=torch.float64)
 
 
@@ -193,32 +190,30 @@ def patch_gram_sum(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """`X^T X` for the patches that a convolution sees. The arguments are those of `F.conv2d`.
+    """`X^T X` of the patches that a convolution sees; the arguments are those of `F.conv2d`.
 
     Args:
         input: `(B, C, H, W)` or `(C, H, W)`, floating point.
         kernel_size: height and width.
         stride: height and width.
-        padding: zeros on both sides, "same" or "valid"; pad beforehand for other padding modes.
+        padding: zeros on both sides, "same" or "valid"; for other padding modes, pad beforehand.
         dilation: height and width.
         groups: blocks of channels, as in a grouped convolution.
 
     Returns:
-        `(groups, K, K)`, float64; the order of K is that of `weight.flatten(1)`.
+        `(groups, K, K)`, float64; K has the order of `weight.flatten(1)`.
     """
     images = input if input.dim() == 4 else input.unsqueeze(0)
     windows = windows_of(images.shape[2:], kernel_size, stride, padding, dilation)
-    return _gram_sum_op(images, [number for field in windows for number in field], groups)
+    return _gram_sum_op(images, windows.pack(), groups)
 
 
-@operator("estimated_gram_sum")
+@operator("estimated_gram_sum", repeatable=False)
 def _estimated_sum_op(x: Tensor, geometry: Sequence[int], groups: int, patches: int) -> Tensor:
-    fields = ((geometry[i], geometry[i + 1]) for i in range(0, len(geometry), 2))
-    windows = Windows(*fields)
-    kernel, stride, dilation, origin, (Ho, Wo) = windows
+    kernel, stride, dilation, origin, (Ho, Wo) = Windows.unpack(geometry)
     count = len(x) * Ho * Wo
-    chosen = torch.randint(count, (patches,), device=x.device)
-    image, row, column = chosen // (Ho * Wo), chosen // Wo % Ho, chosen % Wo
+    patch = torch.randint(count, (patches,), device=x.device)
+    image, row, column = patch // (Ho * Wo), patch // Wo % Ho, patch % Wo
     taps = [torch.arange(k, device=x.device) * d for k, d in zip(kernel, dilation, strict=True)]
     rows = (row * stride[0] + origin[0])[:, None, None] + taps[0][:, None]
     columns = (column * stride[1] + origin[1])[:, None, None] + taps[1]
@@ -232,7 +227,7 @@ def _estimated_sum_op(x: Tensor, geometry: Sequence[int], groups: int, patches: 
 
 @_estimated_sum_op.register_fake
 def _(x: Tensor, geometry: Sequence[int], groups: int, patches: int) -> Tensor:
-    K = x.shape[1] // groups * geometry[0] * geometry[1]
+    K = x.shape[1] // groups * math.prod(Windows.unpack(geometry).kernel)
     return x.new_empty((groups, K, K), dtype=torch.float64)
 
 
@@ -249,26 +244,26 @@ def estimated_gram_sum(
 ) -> Tensor:
     """An estimate of `X^T X` from random patches, drawn by the device's default generator.
 
-    The error of `G` falls with the root of the number of patches, and the solve magnifies it.
-    16 photographs of 224^2, standardised, lambda_ 0.1: the gradient is off by 11, 5 and 3 % with
-    4,096, 16,384 and 65,536 patches for a 7x7/2 stem, by 6, 3 and 1.4 % for a 3x3 one. On a CPU the
-    exact sum is as fast wherever windows overlap.
+    The error of `G` falls with the square root of the number of patches, and the solve magnifies
+    it: with 16,384 patches of standardised photographs and `lambda_` 0.1, the gradient is off by a
+    few per cent. On a CPU the exact sum is as fast wherever windows overlap. Measurements:
+    benchmarks/tract_design_notes.md.
 
     Args:
-        input: as for `patch_gram_sum`, as are the next five.
-        kernel_size: see there.
-        stride: see there.
-        padding: see there.
-        dilation: see there.
-        groups: see there.
-        patches: how many, drawn with replacement.
+        input: as for `patch_gram_sum`.
+        kernel_size: as for `patch_gram_sum`.
+        stride: as for `patch_gram_sum`.
+        padding: as for `patch_gram_sum`.
+        dilation: as for `patch_gram_sum`.
+        groups: as for `patch_gram_sum`.
+        patches: number of patches, drawn with replacement.
 
     Returns:
         `(groups, K, K)`, float64.
     """
     images = input if input.dim() == 4 else input.unsqueeze(0)
     windows = windows_of(images.shape[2:], kernel_size, stride, padding, dilation)
-    return _estimated_sum_op(images, [n for field in windows for n in field], groups, patches)
+    return _estimated_sum_op(images, windows.pack(), groups, patches)
 
 
 def patch_count(
@@ -278,7 +273,7 @@ def patch_count(
     padding: str | int | tuple[int, ...] = 0,
     dilation: int | tuple[int, ...] = 1,
 ) -> int:
-    """`N`; the arguments are those of `patch_gram_sum`."""
+    """`N`, the number of patches; the arguments are those of `patch_gram_sum`."""
     windows = windows_of(input.shape[-2:], kernel_size, stride, padding, dilation)
     return math.prod(input.shape[:-3]) * math.prod(windows.out)
 

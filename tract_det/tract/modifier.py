@@ -1,4 +1,4 @@
-"""Puts TrAct on a model's stem, and takes it off: nothing changes but the layer's class."""
+"""Puts TrAct on the stem of a model and takes it off again, by changing the class of that layer."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -16,30 +16,42 @@ def _is_tract(module: nn.Module) -> bool:
 
 
 def _named_by_timm(prefix: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    """The layers that see the pixels where `module`, named `prefix`, is a timm model; or none."""
+    """The layers that see the pixels of a timm model, as its `pretrained_cfg` names them.
+
+    Args:
+        prefix: name of `module` in the whole model.
+        module: possibly a timm model.
+        modules: all modules of the whole model by name.
+
+    Returns:
+        Names in the whole model; empty where `module` is not a timm model.
+
+    Raises:
+        TrActError: the model declares that it has no such layer.
+    """
     config = getattr(module, "pretrained_cfg", None)
     first = config.get("first_conv") if isinstance(config, Mapping) else None
     if first is None:
         return []
     if not first:
         raise TrActError(
-            f"no single layer of {type(module).__name__} sees the pixels, says its pretrained_cfg: "
-            "name the layers with stem='...', one call of apply_tract each"
+            f"no single layer of {type(module).__name__} sees the pixels, according to its "
+            "pretrained_cfg: name the layers yourself, with stem=['...', '...']"
         )
-    found = []
+    names = []
     for name in [first] if isinstance(first, str) else first:
-        # In a feature extractor the stages of a stem can be children of the model themselves.
+        # timm's feature extractors flatten the top level: "stem.0" becomes "stem_0".
         for spelling in dict.fromkeys((name, name.replace(".", "_", 1))):
             full = f"{prefix}.{spelling}" if prefix else spelling
             if isinstance(modules.get(full), nn.Conv2d | nn.Linear):
-                found.append(full)
-    return found
+                names.append(full)
+    return names
 
 
-def _under_a_pyramid(module: nn.Module) -> str:
-    """The child of a feature pyramid of detectron2's that sees the images; "" elsewhere.
+def _backbone_of_pyramid(module: nn.Module) -> str:
+    """The name of the backbone inside a feature pyramid of detectron2; "" for other modules.
 
-    Its own layers are registered before that child.
+    The backbone sees the images, but the pyramid registers its own layers first.
     """
     if hasattr(type(module), "size_divisibility"):  # detectron2's Backbone
         for name in ("bottom_up", "net"):  # FPN, SimpleFeaturePyramid
@@ -51,28 +63,27 @@ def _under_a_pyramid(module: nn.Module) -> str:
 def find_stem(model: nn.Module) -> str:
     """The name of the layer that sees the pixels, as in `model.named_modules()`.
 
-    In a timm model that is the layer that `pretrained_cfg["first_conv"]` names, in a feature
-    pyramid of detectron2's a layer of the backbone under it. Elsewhere it is the first module that
-    is a convolution or a linear layer, or else has parameters of its own and no submodules, in the
-    order in which the model registers them: right for torchvision's classifiers and detectors, and
-    for the vision models of Hugging Face. In a detector it is a layer of the backbone.
+    In a timm model this is the layer that `pretrained_cfg["first_conv"]` names; in a feature
+    pyramid of detectron2, the first layer of its backbone. In any other model it is the first layer
+    with parameters, in the order in which the model registers its modules. That is correct for
+    torchvision's classifiers and detectors and for the vision models of Hugging Face.
 
     Raises:
-        TrActError: several layers see the pixels; or the first is neither a convolution nor a
-            linear layer; or there is none.
+        TrActError: several layers see the pixels, or the first layer is neither a convolution nor a
+            linear layer, or no layer has parameters.
     """
     modules = dict(model.named_modules())
     for name, module in modules.items():
         named = _named_by_timm(name, module, modules)
         if len(named) > 1:
             raise TrActError(
-                f"{len(named)} layers of {type(module).__name__} see the pixels: name each with "
-                f"stem='...', one call of apply_tract each: {', '.join(map(repr, named))}"
+                f"{len(named)} layers of {type(module).__name__} see the pixels: name them with "
+                f"stem=[{', '.join(map(repr, named))}], or only one of them"
             )
         if named:
             return named[0]
-        if under := _under_a_pyramid(module):
-            prefix = f"{name}.{under}" if name else under
+        if backbone := _backbone_of_pyramid(module):
+            prefix = f"{name}.{backbone}" if name else backbone
             return f"{prefix}.{find_stem(modules[prefix])}"
         if isinstance(module, nn.Conv2d | nn.Linear) or type(module) in TRACT_CLASSES:
             return name
@@ -80,16 +91,17 @@ def find_stem(model: nn.Module) -> str:
         if has_parameters and not any(True for _ in module.children()):
             raise TrActError(_not_a_stem(name, modules))
     raise TrActError(
-        f"{type(model).__name__} has no layer with parameters: nothing to put TrAct on"
+        f"{type(model).__name__} has no layer with parameters: TrAct needs a Conv2d or a Linear"
     )
 
 
 def _not_a_stem(name: str, modules: Mapping[str, nn.Module]) -> str:
-    convolutions = [other for other, module in modules.items() if isinstance(module, nn.Conv2d)]
+    """The message that the layer `name`, which comes first, cannot learn by TrAct."""
+    convolutions = [key for key, module in modules.items() if isinstance(module, nn.Conv2d)]
     hint = f"; the first Conv2d is '{convolutions[0]}'" if convolutions else ""
     return (
-        f"the first layer, '{name}', is a {type(modules[name]).__name__}: TrAct is for Conv2d and "
-        f"Linear; name another layer with stem='...'{hint}"
+        f"the first layer, '{name}', is a {type(modules[name]).__name__}: TrAct needs a Conv2d or "
+        f"a Linear; name another layer with stem='...'{hint}"
     )
 
 
@@ -97,9 +109,9 @@ def _stem_module(model: nn.Module, stem: str) -> nn.Module:
     try:
         return model.get_submodule(stem)
     except AttributeError:
-        top = ", ".join(name for name, _ in model.named_children())
+        children = ", ".join(name for name, _ in model.named_children())
         raise TrActError(
-            f"{type(model).__name__} has no module '{stem}'; its children are: {top}"
+            f"{type(model).__name__} has no module '{stem}'; its children are: {children}"
         ) from None
 
 
@@ -114,28 +126,30 @@ def apply_tract(
 ) -> ModelT:
     """Makes the first layer of `model` learn by TrAct, in place.
 
-    Only the class of that one layer changes: its parameters stay the same objects; hooks,
-    state-dict keys and outputs stay as they are. Applied again, it sets everything anew but the
+    Only the class of that one layer changes: its parameters stay the same objects, and hooks,
+    state-dict keys and outputs stay as they are. Another call replaces all settings except the
     number of micro-batches.
 
     Args:
         model: any model whose first layer is an `nn.Conv2d` or an `nn.Linear`.
         lambda_: damping, in units of standardised pixels (mean 0, variance 1). The paper uses 0.1,
             and 0.2 for long trainings.
-        stem: the layer's name where `find_stem` is not right; several where several see the pixels.
-        sync: where a process group exists, learn from all ranks' batch as one process would from
-            the whole; every rank must then take part in every training forward pass. False: each
-            rank's batch by itself.
-        relative: take `lambda_` in units of `trace(G) / K`, the mean square of what the layer sees,
-            for inputs that are not standardised. The effective value then follows the batch.
-        gram_patches: estimate `G` from so many random patches of each batch and rank, with the
-            error that `tract.gram.estimated_gram_sum` documents; 0 = exact.
+        stem: name of the layer, or names if several layers see the pixels; None = what `find_stem`
+            returns.
+        sync: whether to sum `G` over all ranks, where a process group exists: many ranks then learn
+            what one process with the whole batch would learn, and every rank must take part in
+            every training forward pass. False: `G` of each rank's own batch.
+        relative: whether `lambda_` is in units of `trace(G) / K`, the mean square of the layer's
+            input, for inputs that are not standardised. The damping then varies with the batch.
+        gram_patches: number of random patches, per batch and rank, from which to estimate `G`, with
+            the error that `tract.gram.estimated_gram_sum` documents; 0 = exact, from all patches.
 
     Returns:
         The same model.
 
     Raises:
-        TrActError: the layer is frozen, of an unknown class, or missing; `lambda_` is not positive.
+        TrActError: the layer is frozen, of an unknown class, or missing; `lambda_` is not positive;
+            `gram_patches` is negative.
     """
     stem = find_stem(model) if stem is None else stem
     for name in [stem] if isinstance(stem, str) else stem:
@@ -145,13 +159,13 @@ def apply_tract(
 
 
 def _change(module: nn.Module, name: str, state: State) -> None:
-    """Makes `module`, which the model calls `name`, a TrAct layer with this state."""
+    """Makes `module`, whose name in the model is `name`, a TrAct layer with this state."""
     tract_class = type(module) if _is_tract(module) else tract_class_of(type(module))
     if tract_class is None:
         raise TrActError(
             f"'{name}' is a {type(module).__module__}.{type(module).__name__}: TrAct knows "
-            f"{', '.join(map(_short_name, TRACT_CLASSES))}; teach it this class with "
-            "register_layer, or name another layer with stem='...'"
+            f"{', '.join(map(_short_name, TRACT_CLASSES))}; add this class with register_layer, or "
+            "name another layer with stem='...'"
         )
     if not module.weight.requires_grad:
         raise TrActError(
@@ -170,7 +184,11 @@ def _short_name(layer: type[nn.Module]) -> str:
 
 
 def remove_tract(model: ModelT) -> ModelT:
-    """Gives every TrAct layer of `model` its plain class back, in place; returns the same model."""
+    """Gives every TrAct layer of `model` its plain class back, in place.
+
+    Returns:
+        The same model.
+    """
     plain = {tract_class: layer for layer, tract_class in TRACT_CLASSES.items()}
     for module in model.modules():
         if type(module) in plain:

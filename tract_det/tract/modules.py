@@ -1,4 +1,4 @@
-"""The layers as modules: their parents' parameters, state-dict keys and forward, to the bit."""
+"""The two layers as modules, with the parameters, state-dict keys and outputs of their parents."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,11 +15,11 @@ from tract_det.tract.windows import touching, windows_of
 
 
 class TrActLayer(nn.Module):
-    """What the layers share.
+    """What all TrAct layers have in common.
 
     Attributes:
-        tract: settings, and what the layer keeps between passes. Every rank of a process group must
-            take part in every training forward pass, unless `tract.sync` is False.
+        tract: settings, and what the layer keeps between passes. Unless `tract.sync` is False,
+            every rank of a process group must take part in every training forward pass.
     """
 
     tract: State
@@ -34,25 +34,25 @@ class TrActLayer(nn.Module):
         self.tract.lambda_ = check_lambda(value)
 
     def learns(self, weight: Tensor) -> bool:
-        """Whether this forward pass is one that TrAct learns from."""
-        wanted = self.training and torch.is_grad_enabled() and weight.requires_grad
-        return wanted and self.tract.enabled
+        """Whether TrAct computes the weight gradient of this forward pass."""
+        trains = self.training and torch.is_grad_enabled() and weight.requires_grad
+        return trains and self.tract.enabled
 
     def extra_repr(self) -> str:
-        """The parent's, and TrAct's settings."""
+        """The parent's representation and TrAct's settings."""
         return f"{super().extra_repr()}, {self.tract}"
 
 
 class TrActConv2d(TrActLayer, nn.Conv2d):
-    """`nn.Conv2d` whose weight learns by TrAct while the module is in training mode.
+    """`nn.Conv2d` with TrAct's weight gradient while the module is in training mode.
 
     Takes `nn.Conv2d`'s arguments and `lambda_`, the damping in units of standardised pixels.
-    In evaluation mode, under `no_grad` and for a frozen weight it is `nn.Conv2d`, at no cost.
+    In evaluation mode, under `no_grad` and for a frozen weight it is `nn.Conv2d`, at no extra cost.
 
     Attributes:
-        image_sizes: `(height, width)` of each image of a batch that is padded with zeros at the
-            bottom and right: `G` is then that of the images without the padding. None = no padding.
-        edges: `G` is also of the windows that reach from an image into its padding.
+        image_sizes: `(height, width)` of each image in a batch that is padded with zeros at the
+            bottom and right; `G` then leaves the padding out. None = no padding.
+        edges: whether `G` includes the windows that reach from an image into its padding.
     """
 
     image_sizes: Sequence[tuple[int, int]] | None = None
@@ -73,31 +73,35 @@ class TrActConv2d(TrActLayer, nn.Conv2d):
         return learning_conv2d(input, weight, bias, *conv, sums, key=self.tract.key)
 
     def _padded(self, input: Tensor) -> Tensor:
-        """As the parent pads, before the convolution."""
+        """The input padded as the parent class pads it for modes other than "zeros"."""
         return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
 
     def _sums(self, input: Tensor) -> tuple[Tensor, int]:
-        """`X^T X` and `N` of the images, each at its own size."""
+        """`X^T X` and `N` of the images, each without its padding."""
         sizes = self.image_sizes
         if sizes is None:
             return self._sums_of(input, self.tract.gram_patches)
         if len(sizes) != len(input):
-            raise TrActError(f"image_sizes has {len(sizes)} entries for {len(input)} images")
+            raise TrActError(
+                f"image_sizes has {len(sizes)} entries for {len(input)} images: call "
+                "set_image_sizes for each batch, with one (height, width) per image"
+            )
         if all(tuple(size) == tuple(input.shape[-2:]) for size in sizes):
             return self._sums_of(input, self.tract.gram_patches)
-        if self.edges:  # zeros add nothing to `X^T X`
+        if self.edges:  # the padding adds nothing to `X^T X`, only `N` has to leave it out
             conv = (self.kernel_size, self.stride, self.padding, self.dilation)
             windows = windows_of(input.shape[-2:], *conv)
             total, _ = self._sums_of(input, self.tract.gram_patches)
             return total, sum(touching(size, windows) for size in sizes)
         parts = []
-        for height, width in dict.fromkeys(map(tuple, sizes)):  # those of one size at once
-            alike = [i for i, size in enumerate(sizes) if tuple(size) == (height, width)]
-            patches = -(-self.tract.gram_patches * len(alike) // len(sizes))
-            parts.append(self._sums_of(input[alike, :, :height, :width], patches))
+        for height, width in dict.fromkeys(map(tuple, sizes)):  # all images of one size at once
+            images = [i for i, size in enumerate(sizes) if tuple(size) == (height, width)]
+            patches = -(-self.tract.gram_patches * len(images) // len(sizes))
+            parts.append(self._sums_of(input[images, :, :height, :width], patches))
         return torch.stack([total for total, _ in parts]).sum(0), sum(n for _, n in parts)
 
     def _sums_of(self, images: Tensor, patches: int) -> tuple[Tensor, int]:
+        """`X^T X` and `N` of whole images, estimated from `patches` unless that is 0."""
         padding = self.padding
         if self.padding_mode != "zeros":
             images, padding = self._padded(images), (0, 0)
@@ -106,7 +110,7 @@ class TrActConv2d(TrActLayer, nn.Conv2d):
 
 
 class TrActLinear(TrActLayer, nn.Linear):
-    """`nn.Linear` whose weight learns by TrAct while the module is in training mode.
+    """`nn.Linear` with TrAct's weight gradient while the module is in training mode.
 
     Takes `nn.Linear`'s arguments and `lambda_`, the damping in units of standardised inputs.
     """
@@ -134,13 +138,16 @@ def tract_layers(model: nn.Module) -> Iterator[tuple[str, TrActLayer]]:
 def set_lambda(model: nn.Module, lambda_: float | None) -> None:
     """Sets the damping of every TrAct layer, or switches TrAct off and on again, in place.
 
-    To be called between steps, as often as a schedule asks for it; the optimizer, and a compiled
-    model, stay as they are.
+    Call it between steps, as often as a schedule requires; the optimizer and a compiled model need
+    no change.
 
     Args:
-        model: with TrAct layers, or without: then nothing happens.
-        lambda_: damping, in the units in which it was given to `apply_tract`. None: off; the layers
-            are the plain ones, at no cost.
+        model: a model with TrAct layers; on any other model this does nothing.
+        lambda_: damping, in the units that `apply_tract` was given. None switches TrAct off: the
+            layers are then the plain ones, at no extra cost.
+
+    Raises:
+        TrActError: `lambda_` is not positive.
     """
     for _, module in tract_layers(model):
         module.tract.enabled = lambda_ is not None
@@ -151,16 +158,19 @@ def set_lambda(model: nn.Module, lambda_: float | None) -> None:
 
 
 def set_micro_batches(model: nn.Module, micro_batches: int) -> None:
-    """Makes each step of `micro_batches` backward passes exact, in place.
+    """Makes training with gradient accumulation exact, in place.
 
-    To be called once before training with gradient accumulation. The stem's gradient is zero after
-    the first passes, and that of the whole batch after the last.
+    Call it once before training. Each backward pass but the last of a step then adds zero to the
+    gradient of the stem, and the last one adds the gradient of the whole batch. Another call drops
+    the sums of an unfinished step.
 
     Args:
-        model: with TrAct layers, or without: then nothing happens.
-        micro_batches: backward passes a step, each of its share of the loss; 1 = no accumulation.
-            Called again, it also forgets the passes of a step that was given up. Each must go
-            through the layer once.
+        model: a model with TrAct layers; on any other model this does nothing.
+        micro_batches: backward passes per step, 1 = no accumulation. Each must go through the layer
+            once, with its share of the loss.
+
+    Raises:
+        TrActError: `micro_batches` is less than 1.
     """
     if micro_batches < 1:
         raise TrActError(f"micro_batches is {micro_batches}: it must be at least 1")
@@ -171,16 +181,16 @@ def set_micro_batches(model: nn.Module, micro_batches: int) -> None:
 def set_image_sizes(
     model: nn.Module, sizes: Sequence[tuple[int, int]] | None, *, edges: bool = False
 ) -> None:
-    """Tells TrAct convolutions the images' sizes in the padded batch that comes next, in place.
+    """Tells TrAct convolutions the sizes of the images in the next padded batch, in place.
 
     Args:
-        model: with TrAct layers, or without: then nothing happens.
-        sizes: `(height, width)` of each image, pixels; None = no padding. They hold until the next
-            call.
-        edges: for a model that learns from the outputs at the images' edges as well, where a window
-            sees a part of an image and zeros, as detectors do. Without them in `G` their part of
-            the gradient would be magnified by up to `1 / lambda_`. False: as if each image were
-            alone, without the padding.
+        model: a model with TrAct layers; on any other model this does nothing.
+        sizes: `(height, width)` of each image in pixels, valid until the next call; None = no
+            padding.
+        edges: whether `G` includes the windows that see both a part of an image and its padding.
+            Set it for models whose loss depends on the outputs there, as detectors do: their share
+            of the gradient would otherwise be magnified by up to `1 / lambda_`. False: `G` is that
+            of each image alone, without the padding.
     """
     for _, module in tract_layers(model):
         if isinstance(module, TrActConv2d):
@@ -188,19 +198,18 @@ def set_image_sizes(
 
 
 def tract_diagnostics(model: nn.Module) -> dict[str, float]:
-    """What the last backward pass of a model's TrAct layer did, for a log.
+    """Statistics of the last backward pass through the TrAct layers of a model, for a log.
 
-    Costs an eigenvalue decomposition (K = 147: milliseconds; 768: a tenth of a second): for a step
-    in every few.
+    They take an eigenvalue decomposition of a `K x K` matrix: log them every few steps.
 
     Returns:
-        `tract_lambda`, the effective damping; `tract_condition`, the condition number of
-        `G + lambda_ I`; `stem_plain_grad_norm`, of `dZ^T X`; `stem_grad_norm`, of TrAct's gradient.
-        Means over a layer's groups, except the condition, which is the largest; with several
-        layers, each key ends with the layer's name. Empty where TrAct is off or nothing was learnt.
+        `tract_lambda`, the effective damping (mean over groups); `tract_condition`, the condition
+        number of `G + lambda_ I` (largest over groups); `stem_plain_grad_norm` and
+        `stem_grad_norm`, the norms of `dZ^T X` and of TrAct's gradient. With several layers, each
+        key ends with the layer's name. Empty while TrAct is off and before the first gradient.
     """
     layers = [(name, layer) for name, layer in tract_layers(model) if layer.tract.enabled]
-    found: dict[str, float] = {}
+    diagnostics: dict[str, float] = {}
     for name, layer in layers:
         last = layer.tract.last
         if last is None:
@@ -212,6 +221,6 @@ def tract_diagnostics(model: nn.Module) -> dict[str, float]:
             "stem_plain_grad_norm": last.plain_norm,
             "stem_grad_norm": last.norm,
         }
-        end = "" if len(layers) == 1 else f"/{name}"
-        found |= {key + end: float(value) for key, value in values.items()}
-    return found
+        suffix = "" if len(layers) == 1 else f"/{name}"
+        diagnostics |= {key + suffix: float(value) for key, value in values.items()}
+    return diagnostics

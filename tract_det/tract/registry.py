@@ -1,4 +1,4 @@
-"""Which TrAct class stands for which layer class."""
+"""Which TrAct class belongs to which layer class."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,17 +12,17 @@ from tract_det.tract.modules import TrActConv2d, TrActLayer, TrActLinear
 from tract_det.tract.state import TrActError
 from tract_det.tract.sums import over_ranks
 
-# Layer class -> its TrAct class. An exact match: a subclass may do more in its forward than its
-# parent does (detectron2's convolution holds a norm), and losing that would be silent.
+# Layer class -> its TrAct class. Classes must match exactly: the forward of a subclass may do more
+# than its parent's (detectron2's convolution applies a norm), and TrAct would silently drop that.
 TRACT_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: TrActConv2d,
     nn.Linear: TrActLinear,
 }
 
 
-# Subclasses of nn.Conv2d, by name since this package imports torch alone, whose forward convolves
-# once and does something before or after: it pads the images, standardises the weight, or (in
-# detectron2) applies a norm and an activation. `_InnerConv2d` is right for them.
+# Subclasses of nn.Conv2d whose forward convolves exactly once and does more around it: it pads
+# the images, standardises the weight, or (in detectron2) applies a norm and an activation.
+# `_InnerConv2d` handles them. They are listed by name because this package imports only torch.
 _CONVOLVE_ONCE = {
     "detectron2.layers.wrappers.Conv2d",
     "timm.layers.conv2d_same.Conv2dSame",
@@ -38,9 +38,12 @@ def register_layer(layer: type[nn.Module], tract_layer: type[nn.Module]) -> None
     """Teaches `apply_tract` another layer class.
 
     Args:
-        layer: the class as models use it.
-        tract_layer: a subclass of it and of `TrActLayer`, with TrAct in its forward; it must need
-            no attribute that `layer.__init__` does not set.
+        layer: the class that models use.
+        tract_layer: a subclass of `layer` and of `TrActLayer` whose forward uses TrAct. It must not
+            need attributes that `layer.__init__` does not set.
+
+    Raises:
+        TrActError: `tract_layer` is not such a subclass.
     """
     if not (issubclass(tract_layer, layer) and issubclass(tract_layer, TrActLayer)):
         raise TrActError(
@@ -50,12 +53,12 @@ def register_layer(layer: type[nn.Module], tract_layer: type[nn.Module]) -> None
 
 
 class _Inside(TorchFunctionMode):
-    """Gives the convolution inside a layer's forward TrAct's weight gradient.
+    """Replaces `F.conv2d` inside the forward of a layer by the layer's `convolve`.
 
     Attributes:
         layer: the layer.
-        size: height and width of its input.
-        outputs: of its convolutions, filled in here.
+        size: height and width of the layer's input.
+        outputs: collects the outputs of the convolutions.
     """
 
     def __init__(self, layer: "_InnerConv2d", size: tuple[int, ...], outputs: list[Tensor]) -> None:
@@ -79,15 +82,15 @@ class _Inside(TorchFunctionMode):
 class _InnerConv2d(TrActConv2d):
     """TrAct for a subclass of `nn.Conv2d` that does more than convolve, but convolves once.
 
-    `G` is that of the images as they reach the convolution: padded. TrAct's gradient is that of the
-    weight that they meet, and goes back from there: where a layer standardises its weight, the step
-    on the weight is TrAct's step on the standardised one, as far as a weight can follow it.
+    `G` is computed from the images that reach the convolution, that is, after the layer has padded
+    them. The weight that reaches the convolution gets TrAct's gradient; if the layer has
+    standardised it, autograd takes that gradient further back, to the parameter.
     """
 
     plain_class: type[nn.Conv2d]
 
     def forward(self, input: Tensor) -> Tensor:
-        """The plain layer's."""
+        """The forward of the plain layer."""
         if not self.learns(self.weight):
             return super().forward(input)
         convolved: list[Tensor] = []
@@ -95,8 +98,8 @@ class _InnerConv2d(TrActConv2d):
             output = super().forward(input)
         if len(convolved) != 1:
             raise TrActError(
-                f"{self.plain_class.__name__} convolved {len(convolved)} times, not once: this "
-                "version of it needs a TrAct class of its own (register_layer)"
+                f"{self.plain_class.__name__} convolved {len(convolved)} times, not once: write a "
+                "TrAct class for this version of it and add it with register_layer"
             )
         return output
 
@@ -111,25 +114,26 @@ class _InnerConv2d(TrActConv2d):
         dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
     ) -> Tensor:
-        """`F.conv2d`, given the `size` of the layer's own input, with TrAct's weight gradient."""
+        """`F.conv2d` with TrAct's weight gradient; `size` is that of the layer's input."""
         if input.shape[-2:] == size:
-            own = self._sums(input.detach())
+            total, count = self._sums(input.detach())
         else:
             self._check_sizes(size)
-            own = self._sums_of(input.detach(), self.tract.gram_patches)
-        sums = over_ranks(*own, sync=self.tract.sync)
+            total, count = self._sums_of(input.detach(), self.tract.gram_patches)
+        sums = over_ranks(total, count, sync=self.tract.sync)
         conv = (stride, padding, dilation, groups)
         return learning_conv2d(input, weight, bias, *conv, sums, key=self.tract.key)
 
     def _check_sizes(self, size: tuple[int, ...]) -> None:
-        if any(tuple(each) != tuple(size) for each in self.image_sizes or ()):
+        """Refuses images of several sizes where the layer pads by the size of its input."""
+        if any(tuple(image_size) != tuple(size) for image_size in self.image_sizes or ()):
             raise TrActError(
-                f"{self.plain_class.__name__} pads a batch by the batch's own size, so that images "
-                "of several sizes have no gradient of their own: call set_image_sizes(model, None)"
+                f"{self.plain_class.__name__} pads by the size of the batch, so that the windows "
+                "of smaller images in it are not known: call set_image_sizes(model, None)"
             )
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # Not by TrActConv2d: `_Inside` sees this one too.
+        # Skips TrActConv2d, since `_Inside` intercepts this convolution as well.
         return super(TrActConv2d, self)._conv_forward(input, weight, bias)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -137,7 +141,7 @@ class _InnerConv2d(TrActConv2d):
 
 
 def tract_class_of(layer: type[nn.Module]) -> type[nn.Module] | None:
-    """`layer`'s TrAct class, or None where TrAct does not know it."""
+    """The TrAct class of `layer`, or None for an unknown class."""
     full_name = f"{layer.__module__}.{layer.__qualname__}"
     if layer not in TRACT_CLASSES and full_name in _CONVOLVE_ONCE:
         name = f"TrAct{layer.__name__}"
@@ -146,7 +150,10 @@ def tract_class_of(layer: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def _inner_module(layer: type[nn.Module]) -> nn.Module:
-    """An empty module of `layer`'s TrAct class, which no import finds: for copies and pickles."""
-    made = tract_class_of(layer)
-    assert made is not None
-    return made.__new__(made)
+    """An empty module of `layer`'s TrAct class, for copying and unpickling.
+
+    The class is created at run time, so pickle cannot import it by name.
+    """
+    tract_class = tract_class_of(layer)
+    assert tract_class is not None
+    return tract_class.__new__(tract_class)

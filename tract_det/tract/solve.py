@@ -1,17 +1,20 @@
-"""The damped solves against a Gram matrix, and what can be said of them. Symbols: see `gram`."""
+"""The damped solves against a Gram matrix: precision, damping, condition. Symbols: see `gram`.
+
+The measurements behind the constants: benchmarks/tract_design_notes.md.
+"""
 
 import torch
 from torch import Tensor
 
-# Beyond this condition float32 loses the gradient: [0, 255] pixels with a lambda that is meant for
-# standardised ones. Standardised pixels have K / lambda_, some thousands.
+# Beyond this condition number float32 loses the gradient. Standardised pixels stay below it, at
+# about K / lambda_; pixels in [0, 255] with a `lambda_` meant for standardised ones exceed it.
 _FLOAT32_CONDITION = 1e5
-# Up to so many operations `dZ^T X` is made in float64: one or two small images.
+# `dZ^T X` is computed in float64 up to this number of operations: one or two small images.
 _CHEAP_FLOPS = 4e8
-# And up to so many patches for each column of `X`; `X^T X` as well, where K is large.
+# It is also computed in float64, as is `X^T X`, up to this number of patches per column of `X`.
 FEW_PATCHES = 2
-# Larger systems are solved in float32 where their condition allows: D 8 ms, 14 in float64 (see
-# `gram`, on two threads); below, the solve is cheap.
+# Systems up to this K are solved in float64, which is cheap; larger ones in float32, at half the
+# time, where their condition number allows it.
 _FLOAT64_K = 512
 
 
@@ -26,18 +29,18 @@ def effective_lambda(mean_square: Tensor, lambda_: float, relative: bool) -> Ten
     Args:
         mean_square: `trace(G) / K`, the mean square of the layer's input, `(groups,)`, float64.
         lambda_: damping.
-        relative: `lambda_` is in units of `mean_square`.
+        relative: whether `lambda_` is in units of `mean_square`.
     """
-    # A black batch has no scale of its own; its gradient is zero, and must not become NaN.
+    # A black batch has a mean square of zero. Its gradient is zero, and must not become NaN.
     unit = torch.where(mean_square == 0, 1.0, mean_square) if relative else 1.0
     return lambda_ * torch.ones_like(mean_square) * unit
 
 
 def needs_float64(gram_trace: Tensor, damping: Tensor) -> bool:
-    """Whether float32 would lose the gradient in the solve that follows.
+    """Whether float32 would lose the gradient in the solve.
 
-    Decided on the CPU alone: reading a number back from another device would wait for it. There the
-    cheap parts are float64 in any case, and products as the framework makes them.
+    Checked on the CPU only: on a GPU, reading the answer back would synchronise. There the solve is
+    always float64, and products have the precision of the user's settings.
 
     Args:
         gram_trace: `trace(G)`, `(groups,)`.
@@ -48,12 +51,11 @@ def needs_float64(gram_trace: Tensor, damping: Tensor) -> bool:
     return bool((gram_trace > _FLOAT32_CONDITION * damping).any())
 
 
-def is_cheap(dZ: Tensor, K: int) -> bool:
-    """Whether `dZ^T X` in float64 costs next to nothing beside a network's step.
+def float64_is_cheap(dZ: Tensor, K: int) -> bool:
+    """Whether `dZ^T X` in float64 takes little time compared with a training step.
 
-    The solve magnifies rounding along the many small eigenvalues of smooth photographs, and more
-    where there are few patches: in float32 it leaves an error of 1e-5 to 1e-4 of the gradient, in
-    float64 1e-8. Two images of 192 pixels and a 7x7/2 stem: 9 ms on two threads, 2 in float32.
+    The solve magnifies rounding errors along the many small eigenvalues of smooth photographs, and
+    more so with few patches; float64 removes this error.
 
     Args:
         dZ: `(B, M, Ho, Wo)` or `(N, M)`.
@@ -64,15 +66,15 @@ def is_cheap(dZ: Tensor, K: int) -> bool:
 
 
 def damped_solve(grad: Tensor, gram: Tensor, lambda_: float | Tensor) -> Tensor:
-    """`grad (G + lambda_ I)^-1` by Cholesky.
+    """`grad (G + lambda_ I)^-1` by a Cholesky decomposition.
 
     Args:
         grad: plain weight gradient `dZ^T X`, `(groups, M, K)`.
         gram: `G`, `(groups, K, K)`.
-        lambda_: damping, a number, or one of each group, `(groups,)`.
+        lambda_: damping, a number, or one for each group, `(groups,)`.
 
     Returns:
-        `(groups, M, K)` in the dtype of `grad`; NaN for a group that is not positive definite.
+        `(groups, M, K)` in the dtype of `grad`; NaN for groups that are not positive definite.
     """
     damping = torch.as_tensor(lambda_, dtype=torch.float64, device=gram.device)
     large = gram.shape[-1] > _FLOAT64_K and gram.device.type == "cpu"
@@ -81,7 +83,7 @@ def damped_solve(grad: Tensor, gram: Tensor, lambda_: float | Tensor) -> Tensor:
     damped = gram.to(dtype, copy=True)
     damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
     factor, info = torch.linalg.cholesky_ex(damped)
-    # From the right as the rows lie: D 17 ms on one thread, 20 with `cholesky_solve`.
+    # Solving from the right keeps the rows in place: faster than `cholesky_solve`.
     half = torch.linalg.solve_triangular(factor.mT, grad.to(dtype), upper=True, left=False)
     solved = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
     failed = torch.where(info == 0, 0.0, torch.nan).to(dtype)
@@ -89,14 +91,15 @@ def damped_solve(grad: Tensor, gram: Tensor, lambda_: float | Tensor) -> Tensor:
 
 
 def damped_solve_rows(grad: Tensor, rows: Tensor, lambda_: float | Tensor) -> Tensor:
-    """`grad (X^T X / N + lambda_ I)^-1` through an `N x N` system, cheaper if N < K.
+    """`grad (X^T X / N + lambda_ I)^-1` through an `N x N` system, which is cheaper if N < K.
 
-    Woodbury: `(X^T X / N + lambda I)^-1 = (I - X^T (X X^T + N lambda I)^-1 X) / lambda`.
+    By Woodbury's identity,
+    `(X^T X / N + lambda_ I)^-1 = (I - X^T (X X^T + N lambda_ I)^-1 X) / lambda_`.
 
     Args:
         grad: plain weight gradient `dZ^T X`, `(..., M, K)`.
         rows: `X`, `(..., N, K)`.
-        lambda_: damping, more than 0; a number, or `(...)`.
+        lambda_: damping, positive; a number, or `(...)`.
 
     Returns:
         `(..., M, K)` in the dtype of `grad`; NaN where the system is not positive definite.
@@ -111,9 +114,9 @@ def condition_number(gram: Tensor, damping: Tensor, *, singular: bool = False) -
     """The largest condition number of `G + lambda_ I` over the groups; NaN where `G` is not finite.
 
     Args:
-        gram: `G`, `(groups, K, K)`, or `X X^T / N`, with the same eigenvalues but for zeros.
+        gram: `G`, `(groups, K, K)`, or `X X^T / N`, which lacks only eigenvalues of zero.
         damping: `(groups,)`.
-        singular: `G` has eigenvalues of zero besides those of `gram`.
+        singular: `G` has eigenvalues of zero that `gram` lacks.
     """
     if not bool(gram.isfinite().all()):
         return damping.new_full((), torch.nan)

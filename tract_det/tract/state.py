@@ -1,7 +1,8 @@
 """What a TrAct layer keeps between passes: its settings, the micro-batches of a step, diagnostics.
 
-The backward pass finds it by a number, not by reference, so that it is looked up when the pass
-runs: also in a compiled graph, where every Python object is as it was when the graph was traced.
+The backward pass looks a layer's state up by its key when it runs, because a compiled graph cannot
+refer to a Python object: it would freeze the object as it was when the graph was traced. The side
+effects and why they are safe: see `operators`.
 """
 
 import itertools
@@ -13,21 +14,23 @@ from torch import Tensor
 
 
 class TrActError(ValueError):
-    """TrAct cannot do what it was asked for; the message names the module and says the mend."""
+    """TrAct cannot do what it was asked for; the message names the module and a remedy."""
 
 
 def check_lambda(lambda_: float) -> float:
-    """Returns `lambda_`, or raises TrActError where it is not positive and finite."""
+    """Returns `lambda_`; raises TrActError if it is not positive and finite."""
     if not 0 < lambda_ < float("inf"):
-        raise TrActError(f"lambda_ is {lambda_}: it must be positive (the paper: 0.05 to 0.2)")
+        raise TrActError(
+            f"lambda_ is {lambda_}: it must be positive and finite (the paper uses 0.05 to 0.2)"
+        )
     return float(lambda_)
 
 
 class Pending:
-    """What the micro-batches of a step have left so far.
+    """The sums over the micro-batches of the current step so far.
 
-    The exact step of `k` micro-batches needs the sum of their plain gradients and their pooled `G`:
-    the first `k - 1` give a gradient of zero, the last one that of them all.
+    The exact step of `k` micro-batches needs the sum of their plain gradients and the `G` of all
+    their patches. The first `k - 1` return a gradient of zero, the last one the gradient of all.
     """
 
     def __init__(self, micro_batches: int) -> None:
@@ -35,32 +38,35 @@ class Pending:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets what there is: a step was given up."""
-        self.seen = 0
-        self.parts: tuple[Tensor, ...] = ()
+        """Starts a new step; the sums of an unfinished one are dropped."""
+        self.passes = 0
+        self.sums: tuple[Tensor, ...] = ()
 
-    def add(self, *parts: Tensor) -> tuple[Tensor, ...] | None:
-        """Takes a micro-batch's sums in; returns those over all with the last one."""
-        if self.parts:
-            parts = tuple(a + b for a, b in zip(self.parts, parts, strict=True))
-        self.seen, self.parts = self.seen + 1, parts
-        if self.seen < self.micro_batches:
+    def add(self, *sums: Tensor) -> tuple[Tensor, ...] | None:
+        """Adds the sums of one micro-batch; returns the totals with the last one, and else None."""
+        if self.sums:
+            self.sums = tuple(a + b for a, b in zip(self.sums, sums, strict=True))
+        else:  # copies: an operator must not keep its arguments
+            self.sums = tuple(part.clone() for part in sums)
+        self.passes += 1
+        if self.passes < self.micro_batches:
             return None
+        totals = self.sums
         self.clear()
-        return parts
+        return totals
 
 
 @dataclass
 class Diagnosis:
-    """The last weight gradient that a layer gave.
+    """The last weight gradient of a layer, for `tract_diagnostics`.
 
     Attributes:
-        total: `X^T X`, `(groups, K, K)`; `X X^T` where `singular`.
+        total: `X^T X`, `(groups, K, K)`; where `singular`, `X X^T`.
         count: `N`.
         lambda_: effective damping, `(groups,)`.
-        plain_norm: of `dZ^T X`.
-        norm: of TrAct's gradient.
-        singular: `X^T X` has eigenvalues of zero besides those of `total`.
+        plain_norm: norm of `dZ^T X`.
+        norm: norm of TrAct's gradient.
+        singular: whether `X^T X` has eigenvalues of zero that `total` lacks.
     """
 
     total: Tensor
@@ -72,17 +78,19 @@ class Diagnosis:
 
 
 class State:
-    """The state of one TrAct layer. A copy has the settings of its original and a key of its own.
+    """The state of one TrAct layer.
+
+    A copy or an unpickled state has the same settings, a key of its own and an empty step.
 
     Attributes:
         lambda_: damping, in units of standardised inputs, or of `trace(G) / K` where `relative`.
-        relative: the unit of `lambda_`.
-        sync: where a process group exists, `G` is that of all ranks.
-        gram_patches: patches from which `G` is estimated; 0 = all of them: exact.
-        enabled: whether the layer learns by TrAct. False: it is the plain layer, at no cost.
-        pending: collects the micro-batches of a step; None = each is a step.
+        relative: whether `lambda_` is in units of `trace(G) / K`.
+        sync: whether to sum `G` over all ranks, where a process group exists.
+        gram_patches: number of random patches from which to estimate `G`; 0 = exact, from all.
+        enabled: whether the layer learns by TrAct; otherwise it is the plain layer, at no cost.
+        pending: sums over the micro-batches of a step; None = every micro-batch is a step.
         last: the last gradient; None before the first.
-        key: of `STATES`.
+        key: key of this state in `STATES`.
     """
 
     def __init__(
@@ -94,7 +102,9 @@ class State:
         gram_patches: int = 0,
     ) -> None:
         if gram_patches < 0:
-            raise TrActError(f"gram_patches is {gram_patches}: it takes 0 (all of them) or more")
+            raise TrActError(
+                f"gram_patches is {gram_patches}: it must be 0 (all patches) or a positive number"
+            )
         self.lambda_, self.relative = check_lambda(lambda_), relative
         self.sync, self.gram_patches = sync, gram_patches
         self.enabled = True
@@ -108,8 +118,8 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         pending = self.pending and Pending(self.pending.micro_batches)
-        left = {key: value for key, value in vars(self).items() if key not in ("key", "last")}
-        return left | {"pending": pending}
+        settings = {key: value for key, value in vars(self).items() if key not in ("key", "last")}
+        return settings | {"pending": pending}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -124,6 +134,6 @@ class State:
 
 
 _KEYS = itertools.count(1)
-NO_KEY = 0
-# Key -> the state of a layer that lives.
+NO_KEY = 0  # of the functions `tract_conv2d` and `tract_linear`, which have no state
+# Key -> state, of every layer that is alive.
 STATES: "WeakValueDictionary[int, State]" = WeakValueDictionary()

@@ -10,16 +10,16 @@ from tract_det.tract.gram import estimated_gram_sum, patch_count, patch_gram_sum
 
 
 def is_pooled(sync: bool) -> bool:
-    """Whether `G` is that of several ranks."""
+    """Whether `G` is summed over several ranks."""
     return sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class Sums(NamedTuple):
-    """What `G` is made of.
+    """Numerator and denominator of `G`.
 
     Attributes:
         total: `X^T X`, `(groups, K, K)`, float64.
-        number: `N`, one float64 number.
+        number: `N`, a float64 scalar.
     """
 
     total: Tensor
@@ -27,33 +27,41 @@ class Sums(NamedTuple):
 
 
 def over_ranks(total: Tensor, count: int, *, sync: bool) -> Sums:
-    """The sums of this rank, added up over all where `sync` is set.
+    """The sums of this rank, or where `sync` is set, the sums over all ranks.
 
-    They are needed in the backward pass alone, and travel while the forward pass goes on.
+    Only the backward pass needs them, so the all-reduce overlaps with the forward pass.
+
+    Args:
+        total: `X^T X` of this rank.
+        count: `N` of this rank.
+        sync: whether to sum over the ranks, where a process group exists.
     """
-    number = total.new_full((), count)
+    sums = Sums(total, total.new_full((), count))
     if not is_pooled(sync):
-        return Sums(total, number)
-    # The form that torch.compile takes; it waits where a sum is first used.
+        return sums
+    # These collectives can be compiled, and wait where a sum is first used.
     from torch.distributed import _functional_collectives as collectives
 
     group = dist.group.WORLD
     assert group is not None
-    found = Sums(*(collectives.all_reduce(part, "sum", group) for part in (total, number)))
+    pooled = Sums(*(collectives.all_reduce(part, "sum", group) for part in sums))
     if not torch.compiler.is_compiling():
-        _wait_for_the_last(found)
-    return found
+        _wait_for_previous(pooled)
+    return pooled
 
 
-_LAST: list[Tensor] = []
+_PREVIOUS: list[Tensor] = []
 
 
-def _wait_for_the_last(sums: Sums) -> None:
-    """Ends the sums before these, long done: without a backward pass nobody has, and they leak."""
-    for part in _LAST:
+def _wait_for_previous(sums: Sums) -> None:
+    """Waits for the all-reduce before this one, which has long finished.
+
+    Without a backward pass nothing else waits for it, and its buffers would leak.
+    """
+    for part in _PREVIOUS:
         if hasattr(part, "trigger_wait"):
             part.trigger_wait()
-    _LAST[:] = sums
+    _PREVIOUS[:] = sums
 
 
 def conv_sums(
@@ -70,12 +78,12 @@ def conv_sums(
 
     Args:
         input: `(B, C, H, W)`.
-        kernel_size: as for `F.conv2d`, as are the next four.
-        stride: see there.
-        padding: see there.
-        dilation: see there.
-        groups: see there.
-        patches: estimate the sum from so many random patches; 0 = all of them.
+        kernel_size: height and width.
+        stride: as for `F.conv2d`.
+        padding: as for `F.conv2d`.
+        dilation: as for `F.conv2d`.
+        groups: as for `F.conv2d`.
+        patches: number of random patches from which to estimate the sum; 0 = exact, from all.
     """
     with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
         count = patch_count(input, kernel_size, stride, padding, dilation)
@@ -93,9 +101,15 @@ def linear_sums(input: Tensor) -> tuple[Tensor, int]:
 
 
 def smaller_system(input: Tensor, *, sync: bool, pending: bool = False) -> Sums | None:
-    """The sums of a linear layer's input; None where the `N x N` system is the smaller one.
+    """The sums of a linear layer's input; None where the `N x N` system is smaller.
 
-    That system needs the rows: where sums over ranks or micro-batches are needed, it cannot be.
+    The `N x N` system needs all the rows, so it is not used where several ranks or micro-batches
+    (`pending`) share a `G`.
+
+    Args:
+        input: `(..., K)`.
+        sync: whether to sum over the ranks, where a process group exists.
+        pending: whether the micro-batches of a step are summed.
     """
     rows = input.numel() // max(1, input.shape[-1])
     if rows < input.shape[-1] and not pending and not is_pooled(sync):
