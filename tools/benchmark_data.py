@@ -34,9 +34,9 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from tract_det.cli import run
-from tract_det.data.augment import MEAN, STD, classification_train
-from tract_det.data.batches import classification_loader
-from tract_det.data.imagenet import ClassificationDataset, ClassificationSplit
+from tract_det.data.classification import ClassificationDataset, ClassificationSplit
+from tract_det.data.classification_loaders import classification_loader
+from tract_det.data.classification_transforms import MEAN, STD, classification_train
 from tract_det.data.images import read_rgb
 from tract_det.errors import UserError
 from tract_det.files import write_text

@@ -35,7 +35,7 @@ from tract_det.tools.common import build_engine, find_config, optimizer_of
 from tract_det.tools.detectors import detectron2_side
 
 from tract_det.cli import run
-from tract_det.data.loaders import collate
+from tract_det.data.detection_loaders import collate
 from tract_det.data.voc import VOCSplit
 from tract_det.engine import ds
 from tract_det.engine.loop import Step, StopSignal, train

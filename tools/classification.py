@@ -8,9 +8,13 @@ from fvcore.common.config import CfgNode
 from tract_det.tools import common
 
 from tract_det import __version__, distributed
-from tract_det.data.augment import Mix, classification_train
-from tract_det.data.batches import ImageBatches, classification_loader
-from tract_det.data.imagenet import ClassificationDataset, ClassificationSplit, read_classification
+from tract_det.data.classification import (
+    ClassificationDataset,
+    ClassificationSplit,
+    read_classification,
+)
+from tract_det.data.classification_loaders import ImageBatches, classification_loader
+from tract_det.data.classification_transforms import Mix, classification_train
 from tract_det.errors import UserError
 from tract_det.modeling.classifiers import (
     ClassifierWithLoss,

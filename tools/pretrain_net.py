@@ -36,9 +36,9 @@ from tract_det.tools.classification import (
 from tract_det import distributed, tract_diagnostics
 from tract_det.cli import run
 from tract_det.config_classification import load_cfg
-from tract_det.data.augment import classification_test
-from tract_det.data.batches import ImageBatches, classification_evaluation_loader
-from tract_det.data.imagenet import ClassificationSplit
+from tract_det.data.classification import ClassificationSplit
+from tract_det.data.classification_loaders import ImageBatches, classification_evaluation_loader
+from tract_det.data.classification_transforms import classification_test
 from tract_det.engine import checkpoint, ds
 from tract_det.engine.ema import Ema
 from tract_det.engine.loop import infer

@@ -39,8 +39,9 @@ from tract_det import distributed, tract_diagnostics
 from tract_det.cli import run
 from tract_det.config import load_cfg
 from tract_det.data.detection import VOCDetection, aspect_groups, drop_empty
-from tract_det.data.loaders import evaluation_loader, training_loader
-from tract_det.data.transforms import detection_train
+from tract_det.data.detection_loaders import detection_evaluation_loader as evaluation_loader
+from tract_det.data.detection_loaders import detection_loader as training_loader
+from tract_det.data.detection_transforms import detection_train
 from tract_det.data.voc import VOCSplit, read_dataset
 from tract_det.engine import checkpoint, ds
 from tract_det.engine.loop import infer

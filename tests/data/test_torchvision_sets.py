@@ -12,7 +12,7 @@ import torch
 from torchvision import datasets
 
 from tests.data.image_folder import ids, photo
-from tract_det.data.imagenet import read_classification
+from tract_det.data.classification import read_classification
 from tract_det.data.images import read_rgb
 from tract_det.errors import UserError
 

@@ -139,7 +139,8 @@ class ClassificationDataset(Dataset):
 
     Args:
         split: What to read.
-        transform: Of `augment.py`; None: the uint8 pixels. It must not write to its argument.
+        transform: Of `classification_transforms.py`; None: the uint8 pixels. It must not write to
+            its argument.
         skip_corrupt: Another image takes the place of one that does not decode, drawn with torch's
             generator: a function of (seed, draw) under `SeededDataset`. In evaluation there is no
             such replacement, the loader leaves the image out.

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import v2
 
-from tract_det.data.augment import (
+from tract_det.data.classification_transforms import (
     MEAN,
     STD,
     Blur,

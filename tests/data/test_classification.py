@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.data.image_folder import ALL, COUNTS, folder, ids, photo
 from tract_det.data import images as decoding
-from tract_det.data.imagenet import (
+from tract_det.data.classification import (
     ClassificationDataset,
     ClassificationSplit,
     _spread,

@@ -7,10 +7,12 @@ import torch
 from PIL import Image
 
 from tract_det.cli import one_line
-from tract_det.data.augment import Mix, classification_test, classification_train
-from tract_det.data.batches import classification_evaluation_loader, classification_loader
-from tract_det.data.imagenet import ClassificationDataset, read_classification
-from tract_det.data.loaders import training_stream
+from tract_det.data.classification import ClassificationDataset, read_classification
+from tract_det.data.classification_loaders import (
+    classification_evaluation_loader,
+    classification_loader,
+)
+from tract_det.data.classification_transforms import Mix, classification_test, classification_train
 from tract_det.errors import UserError
 
 N = 11  # no number of ranks divides it
@@ -111,42 +113,6 @@ def test_what_the_loader_takes_along_can_be_pickled(root):
     (keys,) = islice(copy[2], 1)
     images, targets, _ = copy[1](copy[0].__getitems__(keys))
     assert same([(images, targets)], take(loader, 1))
-
-
-@pytest.mark.parametrize("repeats", [2, 3])
-def test_repeated_images_have_every_draw_of_their_own_and_are_apart(repeats):
-    n, size = 10, 12
-    batches = list(islice(training_stream(n, size, seed=0, repeats=repeats), 5 * repeats))
-    pairs = [pair for batch in batches for pair in batch]
-    assert sorted(draw for _, draw in pairs) == list(range(len(pairs)))
-    index = {draw: i for i, draw in pairs}
-    whole = n * repeats
-    for epoch in range(len(pairs) // whole):
-        seen = [index[d] for d in range(epoch * whole, (epoch + 1) * whole)]
-        assert sorted(seen) == sorted(list(range(n)) * repeats)
-        assert all(len(set(seen[i : i + repeats])) == 1 for i in range(0, whole, repeats))
-    for i, batch in enumerate(batches):
-        assert sorted(draw for _, draw in batch) == list(range(i * size, (i + 1) * size))
-    first = batches[0]
-    assert all(a != b for (a, _), (b, _) in zip(first, first[1:] + first[:1], strict=True))
-
-
-def test_starting_late_is_skipping_with_repeats_too():
-    def run(start, count):
-        return list(islice(training_stream(7, 5, seed=0, repeats=3, start=start), count))
-
-    assert run(4, 6) == run(0, 10)[4:]
-
-
-def test_repeats_of_one_change_nothing():
-    assert list(islice(training_stream(7, 5, seed=0, repeats=1), 9)) == list(
-        islice(training_stream(7, 5, seed=0), 9)
-    )
-
-
-def test_repeats_and_groups_are_refused_together():
-    with pytest.raises(ValueError, match="repeats and groups"):
-        next(training_stream(4, 2, seed=0, groups=np.zeros(4), repeats=2))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

@@ -1,6 +1,6 @@
 """Batches of images to classify: tensors, where a detector's are lists.
 
-Which image comes when, and with which random numbers, is `loaders.py`'s; mixing within a batch is
+Which image comes when, and with which random numbers, is `sampling.py`'s; mixing within a batch is
 seeded by the batch's first draw, so that it too depends on (seed, iteration, slice) alone.
 """
 
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from tract_det.data.augment import Mix
-from tract_det.data.imagenet import ClassificationDataset, Target
+from tract_det.data.classification import ClassificationDataset, Target
+from tract_det.data.classification_transforms import Mix
 from tract_det.data.images import CorruptImageError
-from tract_det.data.loaders import MicroBatches, SeededDataset, data_loader, evaluation_batches
+from tract_det.data.sampling import MicroBatches, SeededDataset, evaluation_batches
+from tract_det.data.workers import data_loader
 
 _Samples = list[tuple[torch.Tensor, Target]]
 
@@ -60,7 +61,7 @@ def classification_loader(
 
     Args:
         dataset: With a transform that makes all images the same size.
-        micro_batch: B, as all that is not said here as in `training_loader`.
+        micro_batch: B, as all that is not said here as in `detection_loader`.
         accumulation: Micro-batches of an iteration.
         rank: This process.
         world_size: Number of processes.

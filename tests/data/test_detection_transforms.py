@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision import tv_tensors
 
-from tract_det.data.transforms import detection_train
+from tract_det.data.detection_transforms import detection_train
 from tract_det.errors import UserError
 
 

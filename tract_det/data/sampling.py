@@ -8,25 +8,19 @@ Evaluation cuts the split into batches that do not depend on the number of ranks
 batches: every image is seen once, in the same batch, and the results are equal to the last bit.
 """
 
-import multiprocessing
-import os
 import random
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from tract_det.errors import UserError
 
 # Separate the two uses of one seed.
 _PERMUTATION, _SAMPLE = 0, 1
-
-Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
 
 
 def training_stream(
@@ -77,52 +71,6 @@ def training_stream(
     yield from islice(_grouped(_draws(n, seed, 0), groups.tolist(), batch_size), start, None)
 
 
-def training_loader(
-    dataset: Dataset,
-    *,
-    micro_batch: int,
-    accumulation: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int,
-    groups: np.ndarray | None = None,
-    start: int = 0,
-    num_workers: int = 0,
-) -> Iterable[Batch]:
-    """This rank's micro-batches, without end; `accumulation` of them are an iteration.
-
-    An iteration has micro_batch * accumulation * world_size images. Micro-step j on rank r takes
-    slice number j * world_size + r of them.
-
-    Args:
-        dataset: Indexed by image; gives (image, target) with target a dict.
-        micro_batch: Images of one forward pass on one rank.
-        accumulation: Micro-batches of an iteration.
-        rank: This process.
-        world_size: Number of processes.
-        seed: Of everything random here; the same on all ranks.
-        groups: As in `training_stream`.
-        start: First iteration.
-        num_workers: Processes that read images; 0: this one does.
-
-    Returns:
-        An iterable of (images, targets): lists of uint8 (3, H, W) tensors and of dicts of plain
-        tensors. `target["seed"]` is a number for the model's own sampling (anchors, proposals), so
-        that it too depends on nothing but (seed, draw).
-    """
-    batches = MicroBatches(
-        len(dataset),  # type: ignore[arg-type]  # torch's Dataset declares no __len__
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-        groups=groups,
-        start=start,
-    )
-    return data_loader(SeededDataset(dataset, seed), batches, collate, num_workers, persistent=True)
-
-
 def evaluation_batches(n: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
     """This rank's batches of the indices 0..n-1: contiguous, and some ranks have one more.
 
@@ -133,20 +81,33 @@ def evaluation_batches(n: int, batch_size: int, rank: int, world_size: int) -> l
     return batches[first:last]
 
 
-def evaluation_loader(
-    dataset: Dataset, *, batch_size: int, rank: int = 0, world_size: int = 1, num_workers: int = 0
-) -> DataLoader:
-    """This rank's share of the data set, in order, once; (images, targets) as in training."""
-    n = len(dataset)  # type: ignore[arg-type]
-    batches = evaluation_batches(n, batch_size, rank, world_size)
-    return data_loader(dataset, batches, collate, num_workers, persistent=False)
+class MicroBatches:
+    """The batch sampler of one rank."""
 
+    def __init__(
+        self,
+        n: int,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        groups: np.ndarray | None = None,
+        start: int = 0,
+        repeats: int = 1,
+    ) -> None:
+        slices = accumulation * world_size
+        self.stream: dict[str, Any] = {"n": n, "batch_size": micro_batch * slices, "seed": seed}
+        self.stream |= {"groups": groups, "start": start, "repeats": repeats}
+        self.micro_batch = micro_batch
+        self.own = range(rank, slices, world_size)  # j * world_size + rank for all j
 
-def collate(samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> Batch:
-    """Lists of images and of targets; tv_tensors become plain tensors of the same storage."""
-    images = [_plain(image) for image, _ in samples]
-    targets = [{key: _plain(value) for key, value in target.items()} for _, target in samples]
-    return images, targets
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        m = self.micro_batch
+        for batch in training_stream(**self.stream):
+            for number in self.own:
+                yield batch[number * m : (number + 1) * m]
 
 
 class SeededDataset(Dataset):
@@ -192,35 +153,6 @@ class SeededDataset(Dataset):
         return image, target | {"seed": for_model}
 
 
-class MicroBatches:
-    """The batch sampler of one rank."""
-
-    def __init__(
-        self,
-        n: int,
-        *,
-        micro_batch: int,
-        accumulation: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        groups: np.ndarray | None = None,
-        start: int = 0,
-        repeats: int = 1,
-    ) -> None:
-        slices = accumulation * world_size
-        self.stream: dict[str, Any] = {"n": n, "batch_size": micro_batch * slices, "seed": seed}
-        self.stream |= {"groups": groups, "start": start, "repeats": repeats}
-        self.micro_batch = micro_batch
-        self.own = range(rank, slices, world_size)  # j * world_size + rank for all j
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        m = self.micro_batch
-        for batch in training_stream(**self.stream):
-            for number in self.own:
-                yield batch[number * m : (number + 1) * m]
-
-
 def _draws(n: int, seed: int, first: int, repeats: int = 1) -> Iterator[tuple[int, int]]:
     """(index, draw) for draw = first, first + 1, ...: one permutation of 0..n-1 after another.
 
@@ -245,67 +177,3 @@ def _grouped(
         if len(bucket) == batch_size:
             yield bucket
             buckets[groups[index]] = []
-
-
-def _plain(value: Any) -> Any:
-    return value.as_subclass(torch.Tensor) if isinstance(value, torch.Tensor) else value
-
-
-class _Loader(DataLoader):
-    """A DataLoader whose readers have SIGTERM blocked from their first instruction on.
-
-    Blocked later, in `_init_worker`, it would reach the threads that libraries start in a reader
-    before.
-    """
-
-    def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def data_loader(
-    dataset: Dataset,
-    batches: Any,
-    collate_fn: Callable[[list[Any]], Any],
-    num_workers: int,
-    *,
-    persistent: bool,
-) -> DataLoader:
-    """A DataLoader of `batches` of keys, whose readers leave signals and random numbers alone."""
-    return _Loader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate_fn,
-        num_workers=num_workers,
-        persistent_workers=persistent and num_workers > 0,
-        prefetch_factor=4 if num_workers > 0 else None,
-        pin_memory=torch.cuda.is_initialized(),  # not on a CPU run beside a GPU
-        worker_init_fn=_init_worker,
-        # DataLoader draws a number at every start of an iteration. From a generator of its own:
-        # evaluating must not change the training's random numbers.
-        generator=torch.Generator(),
-    )
-
-
-def _init_worker(worker: int) -> None:
-    """Readers outlive Ctrl-C and SIGTERM: the training process finishes its step and saves.
-
-    A terminal and the deepspeed launcher send both signals to readers too; a reader that dies of
-    one makes the DataLoader raise in the middle of the step. SIGTERM from the training process
-    itself is how Python ends its readers at exit: that one is obeyed. (torch has set readers to one
-    thread each already.)
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_with, args=(parent.pid,), daemon=True).start()
-
-
-def _exit_with(parent: int) -> None:
-    """Ends this process at the first SIGTERM that `parent` sends; others are ignored."""
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-        pass
-    os._exit(0)
