@@ -36,10 +36,12 @@ from torchvision.transforms import v2
 from tract_det.cli import run
 from tract_det.data.classification import ClassificationDataset, ClassificationSplit
 from tract_det.data.classification_loaders import classification_loader
-from tract_det.data.classification_transforms import MEAN, STD, classification_train
+from tract_det.data.classification_transforms import classification_train
 from tract_det.data.images import read_rgb
 from tract_det.errors import UserError
 from tract_det.files import write_text
+from tract_det.modeling.weights import IMAGENET_MEAN as MEAN
+from tract_det.modeling.weights import IMAGENET_STD as STD
 
 SIZE = 224
 NORMALIZE = ([m / 255 for m in MEAN], [s / 255 for s in STD])
@@ -161,7 +163,7 @@ def large_images(paths: list[Path]) -> Pipelines:
             v2.Normalize(*NORMALIZE),
         ]
     )
-    transform = classification_train(SIZE)
+    transform = classification_train(SIZE, mean=MEAN, std=STD)
     files = np.array([os.fsencode(path) for path in paths])
     labels = np.zeros(len(paths), dtype=np.int64)
     split = ClassificationSplit(
@@ -192,7 +194,7 @@ def small_images(count: int) -> Pipelines:
     split = ClassificationSplit("made", ("image",), labels, np.arange(count), Path(), pixels=pixels)
     return {
         PLAIN: partial(endless, pixels, Image.fromarray, plain),
-        "tract_det": partial(ours, split, classification_train(32, crop="pad")),
+        "tract_det": partial(ours, split, classification_train(32, crop="pad", mean=MEAN, std=STD)),
     }
 
 

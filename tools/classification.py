@@ -22,6 +22,8 @@ from tract_det.modeling.classifiers import (
     check_image_size,
 )
 from tract_det.modeling.weights import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     Weights,
     input_variance,
     load_into_classifier,
@@ -145,7 +147,8 @@ def pixels(cfg: CfgNode, meta: dict[str, Any]) -> dict[str, Any]:
     """How uint8 pixels become what the model sees, for the transforms."""
     if cfg.MODEL.STANDARDIZE:
         return {"mean": meta["pixel_mean"], "std": meta["pixel_std"]}
-    return {"standardize": False, "value_range": cfg.MODEL.VALUE_RANGE}
+    mean, std = IMAGENET_MEAN, IMAGENET_STD  # only the colour of erased rectangles
+    return {"mean": mean, "std": std, "standardize": False, "value_range": cfg.MODEL.VALUE_RANGE}
 
 
 def dataset(cfg: CfgNode, split: ClassificationSplit, transform: Any) -> ClassificationDataset:

@@ -159,6 +159,13 @@ def validate(cfg: CfgNode) -> None:
     for key in ("TRAIN", "TEST", "CLASSES"):
         words = [word for word in cfg.DATASETS[key] if not isinstance(word, str)]
         require(not words, f"DATASETS.{key} takes names, not {words}: quote them")
+    for part, sizes in (("TRAIN", cfg.INPUT.MIN_SIZE_TRAIN), ("TEST", [cfg.INPUT.MIN_SIZE_TEST])):
+        largest = cfg.INPUT[f"MAX_SIZE_{part}"]
+        for size in sizes:
+            require(
+                0 <= size <= largest,
+                f"INPUT.MIN_SIZE_{part} {size}: it takes 0 to INPUT.MAX_SIZE_{part} {largest}",
+            )
     for key in ("MAX_ITER", "CHECKPOINT_PERIOD"):
         require(solver[key] > 0, f"SOLVER.{key} is {solver[key]}: it must be positive")
     require(bool(cfg.DATASETS.TEST), "DATASETS.TEST is empty: name a split to evaluate on")

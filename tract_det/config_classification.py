@@ -19,14 +19,11 @@ from tract_det.config_common import (
     tract_keys,
     with_run_keys,
 )
+from tract_det.data.choices import AUTO_AUGMENTS, CLASSIFICATION_SETS, CROPS, INTERPOLATIONS
 from tract_det.evaluation.metrics import CLASSIFICATION_METRICS
 
 NORMS = ("BN", "SyncBN", "GN")
 PATCH_NORMS = ("", "layer_norm", "dual")
-DATA_SETS = ("imagefolder", "cifar10", "cifar100", "flowers102", "stanford_cars")
-CROPS = ("random_resized", "pad", "simple", "none")
-AUTO_AUGMENT = ("", "randaugment", "trivialaugment", "three_augment")
-INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 def _model() -> CfgNode:
@@ -195,14 +192,14 @@ def validate(cfg: CfgNode) -> None:
 
 def _check_data(cfg: CfgNode) -> None:
     data, given, mix = cfg.DATASETS, cfg.INPUT, cfg.MIX
-    one_of(cfg, "DATASETS.NAME", DATA_SETS)
+    one_of(cfg, "DATASETS.NAME", CLASSIFICATION_SETS)
     one_of(cfg, "INPUT.CROP", CROPS)
-    one_of(cfg, "INPUT.AUTO_AUGMENT", AUTO_AUGMENT)
+    one_of(cfg, "INPUT.AUTO_AUGMENT", AUTO_AUGMENTS)
     one_of(cfg, "INPUT.INTERPOLATION", INTERPOLATIONS)
-    require(0 <= data.HOLDOUT < 1, f"DATASETS.HOLDOUT is {data.HOLDOUT}: it takes 0 to 1")
+    require(0 <= data.HOLDOUT < 1, f"DATASETS.HOLDOUT is {data.HOLDOUT}: it takes 0 to below 1")
     for key in ("LIMIT", "CACHE", "HOLDOUT_SEED"):
         require(data[key] >= 0, f"DATASETS.{key} is {data[key]}: it must not be negative")
-    for key in ("SIZE", "REPEATS"):
+    for key in ("SIZE", "NUM_OPS", "REPEATS"):
         require(given[key] > 0, f"INPUT.{key} is {given[key]}: it must be positive")
     require(
         given.RESIZE_TEST in (-1, 0) or given.RESIZE_TEST >= given.SIZE,
@@ -210,9 +207,13 @@ def _check_data(cfg: CfgNode) -> None:
         "crop does not fit",
     )
     for key in ("SCALE", "RATIO"):
-        require(len(given[key]) == 2, f"INPUT.{key} takes two numbers")
-    for key in ("FLIP_PROB", "ERASING"):
-        require(0 <= given[key] <= 1, f"INPUT.{key} is {given[key]}: it takes 0 to 1")
+        require(
+            len(given[key]) == 2 and 0 < given[key][0] <= given[key][1],
+            f"INPUT.{key} is {given[key]}: it takes two positive numbers, the smaller one first",
+        )
+    require(given.PADDING >= 0, f"INPUT.PADDING is {given.PADDING}: it must not be negative")
+    require(0 <= given.MAGNITUDE <= 30, f"INPUT.MAGNITUDE is {given.MAGNITUDE}: it takes 0 to 30")
+    require(0 <= given.ERASING <= 1, f"INPUT.ERASING is {given.ERASING}: it takes 0 to 1")
     for key in ("PROB", "SWITCH_PROB", "SMOOTHING"):
         require(0 <= mix[key] <= 1, f"MIX.{key} is {mix[key]}: it takes 0 to 1")
     for key in ("MIXUP_ALPHA", "CUTMIX_ALPHA"):

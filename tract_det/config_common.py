@@ -226,6 +226,8 @@ def check_common(cfg: CfgNode) -> None:
     one_of(cfg, "MODEL.DEVICE", ("", "cpu", "cuda"))
     for key, value in (("SEED", cfg.SEED), ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS)):
         require(value >= 0, f"{key} is {value}: it must not be negative")
+    for key in ("FLIP_PROB", "COLOR_JITTER"):
+        require(0 <= cfg.INPUT[key] <= 1, f"INPUT.{key} is {cfg.INPUT[key]}: it takes 0 to 1")
     for key in ("IMS_PER_BATCH", "ACCUMULATION", "BASE_LR"):
         require(solver[key] > 0, f"SOLVER.{key} is {solver[key]}: it must be positive")
     require(cfg.LOG_PERIOD > 0, f"LOG_PERIOD is {cfg.LOG_PERIOD}: it must be positive")

@@ -1,4 +1,4 @@
-"""A builder of small devkit trees, right or spoilt."""
+"""A builder of small devkit trees, valid or broken."""
 
 from pathlib import Path
 

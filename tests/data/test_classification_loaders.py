@@ -16,6 +16,7 @@ from tract_det.data.classification_transforms import Mix, classification_test, c
 from tract_det.errors import UserError
 
 N = 11  # no number of ranks divides it
+PIXELS = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +33,20 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture
-def spoilt(root, tmp_path):
-    """The same with two corrupt images in each part."""
+def corrupted(root, tmp_path):
+    """The same folder with two corrupt images in each part."""
     (tmp_path / "copy").mkdir()
     for path in root.rglob("*.png"):
-        there = tmp_path / "copy" / path.relative_to(root)
-        there.parent.mkdir(parents=True, exist_ok=True)
-        there.write_bytes(path.read_bytes()[: 60 if path.stem == "2" else None])
+        target = tmp_path / "copy" / path.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes()[: 60 if path.stem == "2" else None])
     return tmp_path / "copy"
 
 
 def training(root, **options):
     dataset = ClassificationDataset(
         read_classification("imagefolder", root, train=True),
-        classification_train(8, auto_augment="randaugment", erasing=0.5),
+        classification_train(8, auto_augment="randaugment", erasing=0.5, **PIXELS),
         **options,
     )
     assert len(dataset) == N
@@ -54,7 +55,7 @@ def training(root, **options):
 
 def evaluation(root, **options):
     split = read_classification("imagefolder", root, train=False)
-    return ClassificationDataset(split, classification_test(8), **options)
+    return ClassificationDataset(split, classification_test(8, **PIXELS), **options)
 
 
 def take(loader, count):
@@ -62,8 +63,8 @@ def take(loader, count):
     return list(islice(batches, count))
 
 
-def same(one, other):
-    flat = [[part for batch in batches for part in batch] for batches in (one, other)]
+def same(first, second):
+    flat = [[part for batch in batches for part in batch] for batches in (first, second)]
     return len(flat[0]) == len(flat[1]) and all(map(torch.equal, *flat))
 
 
@@ -84,17 +85,17 @@ def test_batches_do_not_depend_on_workers_ranks_or_interruption(root, mix):
         loader = classification_loader(training(root), seed=3, mix=mix, **options)
         return take(loader, count)
 
-    one = run(8, micro_batch=4)
-    assert not same(one[:4], one[4:])
-    assert same(run(8, micro_batch=4, num_workers=2), one)
-    assert same(run(5, micro_batch=4, start=3), one[3:])
-    # Slices of 2: two ranks with one micro-batch each see what one rank accumulates over two.
+    alone = run(8, micro_batch=4)
+    assert not same(alone[:4], alone[4:])
+    assert same(run(8, micro_batch=4, num_workers=2), alone)
+    assert same(run(5, micro_batch=4, start=3), alone[3:])
+    # Slices of 2: two ranks with one micro-batch each get what one rank accumulates over two.
     slices = run(8, micro_batch=2, accumulation=2)
     ranks = [run(4, micro_batch=2, rank=r, world_size=2) for r in (0, 1)]
     assert same([ranks[r][i] for i in range(4) for r in (0, 1)], slices)
     if mix is None:
         pairs = [zip(*slices[i : i + 2], strict=True) for i in (0, 2)]
-        assert same([[torch.cat(parts) for parts in pair] for pair in pairs], one[:2])
+        assert same([[torch.cat(parts) for parts in pair] for pair in pairs], alone[:2])
 
 
 def test_mixing_leaves_the_random_numbers_of_the_training_alone(root):
@@ -106,7 +107,7 @@ def test_mixing_leaves_the_random_numbers_of_the_training_alone(root):
 
 
 def test_what_the_loader_takes_along_can_be_pickled(root):
-    """Python 3.14 starts reading processes anew instead of forking them."""
+    """Python 3.14 does not fork worker processes but starts new ones and pickles their data set."""
     loader = classification_loader(training(root), micro_batch=4, seed=0, mix=Mix(2, 0.8, 1.0))
     inner = loader._loader
     copy = pickle.loads(pickle.dumps((inner.dataset, inner.collate_fn, inner.batch_sampler)))
@@ -139,23 +140,23 @@ def test_evaluation_sees_every_image_once_in_the_same_batches(root, world, worke
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_corrupt_image_ends_a_training_in_one_line(spoilt, workers):
-    loader = classification_loader(training(spoilt), micro_batch=N, seed=0, num_workers=workers)
+def test_a_corrupt_image_ends_a_training_in_one_line(corrupted, workers):
+    loader = classification_loader(training(corrupted), micro_batch=N, seed=0, num_workers=workers)
     batches = iter(loader)
     with pytest.raises(UserError) as caught:
         next(batches)
     line = one_line(caught.value)
     assert "\n" not in line
     assert "/2.png: the image cannot be read" in line
-    if workers:  # pytest keeps the traceback, the traceback the readers: end them here
+    if workers:  # the traceback that pytest keeps would keep the worker processes alive
         loader._loader._iterator._shutdown_workers()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_skipped_images_are_replaced_alike_by_any_worker_and_counted(spoilt, workers):
+def test_skipped_images_are_replaced_alike_by_any_worker_and_counted(corrupted, workers):
     def run(num_workers=0, start=0):
         loader = classification_loader(
-            training(spoilt, skip_corrupt=True),
+            training(corrupted, skip_corrupt=True),
             micro_batch=N,
             seed=0,
             num_workers=num_workers,
@@ -164,11 +165,11 @@ def test_skipped_images_are_replaced_alike_by_any_worker_and_counted(spoilt, wor
         return loader, take(loader, 2 - start)
 
     loader, batches = run()
-    other, again = run(workers)
-    assert same(again, batches)
+    second_loader, second_batches = run(workers)
+    assert same(second_batches, batches)
     assert same(run(start=1)[1], batches[1:])
-    # Two epochs: each corrupt image came up twice, or more often where it was drawn to replace one.
-    assert other.skipped == loader.skipped
+    # Two epochs: each corrupt image comes twice, or more often if it is drawn as a replacement.
+    assert second_loader.skipped == loader.skipped
     assert set(loader.skipped) == {"train/cat/2.png", "train/dog/2.png"}
     assert min(loader.skipped.values()) >= 2
     assert sum(loader.skipped.values()) < 12
@@ -176,18 +177,20 @@ def test_skipped_images_are_replaced_alike_by_any_worker_and_counted(spoilt, wor
 
 @pytest.mark.parametrize("batch_size", [1, 3, 20])
 @pytest.mark.parametrize("world", [1, 2])
-def test_evaluation_leaves_corrupt_images_out_and_counts_them(spoilt, batch_size, world):
-    dataset = evaluation(spoilt, skip_corrupt=True)
+def test_evaluation_leaves_corrupt_images_out_and_counts_them(corrupted, batch_size, world):
+    dataset = evaluation(corrupted, skip_corrupt=True)
     loaders = [
         classification_evaluation_loader(dataset, batch_size=batch_size, rank=r, world_size=world)
         for r in range(world)
     ]
-    seen = [batch for loader in loaders for batch in loader]
+    batches = [batch for loader in loaders for batch in loader]
     skipped = [name for loader in loaders for name in loader.skipped.elements()]
     names = [dataset.split.image_id(i) for i in range(N)]
     assert skipped == [name for name in names if name.endswith("/2.png")]
-    assert [i for *_, ids in seen for i in ids] == [name for name in names if name not in skipped]
-    for images, labels, ids in seen:
+    assert [i for *_, ids in batches for i in ids] == [
+        name for name in names if name not in skipped
+    ]
+    for images, labels, ids in batches:
         assert len(images) == len(labels) == len(ids) > 0
     with pytest.raises(UserError, match=r"val/cat/2\.png"):
-        list(classification_evaluation_loader(evaluation(spoilt), batch_size=batch_size))
+        list(classification_evaluation_loader(evaluation(corrupted), batch_size=batch_size))

@@ -133,7 +133,7 @@ def _cut(path, share):
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png"])
 @pytest.mark.parametrize(
-    "spoil",
+    "damage",
     [
         lambda path: _cut(path, 0.6),
         lambda path: path.write_bytes(b""),
@@ -142,11 +142,11 @@ def _cut(path, share):
     ],
     ids=["cut off", "empty", "no image", "removed"],
 )
-def test_an_unreadable_image_is_one_line_that_names_the_file(tree, write_annotation, name, spoil):
+def test_an_unreadable_image_is_one_line_that_names_the_file(tree, write_annotation, name, damage):
     path = tree.image(name)
     tree.xml("a", write_annotation(CAT))
     dataset = read(tree)
-    spoil(path)
+    damage(path)
     with pytest.raises(UserError) as caught:
         dataset[0]
     assert str(path) in str(caught.value)

@@ -25,7 +25,7 @@ GROUPS = np.arange(24) % 5 // 4
 
 
 def contents(batches):
-    """Everything of some batches that can be compared."""
+    """The comparable contents of some batches."""
     return [
         (target["index"], target["seed"], target["noise"].tolist(), target["boxes"].tolist())
         for _, targets in batches
@@ -60,12 +60,12 @@ def test_samples_do_not_depend_on_ranks_accumulation_or_interruption():
     def run(start=0, **options):
         return contents(islice(detection_loader(Noisy(), seed=1, start=start, **options), 4))
 
-    one = run(micro_batch=4)
-    assert run(micro_batch=4, start=2)[:8] == one[8:]
+    alone = run(micro_batch=4)
+    assert run(micro_batch=4, start=2)[:8] == alone[8:]
     halves = [run(micro_batch=2, rank=r, world_size=2) for r in (0, 1)]
     rebuilt = [halves[r][2 * i : 2 * i + 2] for i in range(4) for r in (0, 1)]
-    assert [sample for part in rebuilt for sample in part] == one
-    assert run(micro_batch=1, accumulation=4) == one[:4]
+    assert [sample for part in rebuilt for sample in part] == alone
+    assert run(micro_batch=1, accumulation=4) == alone[:4]
 
 
 def test_another_seed_gives_other_samples():
@@ -112,9 +112,10 @@ def test_augmented_photographs_are_the_same_from_any_worker(tree):
 
     for (images, targets), (other_images, other_targets) in zip(run(0), run(2), strict=True):
         assert len({image.shape[1] > image.shape[2] for image in images}) == 1
-        for image, other in zip(images, other_images, strict=True):
+        for image, other_image in zip(images, other_images, strict=True):
             assert image.dtype == torch.uint8
-            assert torch.equal(image, other)
-        for target, other in zip(targets, other_targets, strict=True):
-            assert torch.equal(target["boxes"], other["boxes"])
-            assert (target["seed"], target["image_id"]) == (other["seed"], other["image_id"])
+            assert torch.equal(image, other_image)
+        for target, other_target in zip(targets, other_targets, strict=True):
+            assert torch.equal(target["boxes"], other_target["boxes"])
+            for key in ("seed", "image_id"):
+                assert target[key] == other_target[key]

@@ -47,15 +47,15 @@ def test_epochs_and_seeds_have_different_orders():
 @given(sizes, batches)
 def test_a_batch_has_images_of_one_group_and_none_is_lost(n, batch_size):
     groups = some_groups(n)
-    found = take(n, batch_size, 3 * n, groups=groups)
-    assert all(len(batch) == batch_size for batch in found)
-    assert all(len({groups[i] for i, _ in batch}) == 1 for batch in found)
-    draws = {draw: index for batch in found for index, draw in batch}
+    grouped = take(n, batch_size, 3 * n, groups=groups)
+    assert all(len(batch) == batch_size for batch in grouped)
+    assert all(len({groups[i] for i, _ in batch}) == 1 for batch in grouped)
+    draws = {draw: index for batch in grouped for index, draw in batch}
     assert len(draws) == 3 * n * batch_size  # none twice
-    # Those handed out and not in a batch yet wait in the buckets, which are never full.
+    # Draws that are in no batch yet wait in the buckets, which are never full.
     waiting = max(draws) + 1 - len(draws)
     assert waiting <= len(set(groups)) * (batch_size - 1)
-    # Ungrouped, the same draws are the same images.
+    # Without groups, the same draws are the same images.
     plain = {d: i for b in take(n, 1, max(draws) + 1) for i, d in b}
     assert all(plain[draw] == index for draw, index in draws.items())
 
@@ -75,11 +75,11 @@ def test_repeated_images_have_every_draw_of_their_own_and_are_apart(repeats):
     pairs = [pair for batch in batches for pair in batch]
     assert sorted(draw for _, draw in pairs) == list(range(len(pairs)))
     index = {draw: i for i, draw in pairs}
-    whole = n * repeats
-    for epoch in range(len(pairs) // whole):
-        seen = [index[d] for d in range(epoch * whole, (epoch + 1) * whole)]
-        assert sorted(seen) == sorted(list(range(n)) * repeats)
-        assert all(len(set(seen[i : i + repeats])) == 1 for i in range(0, whole, repeats))
+    epoch_draws = n * repeats
+    for epoch in range(len(pairs) // epoch_draws):
+        images = [index[d] for d in range(epoch * epoch_draws, (epoch + 1) * epoch_draws)]
+        assert sorted(images) == sorted(list(range(n)) * repeats)
+        assert all(len(set(images[i : i + repeats])) == 1 for i in range(0, epoch_draws, repeats))
     for i, batch in enumerate(batches):
         assert sorted(draw for _, draw in batch) == list(range(i * size, (i + 1) * size))
     first = batches[0]

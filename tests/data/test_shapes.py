@@ -25,10 +25,10 @@ def scenes():
 
 
 def test_a_scene_is_a_pure_function_of_its_number(scenes):
-    again, objects = draw_scene(3)
-    assert np.array_equal(again, scenes[3][0])
+    image, objects = draw_scene(3)
+    assert np.array_equal(image, scenes[3][0])
     assert [o.box for o in objects] == [o.box for o in scenes[3][1]]
-    assert not np.array_equal(again, draw_scene(4)[0])
+    assert not np.array_equal(image, draw_scene(4)[0])
 
 
 def test_boxes_are_tight_around_the_half_covered_pixels(scenes):
@@ -49,7 +49,7 @@ def test_boxes_are_tight_around_the_half_covered_pixels(scenes):
 
 
 def test_boxes_are_where_the_pixels_changed():
-    """Without the drawing code's masks: a scene of one object against its own background."""
+    """Checked without the masks of the drawing code: one object against its own background."""
     rng = np.random.default_rng(0)
     shape = None
     while shape is None or shape.truncated:
@@ -57,8 +57,8 @@ def test_boxes_are_where_the_pixels_changed():
     ground = np.full((128, 160, 3), 0.5)
     changed = np.abs(shapes._paint(rng, ground, shape) - ground).max(axis=2)
     rows, columns = np.nonzero(changed > 0.3)
-    found = (columns.min() + 1, rows.min() + 1, columns.max() + 1, rows.max() + 1)
-    assert found == pytest.approx(shape.box, abs=1)
+    changed_box = (columns.min() + 1, rows.min() + 1, columns.max() + 1, rows.max() + 1)
+    assert changed_box == pytest.approx(shape.box, abs=1)
 
 
 def test_circles_are_as_wide_as_high_and_rings_have_holes():
@@ -83,10 +83,10 @@ def test_objects_stay_visible_or_are_difficult(scenes):
 
 
 def test_scenes_vary_in_class_size_number_and_format(scenes):
-    objects = [o for _, found in scenes for o in found]
+    objects = [o for _, in_scene in scenes for o in in_scene]
     widths = [o.box[2] - o.box[0] + 1 for o in objects]
     assert {o.name for o in objects} == set(SHAPES_CLASSES)
-    assert {len(found) for _, found in scenes} == {1, 2, 3, 4, 5}
+    assert {len(in_scene) for _, in_scene in scenes} == {1, 2, 3, 4, 5}
     assert {image.shape for image, _ in scenes} == {
         (128, 128, 3),
         (128, 160, 3),
@@ -182,7 +182,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path):
 def test_the_whole_set_is_four_hundred_and_a_hundred_images(tmp_path):
     started = os.times().user
     root = ensure_shapes(tmp_path)
-    assert os.times().user - started < 60  # about 6 s on one core
+    assert os.times().user - started < 60
     train, test = (read_split(root, name, SHAPES_CLASSES) for name in ("train", "test"))
     assert (len(train.annotations), len(test.annotations)) == (400, 100)
     ids = {a.image_id for s in (train, test) for a in s.annotations}

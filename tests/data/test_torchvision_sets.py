@@ -1,4 +1,4 @@
-"""torchvision's own data sets, from files that look like theirs."""
+"""torchvision's data sets, read from small imitations of their files."""
 
 import pickle
 import sys
@@ -68,7 +68,7 @@ def test_missing_data_say_where_they_come_from(tmp_path, name):
 
 @pytest.fixture
 def matlab(monkeypatch):
-    """scipy.io.loadmat, of files that hold pickles."""
+    """Replaces scipy.io.loadmat by a reader of pickles."""
     module = types.ModuleType("scipy.io")
     module.loadmat = lambda path, squeeze_me: pickle.loads(Path(path).read_bytes())
     package = types.ModuleType("scipy")

@@ -16,7 +16,7 @@ from tract_det.errors import UserError
 
 
 class Worker(Noisy):
-    """Says what its process is like."""
+    """Its targets describe the process that reads them."""
 
     def __getitem__(self, index):
         image, target = super().__getitem__(index)
@@ -44,7 +44,7 @@ def test_a_user_error_in_a_worker_remains_one(workers):
     batches = iter(detection_loader(Broken(), micro_batch=2, seed=0, num_workers=workers))
     with pytest.raises(UserError, match=r"JPEGImages/x\.jpg"):
         next(batches)
-    if workers:  # pytest keeps the traceback, the traceback the readers: end them here
+    if workers:  # the traceback that pytest keeps would keep the worker processes alive
         batches._shutdown_workers()
 
 
@@ -61,7 +61,7 @@ def test_workers_have_one_thread_and_outlive_the_signals_that_stop_a_training():
 
 
 def test_workers_end_when_their_own_training_process_says_so():
-    """As Python does at exit: it would wait for ever for a reader that ignores it."""
+    """Python terminates them at exit, and would wait forever for one that ignored the signal."""
     batches = iter(detection_loader(Worker(), micro_batch=1, seed=0, num_workers=1))
     _, (target,) = next(batches)
     (process,) = (p for p in multiprocessing.active_children() if p.pid == target["pid"])

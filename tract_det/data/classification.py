@@ -1,4 +1,4 @@
-"""What a classifier is pretrained on: image folders in ImageNet's layout, and small known sets.
+"""Data sets of images to classify: folders in ImageNet's layout, and torchvision's small sets.
 
 Labels are 0..K-1. A split is a list of images with labels; `ClassificationDataset` decodes and
 transforms them.
@@ -22,14 +22,10 @@ from tract_det.errors import UserError
 Target = dict[str, Any]
 
 _LAYOUT = "expected train/<class>/*.jpg and val/<class>/*.jpg (or test/<class>/*.jpg)"
-_CALLS = {
-    "cifar10": "datasets.CIFAR10('{root}', download=True)",
-    "cifar100": "datasets.CIFAR100('{root}', download=True)",
-    "flowers102": "datasets.Flowers102('{root}', download=True)",
-}
-NAMES = ("imagefolder", *_CALLS, "stanford_cars")
+_CIFARS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+_FILE_SETS = {"flowers102": datasets.Flowers102, "stanford_cars": datasets.StanfordCars}
 
-# Draws of a replacement for a corrupt image before giving up on the data.
+# Replacements drawn for a corrupt image before the data set is given up.
 _MAX_REPLACEMENTS = 100
 
 
@@ -41,11 +37,11 @@ class ClassificationSplit:
         name: Data set and part, for messages.
         class_names: K names; label k is class_names[k].
         labels: (n,) int64, 0..K-1.
-        numbers: (n,) int64, where the images are in `files` or `pixels`, whichever there is.
-        root: The folder that `files` starts from.
-        files: Paths below root as a numpy array of bytes. Python strings would be copied into every
-            reading process, page by page, as their reference counts change.
-        pixels: (m, H, W, 3) uint8 RGB, of sets that are held in memory.
+        numbers: (n,) int64, positions of the images in `files` or `pixels`, whichever is set.
+        root: The folder that `files` are relative to.
+        files: Paths below root as a numpy array of bytes. A list of Python strings would end up
+            copied into every worker process, page by page, as reference counts change.
+        pixels: (m, H, W, 3) uint8 RGB, for data sets held in memory.
     """
 
     name: str
@@ -60,14 +56,14 @@ class ClassificationSplit:
         return len(self.labels)
 
     def image_id(self, index: int) -> str:
-        """The file below root, or the data set's part and the position in it."""
+        """The file's path below root, or the split's name and the position in `pixels`."""
         number = self.numbers[index]
         if self.files is None:
             return f"{self.name}/{number}"
         return os.fsdecode(self.files[number].item())
 
     def read(self, index: int) -> torch.Tensor:
-        """(3, H, W) uint8 RGB; may share the split's memory: not to be written to.
+        """(3, H, W) uint8 RGB. It may share the split's memory: do not write to it.
 
         Raises:
             UserError: As `read_rgb`.
@@ -77,7 +73,7 @@ class ClassificationSplit:
         return torch.from_numpy(self.pixels[self.numbers[index]]).permute(2, 0, 1)
 
     def subset(self, keep: np.ndarray) -> "ClassificationSplit":
-        """The images that `keep` indexes, positions or (n,) bool."""
+        """The images that `keep` selects, by positions or by a mask of (n,) bool."""
         return replace(self, labels=self.labels[keep], numbers=self.numbers[keep])
 
 
@@ -90,37 +86,36 @@ def read_classification(
     seed: int = 0,
     limit: int = 0,
 ) -> ClassificationSplit:
-    """The images to train or to evaluate on.
+    """The images to train on or to evaluate on.
 
     Args:
-        name: `imagefolder` for root/train/<class>/* and root/val/<class>/* (or root/test), the
-            classes being the sorted folder names; `cifar10`, `cifar100`, `flowers102` or
-            `stanford_cars` for torchvision's data sets at root. Of Flowers-102 the parts train and
-            val are trained on and test is evaluated on, as everybody's fine-tuning tables have it.
-        root: A folder.
-        train: Whether the training images or those for evaluation are meant.
-        holdout: Where an image folder has no val: the share of each class in train that is kept for
+        name: `imagefolder`: root/train/<class>/* and root/val/<class>/* (or root/test), with the
+            sorted folder names as classes. `cifar10`, `cifar100`, `flowers102`, `stanford_cars`:
+            torchvision's data set at root. Flowers-102 is trained on its parts train and val and
+            evaluated on test, as published fine-tuning results are.
+        root: The folder of the data set.
+        train: True: the images to train on; False: those to evaluate on.
+        holdout: For an image folder without val: the share of each class in train that is kept for
             evaluation, at least one image.
-        seed: Of what is held out.
-        limit: Training images, spread evenly over the classes, the first of each; 0: all.
+        seed: Selects the images that are held out.
+        limit: Number of training images, spread evenly over the classes and taken from the start of
+            each; 0: all.
 
     Raises:
-        UserError: Anything missing, empty or contradictory; the message names the folder or key.
+        UserError: Something is missing, empty or contradictory; the message names the folder or
+            key.
     """
     root = Path(root).expanduser().absolute()
-    if name not in NAMES:
-        raise UserError(f"DATASETS.NAME is {name!r}: it takes one of {', '.join(NAMES)}")
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder: set DATASETS.ROOT to where {name} lies")
-    if not 0 <= holdout < 1 or limit < 0:
-        raise UserError(
-            f"need 0 <= DATASETS.HOLDOUT < 1 and DATASETS.LIMIT >= 0, not {holdout} and {limit}"
-        )
+        raise UserError(f"{root}: no such folder: set DATASETS.ROOT to the folder of {name}")
     if name == "imagefolder":
         split = _read_image_folder(root, train, holdout, seed)
     elif holdout:
-        raise UserError(f"DATASETS.HOLDOUT is for folders without val, {name} has one: set it to 0")
-    elif name in ("cifar10", "cifar100"):
+        raise UserError(
+            f"DATASETS.HOLDOUT is for image folders without val; {name} has its own images to "
+            "evaluate on: set it to 0"
+        )
+    elif name in _CIFARS:
         split = _read_cifar(name, root, train)
     else:
         split = _read_files(name, root, train)
@@ -135,17 +130,18 @@ class ClassificationDataset(Dataset):
     target:
         label: int, 0..K-1.
         image_id: str, `split.image_id`.
-        skipped: tuple of the ids of corrupt images, where this one is in the place of others.
+        skipped: tuple of the ids of the corrupt images that this one replaces; only if there are
+            any.
 
     Args:
-        split: What to read.
-        transform: Of `classification_transforms.py`; None: the uint8 pixels. It must not write to
-            its argument.
-        skip_corrupt: Another image takes the place of one that does not decode, drawn with torch's
-            generator: a function of (seed, draw) under `SeededDataset`. In evaluation there is no
-            such replacement, the loader leaves the image out.
-        cache: MiB of decoded images that each reading process keeps. For small images: decoding a
-            32 x 32 JPEG takes longer than its augmentation.
+        split: The images.
+        transform: As `classification_transforms.py` builds them; it must not write to its argument.
+            None: the uint8 pixels.
+        skip_corrupt: Whether an image that does not decode is replaced by a random other one. The
+            replacement is drawn from torch's generator, so under `SeededDataset` it is a function
+            of (seed, draw). In evaluation there is no replacement: the loader leaves the image out.
+        cache: MiB of decoded images that each worker process keeps. Meant for small images:
+            decoding a 32 x 32 JPEG takes longer than augmenting it.
     """
 
     def __init__(
@@ -159,17 +155,17 @@ class ClassificationDataset(Dataset):
         self.split = split
         self.transform = transform
         self.skip_corrupt = skip_corrupt
-        self._room = cache << 20 if split.pixels is None else 0  # bytes
+        self._cache_bytes_left = cache << 20 if split.pixels is None else 0
         self._cache: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
-        """Reads and transforms one image.
+        """Reads and transforms one image, or with `skip_corrupt` its replacement.
 
         Raises:
-            UserError: As `load`; with `skip_corrupt`, too many images in turn are corrupt.
+            UserError: As `load`; with `skip_corrupt`, too many images in a row are corrupt.
         """
         skipped: list[str] = []
         while len(skipped) <= _MAX_REPLACEMENTS:
@@ -184,11 +180,11 @@ class ClassificationDataset(Dataset):
                 return image, target | {"skipped": tuple(skipped)} if skipped else target
         raise UserError(
             f"{self.split.root / skipped[0]}: this image and {_MAX_REPLACEMENTS} others drawn to "
-            "replace it are corrupt: mend the data"
+            "replace it are corrupt: repair the data"
         )
 
     def load(self, index: int) -> tuple[torch.Tensor, Target]:
-        """This image and no other.
+        """Reads and transforms this image, never a replacement.
 
         Raises:
             CorruptImageError: It does not decode.
@@ -207,68 +203,72 @@ class ClassificationDataset(Dataset):
         image = self._cache.get(index)
         if image is None:
             image = self.split.read(index)
-            if image.nbytes <= self._room:
-                self._room -= image.nbytes
+            if image.nbytes <= self._cache_bytes_left:
+                self._cache_bytes_left -= image.nbytes
                 self._cache[index] = image
         return image
 
 
 def _read_image_folder(root: Path, train: bool, holdout: float, seed: int) -> ClassificationSplit:
     has_train = (root / "train").is_dir()
-    if not has_train and (train or not any((root / part).is_dir() for part in ("val", "test"))):
+    test_part = next((part for part in ("val", "test") if (root / part).is_dir()), None)
+    if not has_train and (train or test_part is None):
         raise UserError(f"{root}: no folder train here; {_LAYOUT}")
-    own = next((part for part in ("val", "test") if (root / part).is_dir()), None)
-    if own is None and not holdout:
+    if test_part is None and not holdout:
         raise UserError(
             f"{root}: no folder val or test here: set DATASETS.HOLDOUT to the share of train to "
             "evaluate on, for example 0.1"
         )
-    if own and holdout:
+    if test_part and holdout:
         raise UserError(
-            f"{root / own} is there to evaluate on: set DATASETS.HOLDOUT to 0, or remove the folder"
+            f"{root / test_part} is there to evaluate on: set DATASETS.HOLDOUT to 0, or remove the "
+            "folder"
         )
-    if own and has_train:
-        _check_same_classes(root, own)
-    split = _read_part(root, own if own and not train else "train")
-    if own:
+    if test_part and has_train:
+        _check_same_classes(root, test_part)
+    split = _read_part(root, test_part if test_part and not train else "train")
+    if test_part:
         return split
-    held = _held_out(split, holdout, seed)
-    part = "train without holdout" if train else "holdout of train"
-    return replace(split.subset(~held if train else held), name=part)
+    is_test = _held_out(split, holdout, seed)
+    name = "train without holdout" if train else "holdout of train"
+    return replace(split.subset(~is_test if train else is_test), name=name)
 
 
 def _classes(folder: Path) -> set[str]:
     return {entry.name for entry in os.scandir(folder) if entry.is_dir()}
 
 
-def _check_same_classes(root: Path, own: str) -> None:
-    train, test = _classes(root / "train"), _classes(root / own)
-    for there, here, missing in (("train", own, train - test), (own, "train", test - train)):
+def _check_same_classes(root: Path, test_part: str) -> None:
+    train, test = _classes(root / "train"), _classes(root / test_part)
+    for complete, incomplete, missing in (
+        ("train", test_part, train - test),
+        (test_part, "train", test - train),
+    ):
         if missing:
             names = sorted(missing)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(
-                f"{root / here}: no folder for {', '.join(names[:3])}{more}, which {there} has: "
-                "both need the same classes"
+                f"{root / incomplete}: no folder for {', '.join(names[:3])}{more}, which "
+                f"{complete} has: both need the same classes"
             )
 
 
 def _read_part(root: Path, part: str) -> ClassificationSplit:
-    """One folder of class folders."""
+    """The split of root/part, a folder of class folders."""
     try:
-        found = datasets.ImageFolder(str(root / part), allow_empty=True)
+        folder = datasets.ImageFolder(str(root / part), allow_empty=True)
     except FileNotFoundError:
         raise UserError(f"{root / part}: no class folders here; {_LAYOUT}") from None
-    labels = np.array([label for _, label in found.samples], dtype=np.int64)
-    counts = np.bincount(labels, minlength=len(found.classes))
+    labels = np.array([label for _, label in folder.samples], dtype=np.int64)
+    counts = np.bincount(labels, minlength=len(folder.classes))
     if not counts.all():
-        empty = found.classes[int(counts.argmin())]
+        empty = folder.classes[int(counts.argmin())]
         raise UserError(
             f"{root / part / empty}: no images here ({', '.join(datasets.folder.IMG_EXTENSIONS)}): "
             "add some, or remove the folder"
         )
-    paths = [path for path, _ in found.samples]
-    return _file_split(part, found.classes, labels, root, paths)
+    paths = [path for path, _ in folder.samples]
+    return _file_split(part, folder.classes, labels, root, paths)
 
 
 def _file_split(
@@ -282,58 +282,57 @@ def _file_split(
 
 
 def _held_out(split: ClassificationSplit, share: float, seed: int) -> np.ndarray:
-    """(n,) bool: `share` of each class, at least one image, drawn for each class by itself."""
-    held = np.zeros(len(split), dtype=bool)
+    """(n,) bool: `share` of each class, at least one image, drawn independently for each class."""
+    is_test = np.zeros(len(split), dtype=bool)
     for k, name in enumerate(split.class_names):
-        own = np.flatnonzero(split.labels == k)
-        if len(own) < 2:
+        positions = np.flatnonzero(split.labels == k)
+        if len(positions) < 2:
             raise UserError(
                 f"{split.root / 'train' / name}: one image cannot be both trained on and held out: "
                 "add images, or remove the folder"
             )
-        count = min(max(1, round(share * len(own))), len(own) - 1)
-        held[np.random.default_rng((seed, k)).permutation(own)[:count]] = True
-    return held
+        count = min(max(1, round(share * len(positions))), len(positions) - 1)
+        is_test[np.random.default_rng((seed, k)).permutation(positions)[:count]] = True
+    return is_test
 
 
 def _spread(labels: np.ndarray, limit: int) -> np.ndarray:
-    """Positions, ascending, of at most `limit` images: the first of every class, the second, ..."""
+    """Ascending positions of `limit` images: the first of every class, the second of each, ..."""
     order = np.argsort(labels, kind="stable")
-    starts = np.searchsorted(labels[order], labels[order])  # where each one's class begins
-    turn = np.arange(len(labels)) - starts
-    return np.sort(order[np.lexsort((labels[order], turn))[:limit]])
+    class_starts = np.searchsorted(labels[order], labels[order])
+    rank_in_class = np.arange(len(labels)) - class_starts
+    return np.sort(order[np.lexsort((labels[order], rank_in_class))[:limit]])
 
 
 def _read_cifar(name: str, root: Path, train: bool) -> ClassificationSplit:
-    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    found = _construct(name, root, lambda: kind(str(root), train=train, download=False))
-    labels = np.array(found.targets, dtype=np.int64)
+    dataset = _construct(name, root, partial(_CIFARS[name], str(root), train=train, download=False))
+    labels = np.array(dataset.targets, dtype=np.int64)
     part = f"{name} {'train' if train else 'test'}"
-    pixels = np.ascontiguousarray(found.data)  # torchvision's is a view of (n, 3, 32, 32)
+    pixels = np.ascontiguousarray(dataset.data)  # torchvision's is a view of (n, 3, 32, 32)
     return ClassificationSplit(
-        part, tuple(found.classes), labels, np.arange(len(labels)), root, pixels=pixels
+        part, tuple(dataset.classes), labels, np.arange(len(labels)), root, pixels=pixels
     )
 
 
 def _read_files(name: str, root: Path, train: bool) -> ClassificationSplit:
-    """Flowers-102 or Stanford Cars: torchvision knows the files, and `loader=str` reads none."""
-    kind = datasets.Flowers102 if name == "flowers102" else datasets.StanfordCars
+    """Flowers-102 or Stanford Cars, whose files torchvision lists; `loader=str` opens none."""
     parts = ["train"] if train else ["test"]
     if train and name == "flowers102":
         parts.append("val")
     pairs: list[tuple[str, int]] = []
     for part in parts:
-        found = _construct(name, root, partial(kind, str(root), split=part, loader=str))
-        pairs += [found[i] for i in range(len(found))]
+        construct = partial(_FILE_SETS[name], str(root), split=part, loader=str)
+        dataset = _construct(name, root, construct)
+        pairs += [dataset[i] for i in range(len(dataset))]
     labels = np.array([label for _, label in pairs], dtype=np.int64)
-    names = getattr(found, "classes", None) or [str(k + 1) for k in range(labels.max() + 1)]
+    names = getattr(dataset, "classes", None) or [str(k + 1) for k in range(labels.max() + 1)]
     return _file_split(
         f"{name} {'+'.join(parts)}", names, labels, root, [path for path, _ in pairs]
     )
 
 
 def _construct(name: str, root: Path, construct: Callable[[], Any]) -> Any:
-    """Torchvision's data set, with what it lacks said in one line."""
+    """Calls torchvision's constructor; missing data become an error of one line."""
     try:
         return construct()
     except TypeError:
@@ -343,11 +342,13 @@ def _construct(name: str, root: Path, construct: Callable[[], Any]) -> Any:
     except (ImportError, RuntimeError, OSError) as error:
         if "scipy" in str(error).lower():
             raise UserError(f"{name} needs scipy to read its labels: pip install scipy") from None
-        how = (
-            f'get it with: python -c "from torchvision import datasets; '
-            f'{_CALLS[name].format(root=root)}"'
-            if name in _CALLS
-            else "it is no longer served by its authors; torchvision expects stanford_cars/ with "
-            "devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
-        )
-        raise UserError(f"{root}: no {name} here ({error}): {how}") from None
+        if name == "stanford_cars":
+            remedy = (
+                "its authors no longer serve it; torchvision expects stanford_cars/ with devkit/, "
+                "cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
+            )
+        else:
+            kind = (_CIFARS | _FILE_SETS)[name].__name__
+            call = f"datasets.{kind}('{root}', download=True)"
+            remedy = f'get it with: python -c "from torchvision import datasets; {call}"'
+        raise UserError(f"{root}: no {name} here ({error}): {remedy}") from None

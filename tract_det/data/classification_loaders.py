@@ -1,7 +1,7 @@
-"""Batches of images to classify: tensors, where a detector's are lists.
+"""Batches of images to classify, as tensors.
 
-Which image comes when, and with which random numbers, is `sampling.py`'s; mixing within a batch is
-seeded by the batch's first draw, so that it too depends on (seed, iteration, slice) alone.
+`sampling.py` decides which image comes when and with which random numbers. Mixing within a batch is
+seeded by the first sample of the batch, so that it too depends only on (seed, iteration, slice).
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ _Samples = list[tuple[torch.Tensor, Target]]
 
 
 class ImageBatches:
-    """A DataLoader's batches without their last part, the corrupt images that were skipped.
+    """Iterates over the batches of a DataLoader, and counts the corrupt images skipped in them.
 
     Attributes:
         dataset: The `ClassificationDataset`.
@@ -35,12 +35,12 @@ class ImageBatches:
         self._loader = loader
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        return self._count(iter(self._loader))  # the readers start here, not at the first batch
+        return self._count(iter(self._loader))  # starts the worker processes before the first batch
 
     def _count(self, batches: Iterator[Any]) -> Iterator[tuple[Any, ...]]:
         for *batch, skipped in batches:
             self.skipped.update(skipped)
-            if len(batch[0]):  # not where all images of an evaluation batch are corrupt
+            if len(batch[0]):  # empty if all images of an evaluation batch are corrupt
                 yield tuple(batch)
 
 
@@ -57,18 +57,18 @@ def classification_loader(
     mix: Mix | None = None,
     repeats: int = 1,
 ) -> ImageBatches:
-    """This rank's micro-batches, without end; `accumulation` of them are an iteration.
+    """This rank's micro-batches, without end; `accumulation` of them make an iteration.
 
     Args:
         dataset: With a transform that makes all images the same size.
-        micro_batch: B, as all that is not said here as in `detection_loader`.
+        micro_batch: B, images of one forward pass on one rank.
         accumulation: Micro-batches of an iteration.
         rank: This process.
         world_size: Number of processes.
-        seed: Of everything random here.
+        seed: Determines everything random here; the same on all ranks.
         start: First iteration.
-        num_workers: Processes that read images.
-        mix: Applied to each micro-batch, where it is read.
+        num_workers: Worker processes that read images; 0: this process does.
+        mix: Applied to each micro-batch, in the process that reads it.
         repeats: As in `training_stream`.
 
     Returns:
@@ -85,12 +85,9 @@ def classification_loader(
         start=start,
         repeats=repeats,
     )
-    return ImageBatches(
-        dataset,
-        data_loader(
-            SeededDataset(dataset, seed), batches, _Collate(mix), num_workers, persistent=True
-        ),
-    )
+    seeded = SeededDataset(dataset, seed)
+    loader = data_loader(seeded, batches, _Collate(mix), num_workers, persistent=True)
+    return ImageBatches(dataset, loader)
 
 
 def classification_evaluation_loader(
@@ -101,10 +98,10 @@ def classification_evaluation_loader(
     world_size: int = 1,
     num_workers: int = 0,
 ) -> ImageBatches:
-    """This rank's share of the data set, in order, once.
+    """This rank's share of the data set, once and in order.
 
-    The batches do not depend on the number of ranks. Corrupt images are an error or, with
-    `dataset.skip_corrupt`, missing in their batch and counted.
+    The batches do not depend on the number of ranks. A corrupt image is an error or, with
+    `dataset.skip_corrupt`, left out of its batch and counted.
 
     Returns:
         An iterable of (images (B, 3, H, W), labels (B,) int64, ids: list of B str).
@@ -117,7 +114,7 @@ def classification_evaluation_loader(
 
 
 class _LeavingOut(Dataset):
-    """In evaluation nothing stands in for a corrupt image: its sample has an empty image."""
+    """For evaluation: a corrupt image is not replaced, its sample holds an empty image."""
 
     def __init__(self, dataset: ClassificationDataset) -> None:
         self.dataset = dataset
@@ -132,7 +129,7 @@ class _LeavingOut(Dataset):
 
 
 class _Collate:
-    """A training batch: (images, targets, ids of skipped images)."""
+    """Makes a training batch: (images, targets, ids of skipped images)."""
 
     def __init__(self, mix: Mix | None) -> None:
         self.mix = mix
@@ -149,17 +146,21 @@ class _Collate:
 def _collate_evaluation(
     samples: _Samples,
 ) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
-    kept = [sample for sample in samples if "label" in sample[1]]
-    ids = [target["image_id"] for _, target in kept]
-    images, labels = _stack(kept) if kept else (torch.empty(0), torch.empty(0, dtype=torch.int64))
+    """Makes an evaluation batch: (images, labels, ids, ids of skipped images)."""
+    decoded = [sample for sample in samples if "label" in sample[1]]
+    ids = [target["image_id"] for _, target in decoded]
+    if decoded:
+        images, labels = _stack(decoded)
+    else:
+        images, labels = torch.empty(0), torch.empty(0, dtype=torch.int64)
     return images, labels, ids, _skipped(samples)
 
 
 def _stack(samples: _Samples) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (in shared memory where this is a reading process) and labels."""
+    """Images and labels as tensors; default_collate puts a worker's images into shared memory."""
     labels = torch.tensor([target["label"] for _, target in samples])
     return default_collate([image for image, _ in samples]), labels
 
 
 def _skipped(samples: _Samples) -> list[str]:
-    return [name for _, target in samples for name in target.get("skipped", ())]
+    return [image_id for _, target in samples for image_id in target.get("skipped", ())]

@@ -1,8 +1,7 @@
 """The data set that a detector trains on: images and boxes of a `VOCSplit`.
 
-Two conventions meet here. `Annotation` labels classes 0..K-1 (detectron2's and the devkit's order);
-torchvision's detectors want 1..K, with 0 for the background. `VOCDetection` adds that 1, nobody
-else does.
+Two conventions meet here. `Annotation` labels classes 0..K-1, as detectron2 does; torchvision's
+detectors expect 1..K, with 0 for the background. `VOCDetection` is the only place that adds the 1.
 """
 
 import warnings
@@ -20,28 +19,28 @@ from tract_det.errors import UserError
 
 Target = dict[str, Any]
 
-# A thinner box has no pixel of its own, and torchvision's detectors assert on a width of 0.
+# In pixels. A thinner box may hold no pixel, and torchvision's detectors refuse a width of 0.
 MIN_SIDE = 1.0
 
 
 class VOCDetection(torch.utils.data.Dataset):
     """Pairs (image, target) of a split.
 
-    image: tv_tensors.Image, uint8 (3, H, W), RGB. Any EXIF rotation is *not* applied: VOC's boxes
-    are in the pixels as stored, and the devkit's and detectron2's tools read them so.
+    image: tv_tensors.Image, uint8 (3, H, W), RGB. An EXIF rotation is *not* applied: VOC's boxes
+    refer to the pixels as stored, and the devkit and detectron2 read them so.
 
     target:
-        boxes: tv_tensors.BoundingBoxes, (n, 4) float32 XYXY pixel edges, within the image; none is
-            thinner than 1 px. (0, 4) for an image without objects.
+        boxes: tv_tensors.BoundingBoxes, (n, 4) float32 XYXY pixel edges, within the image and at
+            least 1 pixel wide and high. (0, 4) for an image without objects.
         labels: (n,) int64, 1..K.
         image_id: str.
         index: int, the position in `split.annotations`.
 
     Args:
-        split: What to read.
+        split: The images and boxes.
         transform: A torchvision.transforms.v2 transform of (image, target).
-        use_difficult: Whether objects marked difficult are in the targets, as detectron2 does;
-            py-faster-rcnn leaves them out.
+        use_difficult: Whether the targets include objects marked difficult. detectron2 trains on
+            them, py-faster-rcnn does not.
     """
 
     def __init__(
@@ -60,10 +59,10 @@ class VOCDetection(torch.utils.data.Dataset):
         return len(self.split.annotations)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
-        """Reads, transforms and cleans one image.
+        """Reads and transforms one image, and drops boxes that have become too thin.
 
         Raises:
-            UserError: The image cannot be read, or is not as large as its annotation says.
+            UserError: The image cannot be read, or its size is not the one in its annotation.
         """
         annotation = self.split.annotations[index]
         image = tv_tensors.Image(read_rgb(annotation.path))
@@ -87,40 +86,42 @@ class VOCDetection(torch.utils.data.Dataset):
 
 
 def aspect_groups(split: VOCSplit) -> np.ndarray:
-    """(n,) int64: 0 for images at least as wide as high, 1 for higher ones.
+    """(n,) int64: 1 for images higher than wide, 0 for all others.
 
-    A batch is padded to its largest width and height: images of one group waste little.
+    A batch is padded to its largest width and height, which wastes little within one group.
     """
     return np.array([int(a.width < a.height) for a in split.annotations], dtype=np.int64)
 
 
 def drop_empty(split: VOCSplit, *, use_difficult: bool = True) -> VOCSplit:
-    """The split without the images that would give `VOCDetection` no box."""
-    kept = [a for a in split.annotations if (_inside(a) & (use_difficult | ~a.difficult)).any()]
-    return replace(split, annotations=kept)
+    """The split without the images for which `VOCDetection` would have no box."""
+    annotations = [
+        a for a in split.annotations if (_inside(a) & (use_difficult | ~a.difficult)).any()
+    ]
+    return replace(split, annotations=annotations)
 
 
 def _clip(annotation: Annotation) -> np.ndarray:
-    """(n, 4) boxes cut to the image."""
+    """(n, 4) boxes clipped to the image."""
     w, h = annotation.width, annotation.height
     return np.clip(annotation.boxes, 0, (w, h, w, h))
 
 
 def _inside(annotation: Annotation) -> np.ndarray:
-    """(n,) bool: boxes with at least a pixel within the image."""
+    """(n,) bool: boxes that are at least `MIN_SIDE` wide and high within the image."""
     boxes = _clip(annotation)
     return ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(axis=1)
 
 
 def _warn_outside(split: VOCSplit) -> None:
-    """Not silently: boxes outside their image mean a wrong <size>, or coordinates in 0..1."""
+    """Warns of boxes outside their image: a sign of a wrong <size>, or of coordinates in 0..1."""
     outside = [(int((~_inside(a)).sum()), a.image_id) for a in split.annotations]
     total = sum(count for count, _ in outside)
     if total:
         first = [image_id for count, image_id in outside if count][:3]
         warnings.warn(
-            f"{split.name}: {total} boxes have less than a pixel within their image and are not "
-            f"trained on (first: {', '.join(first)})",
+            f"{split.name}: {total} boxes are less than a pixel wide or high within their image "
+            f"and are not trained on (first: {', '.join(first)})",
             stacklevel=3,
         )
 
@@ -137,13 +138,13 @@ def _drop_thin(target: Target) -> Target:
 def _check_size(annotation: Annotation, *, height: int, width: int) -> None:
     if (width, height) == (annotation.width, annotation.height):
         return
-    turned = (height, width) == (annotation.width, annotation.height)
+    is_rotated = (height, width) == (annotation.width, annotation.height)
     raise UserError(
         f"{annotation.path}: the image is {width} x {height} but its annotation says "
         f"{annotation.width} x {annotation.height}: "
         + (
-            "it was annotated turned, by its EXIF orientation; save the image upright"
-            if turned
-            else "put back the annotated image, or correct <size> and the boxes"
+            "the boxes refer to the image after its EXIF rotation; save the image rotated"
+            if is_rotated
+            else "restore the annotated image, or correct <size> and the boxes"
         )
     )

@@ -1,4 +1,4 @@
-"""Batches of images for a detector: lists, as the images differ in size."""
+"""Batches of images for a detector: lists, because the images differ in size."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -25,10 +25,10 @@ def detection_loader(
     start: int = 0,
     num_workers: int = 0,
 ) -> Iterable[Batch]:
-    """This rank's micro-batches, without end; `accumulation` of them are an iteration.
+    """This rank's micro-batches, without end; `accumulation` of them make an iteration.
 
-    An iteration has micro_batch * accumulation * world_size images. Micro-step j on rank r takes
-    slice number j * world_size + r of them.
+    An iteration has micro_batch * accumulation * world_size images; `MicroBatches` says which rank
+    gets which.
 
     Args:
         dataset: Indexed by image; gives (image, target) with target a dict.
@@ -36,15 +36,15 @@ def detection_loader(
         accumulation: Micro-batches of an iteration.
         rank: This process.
         world_size: Number of processes.
-        seed: Of everything random here; the same on all ranks.
+        seed: Determines everything random here; the same on all ranks.
         groups: As in `training_stream`.
         start: First iteration.
-        num_workers: Processes that read images; 0: this one does.
+        num_workers: Worker processes that read images; 0: this process does.
 
     Returns:
         An iterable of (images, targets): lists of uint8 (3, H, W) tensors and of dicts of plain
         tensors. `target["seed"]` is a number for the model's own sampling (anchors, proposals), so
-        that it too depends on nothing but (seed, draw).
+        that it too depends only on (seed, draw).
     """
     batches = MicroBatches(
         len(dataset),  # type: ignore[arg-type]  # torch's Dataset declares no __len__
@@ -62,7 +62,7 @@ def detection_loader(
 def detection_evaluation_loader(
     dataset: Dataset, *, batch_size: int, rank: int = 0, world_size: int = 1, num_workers: int = 0
 ) -> DataLoader:
-    """This rank's share of the data set, in order, once; (images, targets) as in training."""
+    """This rank's share of the data set, once and in order; (images, targets) as in training."""
     n = len(dataset)  # type: ignore[arg-type]
     batches = evaluation_batches(n, batch_size, rank, world_size)
     return data_loader(dataset, batches, collate, num_workers, persistent=False)

@@ -1,4 +1,4 @@
-"""Decoding: a file becomes (3, H, W) uint8 RGB, whatever it holds."""
+"""Decodes image files of any kind to (3, H, W) uint8 RGB."""
 
 from pathlib import Path
 
@@ -10,23 +10,23 @@ from tract_det.errors import UserError
 
 try:
     from torchvision.io import ImageReadMode, decode_image, read_file
-except ImportError:  # deprecated in torchvision 0.29, to be removed
+except ImportError:  # deprecated in torchvision 0.29 and to be removed
     decode_image = None
 
 
 class CorruptImageError(UserError):
-    """The file is there, but does not decode."""
+    """The file exists but does not decode."""
 
 
 def read_rgb(path: Path) -> torch.Tensor:
     """(3, H, W) uint8 from JPEG or PNG; grey, palette, CMYK and transparent images become RGB.
 
-    An EXIF rotation is not applied, as in torchvision's and timm's data sets: the pixels are those
-    stored.
+    The pixels are as stored: an EXIF rotation is not applied, as in torchvision's and timm's data
+    sets.
 
-    torchvision's decoder: the same pixels as Pillow's, bit for bit, in 0.7 ms instead of 2.0 ms
-    for a 640 x 480 JPEG (one core, torchvision 0.29, Pillow 13). Pillow where it fails: builds
-    without libjpeg, rare formats, releases without the decoder.
+    torchvision's decoder gives the same pixels as Pillow's, bit for bit, two to three times as fast
+    (benchmarks/data_design_notes.md). Pillow takes over where it fails: in builds without libjpeg,
+    for rare formats, and in releases without the decoder.
 
     Raises:
         CorruptImageError: It does not decode.
@@ -40,7 +40,7 @@ def read_rgb(path: Path) -> torch.Tensor:
         return _read_rgb_pillow(path)
     if image.ndim != 3:  # an animation
         return _read_rgb_pillow(path)
-    if image.dtype != torch.uint8:  # a PNG of 16 bits a channel
+    if image.dtype != torch.uint8:  # a PNG with 16 bits per channel
         image = (image.to(torch.int32) >> 8).to(torch.uint8)
     return image
 
@@ -49,11 +49,11 @@ def _read_rgb_pillow(path: Path) -> torch.Tensor:
     try:
         with Image.open(path) as file:
             pixels = np.array(file.convert("RGB"))  # (H, W, 3)
-    # What Pillow raises on broken files.
+    # These are what Pillow raises on broken files.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # An error with a number is the system's: a file gone or not ours to read is not corrupt.
-        system = isinstance(error, OSError) and error.errno is not None
-        raise (UserError if system else CorruptImageError)(
+        # errno is set by the system: a file that is missing or not readable is not corrupt.
+        is_system_error = isinstance(error, OSError) and error.errno is not None
+        raise (UserError if is_system_error else CorruptImageError)(
             f"{path}: the image cannot be read ({error}): replace it or remove it from the split"
         ) from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -1,15 +1,18 @@
-"""Which image goes into which batch, on which rank, with which random numbers.
+"""Which image comes when, on which rank and with which random numbers.
 
-Training's randomness is a pure function of (seed, draw), where `draw` numbers the samples handed
-out since the beginning. Nothing depends on how many ranks, workers or accumulation steps there
-are, nor on interruptions: a run started at iteration 500 gets what an uninterrupted one gets.
+In training, everything random is a function of (seed, draw) alone, where `draw` numbers the samples
+handed out since the first iteration. Nothing depends on the number of ranks, worker processes or
+accumulation steps, nor on interruptions: a run that starts at iteration 500 gets the samples that
+an uninterrupted run gets.
 
-Evaluation cuts the split into batches that do not depend on the number of ranks, and deals whole
-batches: every image is seen once, in the same batch, and the results are equal to the last bit.
+In evaluation, the split is cut into batches that do not depend on the number of ranks, and each
+rank takes whole batches: every image comes once, in the same batch, and the results are equal to
+the last bit.
 """
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch.utils.data import Dataset
 
 from tract_det.errors import UserError
 
-# Separate the two uses of one seed.
+# Keep the two uses of one seed apart.
 _PERMUTATION, _SAMPLE = 0, 1
 
 
@@ -34,22 +37,22 @@ def training_stream(
 ) -> Iterator[list[tuple[int, int]]]:
     """The global batches of iterations `start`, `start + 1`, ..., without end.
 
-    Each epoch is a permutation of the n images. An image goes into its group's bucket; a full
-    bucket is a batch (as in detectron2's aspect-ratio grouping). What the buckets hold at the end
-    of an epoch waits for the next: no image is dropped, and none goes into a bucket again before
-    all images of the epoch have.
+    Each epoch is a permutation of the n images. Every image goes into the bucket of its group, and
+    a full bucket is a batch, as in detectron2's aspect-ratio grouping. Images left in the buckets
+    at the end of an epoch wait for the next: none is dropped, and none is put into a bucket again
+    before all images of the epoch have been.
 
     Args:
         n: Number of images.
         batch_size: Images in a global batch, over all ranks and accumulation steps.
         seed: Not negative.
         groups: (n,) group of each image; a batch holds images of one group. None: all in one.
-        start: The first iteration. Replays the index arithmetic, about 0.1 us a sample.
-        repeats: Draws in turn of each image, with their own random numbers (repeated augmentation,
-            Hoffer et al., arXiv 1901.09335). Within a global batch the first draws come first, then
-            the second: the copies of an image get to different ranks where there are several, and
-            are not mixed with each other. DeiT begins a new permutation after n draws, of which
-            most images have had none; here all of them have had theirs first.
+        start: The first iteration. With groups, the earlier batches are computed and discarded.
+        repeats: How many times in a row each image is drawn, each time with new random numbers
+            (repeated augmentation, Hoffer et al., arXiv 1901.09335). Within a global batch all
+            first draws come before all second ones, so that the copies of an image go to different
+            ranks if there are several, and are not mixed with each other. An epoch has n * repeats
+            draws, of all images; DeiT ends it after n draws, of a part of the images.
 
     Yields:
         `batch_size` pairs (index of the image, draw).
@@ -59,7 +62,7 @@ def training_stream(
     """
     if n < 1:
         raise UserError("there are no images to train on: check the split and the filter settings")
-    if groups is None:  # one bucket: iteration i is the draws from i * batch_size on
+    if groups is None:  # one bucket: iteration i starts at draw i * batch_size
         draws = _draws(n, seed, start * batch_size, repeats)
         while True:
             batch = list(islice(draws, batch_size))
@@ -72,7 +75,7 @@ def training_stream(
 
 
 def evaluation_batches(n: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-    """This rank's batches of the indices 0..n-1: contiguous, and some ranks have one more.
+    """This rank's batches of the indices 0..n-1: consecutive ones, at most one more than others.
 
     The batches themselves do not depend on the number of ranks.
     """
@@ -82,7 +85,11 @@ def evaluation_batches(n: int, batch_size: int, rank: int, world_size: int) -> l
 
 
 class MicroBatches:
-    """The batch sampler of one rank."""
+    """The batch sampler of one rank: its slices of the batches of `training_stream`.
+
+    A global batch has accumulation * world_size slices of `micro_batch` images. Rank r takes slice
+    j * world_size + r as its micro-batch j.
+    """
 
     def __init__(
         self,
@@ -97,25 +104,33 @@ class MicroBatches:
         start: int = 0,
         repeats: int = 1,
     ) -> None:
-        slices = accumulation * world_size
-        self.stream: dict[str, Any] = {"n": n, "batch_size": micro_batch * slices, "seed": seed}
-        self.stream |= {"groups": groups, "start": start, "repeats": repeats}
+        count = accumulation * world_size
+        self.stream = partial(
+            training_stream,
+            n,
+            micro_batch * count,
+            seed=seed,
+            groups=groups,
+            start=start,
+            repeats=repeats,
+        )
         self.micro_batch = micro_batch
-        self.own = range(rank, slices, world_size)  # j * world_size + rank for all j
+        self.slices = range(rank, count, world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         m = self.micro_batch
-        for batch in training_stream(**self.stream):
-            for number in self.own:
+        for batch in self.stream():
+            for number in self.slices:
                 yield batch[number * m : (number + 1) * m]
 
 
 class SeededDataset(Dataset):
-    """Indexed by (index, draw): reads image `index` with random numbers of (seed, draw) alone.
+    """Indexed by (index, draw): image `index`, read with random numbers from (seed, draw) alone.
 
-    The generators of torch (CPU), numpy and Python are seeded for the sample and put back, since
-    without worker processes they are those of the training itself. A DataLoader asks for a batch
-    at a time: putting them back takes 85 us, more than a 32 x 32 image does.
+    The global generators of torch (CPU), numpy and Python are seeded for each sample and restored
+    afterwards, since without worker processes the training itself uses them. They are restored once
+    for a whole batch, because that takes longer than augmenting a 32 x 32 image
+    (benchmarks/data_design_notes.md).
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
@@ -128,12 +143,12 @@ class SeededDataset(Dataset):
     def __getitems__(
         self, keys: list[tuple[int, int]]
     ) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-        """The samples of a batch."""
+        """The samples of a batch, which is how a DataLoader asks for them."""
         numpy_state, python_state = np.random.get_state(), random.getstate()
-        # The CPU's generator only: torch.manual_seed would reset the GPU's, which stay as they are.
+        # The CPU's generator alone: torch.manual_seed would reseed the GPU's as well.
         with torch.random.fork_rng(devices=[]):
             try:
-                # All seeds first: between images numpy takes 28 us for one instead of 7.
+                # All seeds before the first image: interleaved, numpy takes several times as long.
                 seeds = [self._seeds(draw) for _, draw in keys]
                 return [self._sample(index, *s) for (index, _), s in zip(keys, seeds, strict=True)]
             finally:
@@ -156,13 +171,13 @@ class SeededDataset(Dataset):
 def _draws(n: int, seed: int, first: int, repeats: int = 1) -> Iterator[tuple[int, int]]:
     """(index, draw) for draw = first, first + 1, ...: one permutation of 0..n-1 after another.
 
-    Each index of a permutation has `repeats` draws in turn.
+    Each index of a permutation has `repeats` draws in a row.
     """
-    m = n * repeats
-    epoch, skip = divmod(first, m)
+    draws_per_epoch = n * repeats
+    epoch, skip = divmod(first, draws_per_epoch)
     while True:
         order = np.random.default_rng((seed, _PERMUTATION, epoch)).permutation(n)
-        draws = range(epoch * m, (epoch + 1) * m)
+        draws = range(epoch * draws_per_epoch, (epoch + 1) * draws_per_epoch)
         yield from islice(zip(order.repeat(repeats).tolist(), draws, strict=True), skip, None)
         epoch, skip = epoch + 1, 0
 
@@ -170,6 +185,7 @@ def _draws(n: int, seed: int, first: int, repeats: int = 1) -> Iterator[tuple[in
 def _grouped(
     draws: Iterator[tuple[int, int]], groups: list[int], batch_size: int
 ) -> Iterator[list[tuple[int, int]]]:
+    """Batches of draws whose images are of one group, in the order in which they fill up."""
     buckets: dict[int, list[tuple[int, int]]] = {group: [] for group in groups}
     for index, draw in draws:
         bucket = buckets[groups[index]]

@@ -1,10 +1,10 @@
 """Draws the quick start's data: a small devkit of coloured shapes on textured backgrounds.
 
-The class is the shape; colour, size, rotation and background say nothing about it. Objects hide
-one another in part, are cut by the border, and a few are `difficult`: mostly hidden, or of nearly
-the background's brightness. The tree is read back by the same reader as PASCAL VOC.
+The class of an object is its shape; colour, size, rotation and background are independent of it.
+Objects overlap, the border cuts some of them off, and a few are `difficult`: mostly hidden, or with
+little contrast to the background. The tree is read by the same reader as PASCAL VOC.
 
-Every image is a pure function of its number: the same tree is drawn on every machine.
+Every image is a pure function of its number, so that every machine draws the same tree.
 """
 
 import colorsys
@@ -21,21 +21,23 @@ from tract_det.errors import UserError
 
 SHAPES_CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
 
-# In the folder's name: raise it with every change of what is drawn.
+# Part of the folder's name: raise it whenever the drawn images change.
 _VERSION = 2
 _IMAGES = {"train": 400, "test": 100}
 _CANVASES = ((128, 128), (160, 128), (128, 160))  # width, height
 _CANVAS_SHARES = (0.6, 0.2, 0.2)
-_SIZES = (22.0, 62.0)  # diameter of a circle in pixels; other shapes by these factors, ...
+_SIZES = (22.0, 62.0)  # smallest and largest diameter of a circle in pixels
 _SCALE = {"circle": 1.0, "cross": 1.1, "ring": 1.05, "square": 1.3, "star": 1.25, "triangle": 1.25}
-_MARGIN = 80  # ... and this is more than any of them
-# Radians, to either side. With any rotation, four epochs do not tell squares from triangles.
-_TURN = 0.35
+_MARGIN = 80  # pixels around the image; more than half of any object
+# Largest rotation to either side, in radians. With any rotation, four epochs of training do not
+# tell squares from triangles.
+_MAX_ROTATION = 0.35
 _OVERSAMPLING = 4
 # A pixel belongs to an object if at least half of it is covered.
 _COVERED = 0.5
-_VISIBLE = 0.7  # share of its pixels that an object keeps when others are drawn over it ...
-_VISIBLE_DIFFICULT = 0.25  # ... or this, and it is difficult
+# Share of an object's pixels that must stay visible when others are drawn over it.
+_VISIBLE = 0.7
+_VISIBLE_DIFFICULT = 0.25  # if the object is marked difficult
 
 
 @dataclass
@@ -45,8 +47,8 @@ class Shape:
     Attributes:
         name: Its class.
         alpha: (H, W) float32, share of each pixel of the image that it covers.
-        area: Its pixels, with those beyond the image's border.
-        difficult: Hidden for the most part, or of low contrast.
+        area: Number of its pixels, including those beyond the image's border.
+        difficult: Mostly hidden, or of low contrast.
     """
 
     name: str
@@ -56,32 +58,32 @@ class Shape:
 
     @property
     def mask(self) -> np.ndarray:
-        """(H, W) bool, the pixels that belong to it, hidden ones too."""
+        """(H, W) bool, its pixels, including hidden ones."""
         return self.alpha >= _COVERED
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """xmin, ymin, xmax, ymax as a devkit has them: 1-based, the last pixel included."""
+        """xmin, ymin, xmax, ymax as in a devkit: 1-based, the last pixel included."""
         rows, columns = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
         return tuple(int(v) + 1 for v in (columns[0], rows[0], columns[-1], rows[-1]))  # type: ignore[return-value]
 
     @property
     def truncated(self) -> bool:
-        """Whether the image's border cuts it."""
+        """Whether the image's border cuts part of it off."""
         return int(self.mask.sum()) < self.area
 
 
 def ensure_shapes(cache: Path | None = None) -> Path:
     """The root of the drawn devkit, with splits `train` (400 images) and `test` (100).
 
-    Drawn on the first call, in some seconds, and kept. The tree appears as a whole by one rename:
-    several processes may call this at once.
+    The first call draws the tree, later ones find it. It is drawn elsewhere and renamed when it is
+    complete, so that several processes may call this at once.
 
     Args:
-        cache: Where the tree's folder is; None: $TRACT_DET_CACHE or ~/.cache/tract_det.
+        cache: The folder that holds the tree; None: $TRACT_DET_CACHE or ~/.cache/tract_det.
 
     Raises:
-        UserError: The folder cannot be written, or the tree in it is not complete.
+        UserError: The folder cannot be written, or the tree in it is incomplete.
     """
     cache = cache or Path(os.environ.get("TRACT_DET_CACHE") or "~/.cache/tract_det").expanduser()
     root = Path(cache) / f"shapes-v{_VERSION}"
@@ -93,20 +95,22 @@ def ensure_shapes(cache: Path | None = None) -> Path:
             f"{root} cannot be written ({error}): set TRACT_DET_CACHE to a folder with free space"
         ) from None
     for folder in ("Annotations", "JPEGImages"):
-        here = len(list((root / folder).glob("*"))) if (root / folder).is_dir() else 0
-        if here != sum(_IMAGES.values()):
-            raise UserError(f"{root / folder} is not complete: delete {root}, it is drawn anew")
+        count = len(list((root / folder).glob("*"))) if (root / folder).is_dir() else 0
+        if count != sum(_IMAGES.values()):
+            raise UserError(
+                f"{root / folder} is not complete: delete {root}, it will be drawn again"
+            )
     return root
 
 
 def draw_scene(number: int) -> tuple[np.ndarray, list[Shape]]:
-    """Image `number`: (H, W, 3) uint8 and its 1 to 5 objects, back to front."""
+    """Image `number`: (H, W, 3) uint8 pixels, and its 1 to 5 objects from back to front."""
     rng = np.random.default_rng((_VERSION, number))
     width, height = _CANVASES[rng.choice(3, p=_CANVAS_SHARES)]
     image = _background(rng, height, width)
     shapes: list[Shape] = []
     wanted = rng.integers(1, 6)
-    for _ in range(4 * wanted):  # a place that hides too much of another object is tried again
+    for _ in range(4 * wanted):  # an object that hides too much of another is replaced
         if len(shapes) == wanted:
             break
         shape = _random_shape(rng, height, width)
@@ -135,11 +139,11 @@ def _draw_tree(root: Path) -> None:
             lines = "".join(f"{image_id}\n" for image_id in ids)
             (temporary / "ImageSets" / "Main" / f"{split}.txt").write_text(lines)
             number += count
-        temporary.chmod(0o755)  # mkdtemp's folder is the owner's alone
+        temporary.chmod(0o755)  # mkdtemp's folder is readable by its owner only
         try:
             temporary.rename(root)
         except OSError:
-            if not root.is_dir():  # else another process was faster, with the same tree
+            if not root.is_dir():  # otherwise another process has put the same tree there
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -170,15 +174,15 @@ def _annotation(image_id: str, shape: tuple[int, ...], shapes: list[Shape]) -> s
 
 
 def _random_shape(rng: np.random.Generator, height: int, width: int) -> Shape | None:
-    """An object somewhere; None if the border would cut off more than a fifth of it."""
+    """An object at a random place; None if the border would cut off more than a fifth of it."""
     name = SHAPES_CLASSES[rng.integers(len(SHAPES_CLASSES))]
     size = float(np.exp(rng.uniform(*np.log(_SIZES)))) * _SCALE[name]
-    angle = rng.uniform(-_TURN, _TURN)
+    angle = rng.uniform(-_MAX_ROTATION, _MAX_ROTATION)
     centre = rng.uniform(0.3 * size, (width - 0.3 * size, height - 0.3 * size))
-    m = _MARGIN  # the whole object, with what lies beyond the border
-    whole = _alpha(name, size, angle, centre + m, (height + 2 * m, width + 2 * m))
-    alpha = whole[m:-m, m:-m]
-    area = int((whole >= _COVERED).sum())
+    m = _MARGIN
+    alpha_with_margin = _alpha(name, size, angle, centre + m, (height + 2 * m, width + 2 * m))
+    alpha = alpha_with_margin[m:-m, m:-m]
+    area = int((alpha_with_margin >= _COVERED).sum())
     if (alpha >= _COVERED).sum() < 0.8 * area:
         return None
     return Shape(name, alpha, area)
@@ -187,7 +191,7 @@ def _random_shape(rng: np.random.Generator, height: int, width: int) -> Shape | 
 def _alpha(
     name: str, size: float, angle: float, centre: np.ndarray, canvas: tuple[int, int]
 ) -> np.ndarray:
-    """(H, W) float32 coverage of a shape within a circle of `size` pixels, centred at (x, y)."""
+    """(H, W) float32 coverage by a shape of diameter `size` pixels around `centre` (x, y)."""
     s = _OVERSAMPLING
     left, top = (np.floor(centre - size / 2) - 2).astype(int)
     side = int(size) + 6
@@ -208,15 +212,15 @@ def _alpha(
 
 
 def _polygon(name: str) -> np.ndarray:
-    """(n, 2) corners within the unit circle, upright: y grows downwards."""
+    """(n, 2) corners of the upright shape within the unit circle; y points down."""
     if name == "cross":
         arm, half = 0.95, 0.3
         quarter = np.array([(half, arm), (half, half), (arm, half)])
         return np.concatenate([quarter @ _rotation(-k * np.pi / 2) for k in range(4)])
     corners = {"triangle": 3, "square": 4, "star": 10}[name]
     first = -np.pi / 4 if name == "square" else -np.pi / 2
-    turn = first + np.arange(corners) * 2 * np.pi / corners
-    points = np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    angles = first + np.arange(corners) * 2 * np.pi / corners
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     if name == "star":
         points[1::2] *= 0.42
     return points
@@ -227,26 +231,26 @@ def _rotation(angle: float) -> np.ndarray:
 
 
 def _may_be_drawn(rng: np.random.Generator, shapes: list[Shape], new: Shape) -> bool:
-    """Whether all objects remain visible with `new` on top; marks those that become difficult."""
+    """Whether all objects remain visible below `new`; if so, marks those that become difficult."""
     strict = rng.random() < 0.9
     hidden = new.mask.copy()
-    hard = []
+    mostly_hidden = []
     for shape in reversed(shapes):  # front to back
         visible = (shape.mask & ~hidden).sum() / shape.area
         if visible < (_VISIBLE if strict and not shape.difficult else _VISIBLE_DIFFICULT):
             return False
         if visible < _VISIBLE:
-            hard.append(shape)
+            mostly_hidden.append(shape)
         hidden |= shape.mask
-    for shape in hard:
+    for shape in mostly_hidden:
         shape.difficult = True
     return True
 
 
 def _paint(rng: np.random.Generator, image: np.ndarray, shape: Shape) -> np.ndarray:
-    """(H, W, 3) float image with the shape over it, bevelled, in a colour that stands out.
+    """(H, W, 3) float image with the bevelled shape over it, in a colour that stands out.
 
-    One in 25 does not stand out, and is marked difficult.
+    One shape in 25 does not stand out and is marked difficult.
     """
     behind = image[shape.mask].mean(axis=0)
     shape.difficult = bool(rng.random() < 0.04)
@@ -258,7 +262,7 @@ def _paint(rng: np.random.Generator, image: np.ndarray, shape: Shape) -> np.ndar
     if shape.difficult:
         colour = behind + 0.2 * (colour - behind)
     soft = _blur(shape.alpha, 2.0)
-    bevel = sum(np.gradient(soft))  # lit from the upper left
+    bevel = sum(np.gradient(soft))  # light from the upper left
     shadow = np.zeros_like(soft)
     if not shape.difficult:
         shadow[2:, 2:] = 0.4 * _blur(shape.alpha, 2.5)[:-2, :-2]
@@ -270,7 +274,7 @@ def _paint(rng: np.random.Generator, image: np.ndarray, shape: Shape) -> np.ndar
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) float in 0..1: two muted colours, mixed by noise, a gradient or stripes."""
+    """(H, W, 3) float in 0..1: two muted colours mixed by noise, a gradient or stripes."""
     noise = _noise(rng, height, width)
     y, x = np.mgrid[:height, :width]
     angle = rng.uniform(0, 2 * np.pi)
@@ -291,7 +295,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def _noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(H, W) in 0..1 with a power-law spectrum, as photographs have."""
+    """(H, W) in 0..1 with a power-law spectrum, like that of photographs."""
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     frequency = np.hypot(fy, fx)
     frequency[0, 0] = np.inf
@@ -303,7 +307,7 @@ def _noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 def _hsv(
     rng: np.random.Generator, *, saturation: tuple[float, float], value: tuple[float, float]
 ) -> np.ndarray:
-    """(3,) RGB in 0..1 of a random hue."""
+    """(3,) RGB in 0..1 with a random hue."""
     h, s, v = rng.uniform(), rng.uniform(*saturation), rng.uniform(*value)
     return np.array(colorsys.hsv_to_rgb(h, s, min(max(v, 0.0), 1.0)))
 

@@ -1,19 +1,18 @@
 """Reads data sets in the layout of the PASCAL VOC devkit.
 
     root/Annotations/<id>.xml
-    root/ImageSets/Main/<split>.txt     one image id a line
+    root/ImageSets/Main/<split>.txt     one image id per line
     root/JPEGImages/<id>.jpg            or .jpeg, .png
 
-A file's box is (xmin, ymin, xmax, ymax) with 1-based pixels, the last one included. Here a box is
-pixel edges: 0-based and half open, (xmin - 1, ymin - 1, xmax, ymax), so that a width is a
-difference and a flip is `width - x`. VOC2012 has a few coordinates with a fraction; they are kept.
+In the files a box is (xmin, ymin, xmax, ymax) in 1-based pixels, the last one included. Here it is
+(xmin - 1, ymin - 1, xmax, ymax), the edges of its pixels counted from 0, so that a width is a
+difference and a flip is `width - x`. VOC2012 has a few fractional coordinates; they are kept.
 
 Format: "The PASCAL Visual Object Classes Challenge 2012 Development Kit", sections 6 and 8.3.
 """
 
 import codecs
 import difflib
-import hashlib
 import os
 import re
 import warnings
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tract_det.data.shapes import SHAPES_CLASSES, ensure_shapes
 from tract_det.data.voc_xml import Record, parse_annotation
 from tract_det.errors import UserError
 
@@ -50,14 +50,14 @@ VOC_CLASSES = (
     "tvmonitor",
 )
 
-# Official archives: path below the server's root, and md5.
+# The official archives: path on the server, and md5.
 _SERVER = "https://thor.robots.ox.ac.uk/pascal/VOC"
 _ARCHIVES = {
     "voc2007/VOCtrainval_06-Nov-2007.tar": "c52e279531787c972589f7e41ab4ae64",
     "voc2007/VOCtest_06-Nov-2007.tar": "b6e924de25625d8de591ea690078ad9f",
     "voc2012/VOCtrainval_11-May-2012.tar": "6cd6e144f989b92b3379bac3b3de84fd",
 }
-# In the order in which they are preferred when an id has several files.
+# If an id has several image files, the first suffix in this order wins.
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -66,12 +66,12 @@ class Annotation:
     """One image and its n objects.
 
     Attributes:
-        image_id: The line of the split file; the XML's and the image's file name without suffix.
+        image_id: The line of the split file, and the name of the XML file without its suffix.
         path: The image file.
-        width: Pixels, without any EXIF rotation.
-        height: Pixels, without any EXIF rotation.
+        width: In pixels, before any EXIF rotation.
+        height: In pixels, before any EXIF rotation.
         boxes: (n, 4) float64, pixel edges x1, y1, x2, y2; as read, not clipped to the image.
-        labels: (n,) int64, 0..K-1 into the split's class names.
+        labels: (n,) int64, 0..K-1, positions in the split's class names.
         difficult: (n,) bool, objects that the evaluation ignores.
     """
 
@@ -89,10 +89,10 @@ class VOCSplit:
     """The annotations of a split, in the order of the split file.
 
     Attributes:
-        name: The split's name; names joined by "+" for several.
+        name: The split's name; several names are joined by "+".
         class_names: K names; label k is class_names[k].
-        annotations: One for every image, also for images without objects.
-        dropped: Boxes without area that were left out.
+        annotations: One per image, including images without objects.
+        dropped: Number of boxes without area, which were left out.
     """
 
     name: str
@@ -108,49 +108,40 @@ def read_split(
     *,
     need_images: bool = True,
 ) -> VOCSplit:
-    """Reads one split of a devkit-like tree.
+    """Reads one split of a tree in the devkit's layout.
+
+    Boxes with xmax <= xmin or ymax <= ymin have no area: they are dropped, with a single warning.
 
     Args:
         root: The folder that holds Annotations/, ImageSets/ and JPEGImages/.
         split: Name of a file in ImageSets/Main, without ".txt".
-        class_names: The classes, in the order of the labels; None or empty: the sorted classes
-            found in the split.
-        need_images: Whether every id must have an image file; without it `Annotation.path` may
-            name a file that does not exist.
+        class_names: The classes, in the order of the labels; None or empty: the sorted classes of
+            all objects in the split.
+        need_images: Whether every id must have an image file. If not, `Annotation.path` may name a
+            file that does not exist.
 
     Raises:
-        UserError: Anything missing or malformed; the message names the file.
-
-    Boxes with xmax <= xmin or ymax <= ymin have no area: they are dropped, with one warning.
+        UserError: Something is missing or malformed; the message names the file.
     """
     root = Path(root)
     _check_tree(root, need_images)
     xmls = _list_files(root / "Annotations", (".xml",))
     images = _list_files(root / "JPEGImages", _IMAGE_SUFFIXES)
     split_file = _split_file(root, split)
-
-    annotations, records = [], []
-    for image_id in _read_ids(split_file, xmls):
+    ids = _read_ids(split_file, xmls)
+    for image_id in ids:
         if image_id not in xmls:
             raise UserError(
                 f"{split_file}: id {image_id!r} has no annotation "
                 f"{root / 'Annotations' / image_id}.xml: add the file or remove the line"
             )
-        record = parse_annotation(xmls[image_id])
-        path = _find_image(root, image_id, record, images, need_images)
-        width, height = record.size or _header_size(path, record.xml)
-        boxes = np.array(record.boxes, dtype=np.float64).reshape(-1, 4)
-        difficult = np.array(record.difficult, dtype=bool)
-        no_labels = np.empty(0, dtype=np.int64)  # filled in when all classes are known
-        annotations.append(Annotation(image_id, path, width, height, boxes, no_labels, difficult))
-        records.append(record)
-
+    records = [parse_annotation(xmls[image_id]) for image_id in ids]
     names = _class_list(class_names, records, split_file)
-    index = {name: k for k, name in enumerate(names)}
-    annotations = [
-        replace(a, labels=np.array([index[name] for name in record.labelled], dtype=np.int64))
-        for a, record in zip(annotations, records, strict=True)
-    ]
+    label_of = {name: k for k, name in enumerate(names)}
+    annotations = []
+    for image_id, record in zip(ids, records, strict=True):
+        path = _find_image(root, image_id, record, images, need_images)
+        annotations.append(_annotation(image_id, path, record, label_of))
     dropped = [text for record in records for text in record.dropped]
     if dropped:
         total = sum(len(record.classes) for record in records)
@@ -170,43 +161,43 @@ def read_dataset(
     Args:
         names: `voc_<year>_<split>` for a PASCAL VOC devkit, `shapes_train` and `shapes_test` for
             the drawn shapes, any other name for the split of that name in the tree at `root`.
-        root: Where custom trees and devkits are; None: devkits under $DETECTRON2_DATASETS or
-            ./datasets.
-        class_names: Overrides the class list; None or empty: VOC_CLASSES, the shapes' classes, or
-            for a custom tree the sorted classes found in all its named splits.
+        root: Folder of the custom tree, or of the devkits; None: devkits under $DETECTRON2_DATASETS
+            or ./datasets.
+        class_names: Overrides the class list; None or empty: VOC_CLASSES, SHAPES_CLASSES, or for a
+            custom tree the sorted classes of all objects in the named splits.
 
     Raises:
-        UserError: As `read_split`; no names; a custom name without root; the same image id twice;
-            splits with different class lists.
+        UserError: As `read_split`; there are no names; a custom name without root; an image id
+            occurs twice; the splits have different class lists.
     """
     if not names:
         raise UserError("no data set is named: name at least one split")
     root = Path(root).expanduser() if root else None
     splits: list[VOCSplit] = []
-    fixed: set[tuple[str, ...]] = set()
+    fixed_lists: set[tuple[str, ...]] = set()
     for name in names:
-        folder, split, own_classes = _locate(name, root)
-        splits.append(read_split(folder, split, class_names or own_classes))
-        if own_classes and not class_names:
-            fixed.add(own_classes)
-    found = tuple(sorted({c for one in splits for c in one.class_names}))
-    joined = tuple(class_names) if class_names else next(iter(fixed), found)
-    for name, one in zip(names, splits, strict=True):
-        if fixed and one.class_names != joined:
+        folder, split_name, fixed_classes = _locate(name, root)
+        splits.append(read_split(folder, split_name, class_names or fixed_classes))
+        if fixed_classes and not class_names:
+            fixed_lists.add(fixed_classes)
+    all_classes = tuple(sorted({c for split in splits for c in split.class_names}))
+    joined = tuple(class_names) if class_names else next(iter(fixed_lists), all_classes)
+    for name, split in zip(names, splits, strict=True):
+        if fixed_lists and split.class_names != joined:
             raise UserError(
                 f"data sets {' and '.join(names)} have different classes ({name}: "
-                f"{', '.join(one.class_names)}): use one of them, or set DATASETS.CLASSES"
+                f"{', '.join(split.class_names)}): use one of them, or set DATASETS.CLASSES"
             )
-    annotations = [a for one in splits for a in _relabel(one, joined)]
+    annotations = [a for split in splits for a in _relabel(split, joined)]
     _check_unique([a.image_id for a in annotations], f"data sets {' + '.join(names)}")
     return VOCSplit("+".join(names), joined, annotations, sum(s.dropped for s in splits))
 
 
 def find_devkit(root: Path, year: int) -> Path:
-    """The tree of one VOC year: root/VOC<year>, root/VOCdevkit/VOC<year>, or root itself.
+    """The folder of one VOC year: root/VOC<year>, root/VOCdevkit/VOC<year>, or root itself.
 
     Raises:
-        UserError: None of them is there; the message says where to get the data.
+        UserError: None of them exists; the message says where to get the data.
     """
     root, name = Path(root), f"VOC{year}"
     candidates = [root / name, root / "VOCdevkit" / name]
@@ -222,34 +213,12 @@ def find_devkit(root: Path, year: int) -> Path:
     )
 
 
-def md5_check(path: Path, expected: str) -> bool:
-    """Whether the file's md5 is the expected one."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with Path(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest() == expected
-
-
-def verify_archives(folder: Path) -> list[str]:
-    """One line for each official VOC archive that lies in the folder: right or damaged."""
-    lines = []
-    for address, expected in _ARCHIVES.items():
-        path = Path(folder) / Path(address).name
-        if path.is_file():
-            right = md5_check(path, expected)
-            lines.append(f"{path}: {'right' if right else f'damaged, md5 is not {expected}'}")
-    return lines
-
-
 def _locate(name: str, root: Path | None) -> tuple[Path, str, tuple[str, ...] | None]:
-    """Folder, split and class list (None: what is found) of a data set's name."""
+    """Folder, split name and fixed class list (None for a custom tree) of a named data set."""
     if match := re.fullmatch(r"voc_(\d{4})_(\w+)", name):
         devkits = root or Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser()
         return find_devkit(devkits, int(match[1])), match[2], VOC_CLASSES
     if name in ("shapes_train", "shapes_test"):
-        from tract_det.data.shapes import SHAPES_CLASSES, ensure_shapes
-
         return ensure_shapes(), name.removeprefix("shapes_"), SHAPES_CLASSES
     if root is None:
         raise UserError(
@@ -260,7 +229,7 @@ def _locate(name: str, root: Path | None) -> tuple[Path, str, tuple[str, ...] | 
 
 
 def _relabel(split: VOCSplit, class_names: tuple[str, ...]) -> list[Annotation]:
-    """The split's annotations with labels into another class list that has all its classes."""
+    """The split's annotations with labels for another class list that has all of its classes."""
     if split.class_names == class_names:
         return split.annotations
     table = np.array([class_names.index(name) for name in split.class_names], dtype=np.int64)
@@ -287,24 +256,24 @@ def _check_tree(root: Path, need_images: bool) -> None:
 
 
 def _list_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Files by their stem, from one directory listing: a stat for every id is slow over NFS."""
-    found: dict[str, Path] = {}
+    """Files by their stem, from one directory listing: over NFS a stat for every id is slow."""
+    files_by_stem: dict[str, Path] = {}
     files = folder.iterdir() if folder.is_dir() else ()
-    # Sorted so that of several files with one stem the first suffix wins, on every machine.
+    # Sorted, so that of several files with the same stem the first suffix wins on every machine.
     ranked = sorted(
         (suffixes.index(f.suffix.lower()), f) for f in files if f.suffix.lower() in suffixes
     )
     for _, file in ranked:
-        found.setdefault(file.stem, file)
-    return found
+        files_by_stem.setdefault(file.stem, file)
+    return files_by_stem
 
 
 def _find_image(
     root: Path, image_id: str, record: Record, images: dict[str, Path], need_images: bool
 ) -> Path:
-    """JPEGImages/<id>.*, else the file that the XML's <filename> names."""
+    """JPEGImages/<id>.*, or else the file named by the XML's <filename>."""
     usual = root / "JPEGImages" / f"{image_id}.jpg"
-    # <filename> may carry a path of the annotator's machine, also a Windows one, or no suffix.
+    # <filename> may be a path on the annotator's machine, even a Windows path, or have no suffix.
     name = re.split(r"[\\/]", record.filename.strip())[-1]
     for stem in (image_id, name, name.rpartition(".")[0]):
         if stem in images:
@@ -318,7 +287,7 @@ def _find_image(
 
 
 def _header_size(path: Path, xml: Path) -> tuple[int, int]:
-    """Width and height from the image file, for annotations that do not say."""
+    """Width and height from the image file, for annotations without <size>."""
     try:
         with Image.open(path) as image:
             return image.size
@@ -328,27 +297,40 @@ def _header_size(path: Path, xml: Path) -> tuple[int, int]:
         ) from None
 
 
+def _annotation(image_id: str, path: Path, record: Record, label_of: dict[str, int]) -> Annotation:
+    width, height = record.size or _header_size(path, record.xml)
+    return Annotation(
+        image_id,
+        path,
+        width,
+        height,
+        boxes=np.array(record.boxes, dtype=np.float64).reshape(-1, 4),
+        labels=np.array([label_of[name] for name in record.labelled], dtype=np.int64),
+        difficult=np.array(record.difficult, dtype=bool),
+    )
+
+
 def _class_list(
-    given: Sequence[str] | None, records: Sequence[Record], split_file: Path
+    class_names: Sequence[str] | None, records: Sequence[Record], split_file: Path
 ) -> tuple[str, ...]:
-    """The given classes, checked against the files, or those found."""
-    found = {name for record in records for name in record.classes}
-    if not given:
-        if not found:
+    """The configured classes, checked against the files; without any, those in the files."""
+    annotated = {name for record in records for name in record.classes}
+    if not class_names:
+        if not annotated:
             raise UserError(
                 f"{split_file}: none of its annotations has an object: set DATASETS.CLASSES"
             )
-        return tuple(sorted(found))
-    names = tuple(given)
+        return tuple(sorted(annotated))
+    names = tuple(class_names)
     if len(set(names)) < len(names):
-        raise UserError(f"the class list (DATASETS.CLASSES) has one twice: {', '.join(names)}")
-    if not found <= set(names):
+        raise UserError(f"the class list (DATASETS.CLASSES) has a name twice: {', '.join(names)}")
+    if not annotated <= set(names):
         xml, name = next((r.xml, n) for r in records for n in r.classes if n not in names)
         close = difflib.get_close_matches(name, names, n=1)
         guess = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
             f"{xml}: class {name!r} is not in the class list ({', '.join(names)}): {guess}"
-            "mend the annotation or add the class (DATASETS.CLASSES; register_voc's class_names)"
+            "correct the annotation or add the class (DATASETS.CLASSES; register_voc's class_names)"
         )
     return names
 
@@ -356,24 +338,25 @@ def _class_list(
 def _split_file(root: Path, split: str) -> Path:
     path = root / "ImageSets" / "Main" / f"{split}.txt"
     if not path.is_file():
-        # Per-class files ("cat_train") after the real splits: a devkit has 60 of them.
-        there = sorted((p.stem for p in path.parent.glob("*.txt")), key=lambda s: ("_" in s, s))
-        raise UserError(f"{path}: no such split; there is: {_shorten(there, 8) or 'none'}")
+        # Names with "_" last: a devkit has 60 files for single classes, such as cat_train.
+        splits = sorted((p.stem for p in path.parent.glob("*.txt")), key=lambda s: ("_" in s, s))
+        raise UserError(f"{path}: no such split; there is: {_shorten(splits, 8) or 'none'}")
     return path
 
 
 def _read_ids(path: Path, known: Container[str]) -> list[str]:
-    """The image ids of a split file; a second column, as in the per-class files, is ignored."""
+    """The image ids of a split file. A second column, as in cat_train.txt, is ignored."""
     raw = path.read_bytes()
-    utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # PowerShell's `>`
+    # PowerShell's > writes UTF-16.
+    is_utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        lines = raw.decode("utf-16" if utf16 else "utf-8-sig").splitlines()
+        lines = raw.decode("utf-16" if is_utf16 else "utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 ({error}): save it as UTF-8") from None
-    # An id may contain a blank: a line that is an id as a whole is not cut.
+    # An id may contain a space: a line that is an id as a whole is not split into columns.
     ids = [s if s in known else s.split()[0] for line in lines if (s := line.strip())]
     if not ids:
-        raise UserError(f"{path}: the split is empty: write one image id a line")
+        raise UserError(f"{path}: the split is empty: write one image id per line")
     _check_unique(ids, str(path))
     return ids
 
@@ -383,8 +366,8 @@ def _shorten(items: Sequence[str], count: int) -> str:
 
 
 def _check_unique(ids: Sequence[str], where: str) -> None:
-    seen: set[str] = set()
+    earlier: set[str] = set()
     for image_id in ids:
-        if image_id in seen:
-            raise UserError(f"{where}: image id {image_id!r} occurs twice: remove one")
-        seen.add(image_id)
+        if image_id in earlier:
+            raise UserError(f"{where}: image id {image_id!r} occurs twice: remove one of them")
+        earlier.add(image_id)

@@ -1,4 +1,4 @@
-"""Parses a VOC annotation file: any tag order, optional tags, coordinates as floats."""
+"""Parses a VOC annotation file, with tags in any order and coordinates as floats."""
 
 import math
 import xml.etree.ElementTree as ET
@@ -11,17 +11,17 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 class Record(NamedTuple):
-    """What one XML file says.
+    """The contents of one XML file.
 
     Attributes:
         xml: The file.
-        filename: Its <filename>, empty when missing.
-        size: (width, height); None when the file does not say.
-        classes: Of all objects, in file order.
-        labelled: Classes of the objects with area, as `boxes` and `difficult`.
+        filename: Its <filename>; empty if missing.
+        size: (width, height) in pixels; None if missing.
+        classes: Classes of all objects, in file order.
+        labelled: Classes of the objects whose box has an area; parallel to `boxes` and `difficult`.
         boxes: Pixel edges x1, y1, x2, y2.
-        difficult: Objects that the evaluation ignores.
-        dropped: A name for each object without area.
+        difficult: Whether the evaluation ignores the object.
+        dropped: A description of each object whose box has no area.
     """
 
     xml: Path
@@ -38,16 +38,16 @@ def parse_annotation(xml: Path) -> Record:
     """Reads the file.
 
     Raises:
-        UserError: Not XML, not an annotation, or an object without class or with bad numbers; the
-            message names the file and the object.
+        UserError: The file is not XML or no annotation, or an object has no class or a bad number;
+            the message names the file and the object.
     """
     try:
         tree = ET.parse(xml).getroot()
     except ET.ParseError as error:
         line = error.position[0]
-        raise UserError(f"{xml}, line {line}: not well-formed XML ({error}): mend it") from None
+        raise UserError(f"{xml}, line {line}: not well-formed XML ({error}): repair it") from None
     except (OSError, LookupError, ValueError) as error:  # unreadable, or an unknown encoding
-        raise UserError(f"{xml}: cannot be read ({error}): save it anew as UTF-8") from None
+        raise UserError(f"{xml}: cannot be read ({error}): save it again as UTF-8") from None
     if tree.tag != "annotation":
         raise UserError(f"{xml}: starts with <{tree.tag}>, not <annotation>: not a VOC annotation")
     record = Record(xml, tree.findtext("filename") or "", _size(tree, xml), [], [], [], [], [])
@@ -72,7 +72,7 @@ def parse_annotation(xml: Path) -> Record:
 
 
 def _size(tree: ET.Element, xml: Path) -> tuple[int, int] | None:
-    """Width and height; None when the file does not say, or says 0 as some tools do."""
+    """Width and height; None if they are missing or, as some tools write them, 0."""
     size = tree.find("size")
     if size is None:
         return None
@@ -86,6 +86,6 @@ def _number(text: str | None, where: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        given = "missing" if text is None else repr(text.strip())
-        raise UserError(f"{where} is {given}: write a number")
+        shown = "missing" if text is None else repr(text.strip())
+        raise UserError(f"{where} is {shown}: write a number")
     return value

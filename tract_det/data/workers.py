@@ -1,4 +1,4 @@
-"""The DataLoader whose readers leave signals and random numbers alone."""
+"""A DataLoader whose worker processes leave signals and the training's random numbers alone."""
 
 import multiprocessing
 import os
@@ -19,7 +19,15 @@ def data_loader(
     *,
     persistent: bool,
 ) -> DataLoader:
-    """A DataLoader of `batches` of keys, whose readers leave signals and random numbers alone."""
+    """A DataLoader of batches of keys.
+
+    Args:
+        dataset: Indexed by the keys.
+        batches: An iterable of lists of keys: the batch sampler.
+        collate_fn: Makes a batch of a list of samples.
+        num_workers: Worker processes; 0: this process reads.
+        persistent: Whether the worker processes stay for the next iteration over the loader.
+    """
     return _Loader(
         dataset,
         batch_sampler=batches,
@@ -27,36 +35,36 @@ def data_loader(
         num_workers=num_workers,
         persistent_workers=persistent and num_workers > 0,
         prefetch_factor=4 if num_workers > 0 else None,
-        pin_memory=torch.cuda.is_initialized(),  # not on a CPU run beside a GPU
+        pin_memory=torch.cuda.is_initialized(),  # not for a run on the CPU of a machine with a GPU
         worker_init_fn=_init_worker,
-        # DataLoader draws a number at every start of an iteration. From a generator of its own:
-        # evaluating must not change the training's random numbers.
+        # At the start of every iteration DataLoader draws a number. With a generator of its own,
+        # an evaluation does not change the random numbers of the training.
         generator=torch.Generator(),
     )
 
 
 class _Loader(DataLoader):
-    """A DataLoader whose readers have SIGTERM blocked from their first instruction on.
+    """A DataLoader whose worker processes are started with SIGTERM blocked.
 
-    Blocked later, in `_init_worker`, it would reach the threads that libraries start in a reader
-    before.
+    If `_init_worker` blocked it, the signal would still reach the threads that libraries have
+    started in the worker process before.
     """
 
     def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         try:
             return super().__iter__()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
 def _init_worker(worker: int) -> None:
-    """Readers outlive Ctrl-C and SIGTERM: the training process finishes its step and saves.
+    """Lets a worker process survive Ctrl-C and SIGTERM, so that the training can finish its step.
 
-    A terminal and the deepspeed launcher send both signals to readers too; a reader that dies of
-    one makes the DataLoader raise in the middle of the step. SIGTERM from the training process
-    itself is how Python ends its readers at exit: that one is obeyed. (torch has set readers to one
-    thread each already.)
+    A terminal and the deepspeed launcher send both signals to worker processes too, and when one
+    dies of a signal the DataLoader raises in the middle of the step that the training process
+    wants to complete and save. A SIGTERM from the training process itself is obeyed: this is how
+    Python ends its worker processes at exit. (torch has already limited each to one thread.)
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -65,7 +73,7 @@ def _init_worker(worker: int) -> None:
 
 
 def _exit_with(parent: int) -> None:
-    """Ends this process at the first SIGTERM that `parent` sends; others are ignored."""
+    """Ends this process at the first SIGTERM from process `parent`, and ignores all others."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass
     os._exit(0)
