@@ -14,7 +14,7 @@ from tract_det import config, config_classification
 from tract_det.config import load_cfg
 from tract_det.config_common import DERIVED_DEEPSPEED_KEYS
 from tract_det.errors import UserError
-from tract_det.modeling.weights import Weights
+from tract_det.modeling.weight_files import Weights
 
 FOLDERS = {
     "train_net.py": ("BCCD-Detection", "PascalVOC-Detection", "detectron2", "quickstart"),
@@ -183,6 +183,7 @@ SMALL = REPO / "configs/CIFAR/cpu_small.yaml"
         (["SOLVER.STEM.OPTIMIZER", "sgd"], "SOLVER.STEM.OPTIMIZER is 'sgd': it takes one of"),
         (["SOLVER.BETAS", "0.9"], "SOLVER.BETAS takes two numbers"),
         (["MODEL.NORM", "FrozenBN"], "MODEL.NORM is 'FrozenBN'"),
+        (["MODEL.PATCH_NORM", "triple"], "MODEL.PATCH_NORM is 'triple': it takes one of "),
         (["MODEL.PIXEL_MEAN", "[1,2,3]"], "given together"),
         (["MODEL.EMA.DECAY", "1"], "MODEL.EMA.DECAY is 1.0"),
         (["TEST.BEST_METRIC", "ema.top1"], r"ema\.top1 needs MODEL\.EMA\.ENABLED True"),

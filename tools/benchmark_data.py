@@ -40,8 +40,8 @@ from tract_det.data.classification_transforms import classification_train
 from tract_det.data.images import read_rgb
 from tract_det.errors import UserError
 from tract_det.files import write_text
-from tract_det.modeling.weights import IMAGENET_MEAN as MEAN
-from tract_det.modeling.weights import IMAGENET_STD as STD
+from tract_det.pixels import IMAGENET_MEAN as MEAN
+from tract_det.pixels import IMAGENET_STD as STD
 
 SIZE = 224
 NORMALIZE = ([m / 255 for m in MEAN], [s / 255 for s in STD])

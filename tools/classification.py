@@ -16,19 +16,11 @@ from tract_det.data.classification import (
 from tract_det.data.classification_loaders import ImageBatches, classification_loader
 from tract_det.data.classification_transforms import Mix, classification_train
 from tract_det.errors import UserError
-from tract_det.modeling.classifiers import (
-    ClassifierWithLoss,
-    build_classifier,
-    check_image_size,
-)
-from tract_det.modeling.weights import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Weights,
-    input_variance,
-    load_into_classifier,
-    pixel_statistics,
-)
+from tract_det.modeling.classification_loss import ClassifierWithLoss
+from tract_det.modeling.classifiers import build_classifier, check_image_size
+from tract_det.modeling.loading import load_into_classifier
+from tract_det.modeling.weight_files import Weights
+from tract_det.pixels import IMAGENET_MEAN, IMAGENET_STD, input_variance, pixel_statistics
 
 
 @dataclass(frozen=True)
@@ -78,11 +70,12 @@ def statistics(cfg: CfgNode, weights: Weights | None) -> tuple[list[float], list
 
     Without standardisation, those that take them to [0, VALUE_RANGE].
     """
+    known, source = (weights.meta, weights.source) if weights else (None, "")
     if cfg.MODEL.STANDARDIZE:
-        return pixel_statistics(weights, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+        return pixel_statistics(known, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, source=source)
     mean, std = [0.0] * 3, [255.0 / cfg.MODEL.VALUE_RANGE] * 3
     try:
-        return pixel_statistics(weights, mean, std)
+        return pixel_statistics(known, mean, std, source=source)
     except UserError:
         assert weights is not None
         raise UserError(

@@ -21,7 +21,7 @@ from tract_det.engine.schedule import lambda_schedule, lr_schedule
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.files import write_text
-from tract_det.modeling.weights import LoadReport
+from tract_det.modeling.loading import LoadReport
 
 HERE = Path(__file__).resolve().parent.parent  # the checkout, or the installed package
 LambdaAt = Callable[[int], float | None]

@@ -18,8 +18,8 @@ import argparse
 from pathlib import Path
 
 from tract_det.errors import UserError
-from tract_det.modeling.convert import CHANNELS, FORMS, write_weights
-from tract_det.modeling.weights import Weights, read_weights
+from tract_det.modeling.choices import CHANNELS, FORMS
+from tract_det.modeling.weight_files import Weights, read_weights, write_weights
 
 _SUFFIXES = {".pth": "torchvision", ".safetensors": "timm", ".pkl": "detectron2"}
 

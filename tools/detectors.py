@@ -11,15 +11,11 @@ from tract_det.tools.common import plain, put_tract, say_loaded
 
 from tract_det import __version__
 from tract_det.errors import UserError
-from tract_det.modeling.faster_rcnn import BoxHeadOptions, ProposalOptions, build_faster_rcnn
-from tract_det.modeling.weights import (
-    LoadReport,
-    Weights,
-    input_variance,
-    load_into,
-    pixel_statistics,
-    read_weights,
-)
+from tract_det.modeling.faster_rcnn import build_faster_rcnn
+from tract_det.modeling.heads import BoxHeadOptions, ProposalOptions
+from tract_det.modeling.loading import LoadReport, load_into
+from tract_det.modeling.weight_files import Weights, read_weights
+from tract_det.pixels import input_variance, pixel_statistics
 
 Built = tuple[nn.Module, dict[str, Any], LoadReport | None]
 
@@ -83,7 +79,8 @@ def _torchvisions(
             f"MODEL.WEIGHTS {weights.source} is a detectron2 model's: set MODEL.DETECTRON2 as in "
             f"its training, CONFIG_FILE {weights.meta['detectron2'].get('CONFIG_FILE')}"
         )
-    mean, std = pixel_statistics(weights, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    known, source = (weights.meta, weights.source) if weights else (None, "")
+    mean, std = pixel_statistics(known, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, source=source)
     rpn, roi = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
     frozen = freeze_at(cfg, weights, strict=strict)
     model = build_faster_rcnn(

@@ -48,8 +48,8 @@ from tract_det.errors import UserError
 from tract_det.evaluation.classification import TopK
 from tract_det.evaluation.evaluators import write_json
 from tract_det.files import write_text
-from tract_det.modeling.classifiers import ClassifierWithLoss
-from tract_det.modeling.weights import read_weights
+from tract_det.modeling.classification_loss import ClassifierWithLoss
+from tract_det.modeling.weight_files import read_weights
 
 DEFAULT = common.HERE / "configs" / "CIFAR" / "cpu_small.yaml"
 

@@ -49,7 +49,8 @@ from tract_det.engine.run import Run
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator, format_table, write_json
-from tract_det.modeling.weights import Weights, input_variance
+from tract_det.modeling.weight_files import Weights
+from tract_det.pixels import input_variance
 from tract_det.visualize import Picture, detection_grid
 
 QUICK_START = HERE / "configs" / "quickstart" / "shapes.yaml"

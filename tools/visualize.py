@@ -12,7 +12,7 @@ from pathlib import Path
 from tract_det.cli import run
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
-from tract_det.modeling.weights import read_weights
+from tract_det.modeling.weight_files import read_weights
 from tract_det.visualize import stem_filters, training_curves
 
 

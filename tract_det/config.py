@@ -21,13 +21,7 @@ from tract_det.config_common import (
 )
 from tract_det.evaluation.metrics import METRICS
 from tract_det.evaluation.voc_ap import RULES
-
-BACKBONES = (
-    *(f"resnet{depth}_fpn" for depth in (18, 34, 50, 101, 152)),
-    "vgg16",
-    "vgg16_bn",
-)
-NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
+from tract_det.modeling.choices import BACKBONES, DETECTOR_NORMS
 
 
 def _model() -> CfgNode:
@@ -153,7 +147,7 @@ def validate(cfg: CfgNode) -> None:
     model, solver = cfg.MODEL, cfg.SOLVER
     check_common(cfg)
     one_of(cfg, "MODEL.BACKBONE.NAME", BACKBONES)
-    one_of(cfg, "MODEL.BACKBONE.NORM", NORMS)
+    one_of(cfg, "MODEL.BACKBONE.NORM", DETECTOR_NORMS)
     one_of(cfg, "TEST.VOC_RULE", RULES)
     one_of(cfg, "TEST.BEST_METRIC", METRICS)
     for key in ("TRAIN", "TEST", "CLASSES"):

@@ -21,9 +21,7 @@ from tract_det.config_common import (
 )
 from tract_det.data.choices import AUTO_AUGMENTS, CLASSIFICATION_SETS, CROPS, INTERPOLATIONS
 from tract_det.evaluation.metrics import CLASSIFICATION_METRICS
-
-NORMS = ("BN", "SyncBN", "GN")
-PATCH_NORMS = ("", "layer_norm", "dual")
+from tract_det.modeling.choices import CLASSIFIER_NORMS, LOSSES, PATCH_NORMS
 
 
 def _model() -> CfgNode:
@@ -153,9 +151,9 @@ def validate(cfg: CfgNode) -> None:
     """Refuses values out of range and contradictions, naming the key."""
     check_common(cfg)
     _check_data(cfg)
-    one_of(cfg, "MODEL.NORM", NORMS)
+    one_of(cfg, "MODEL.NORM", CLASSIFIER_NORMS)
     one_of(cfg, "MODEL.PATCH_NORM", PATCH_NORMS)
-    one_of(cfg, "MODEL.LOSS", ("ce", "bce"))
+    one_of(cfg, "MODEL.LOSS", LOSSES)
     one_of(cfg, "TEST.BEST_METRIC", CLASSIFICATION_METRICS)
     model, solver, ema = cfg.MODEL, cfg.SOLVER, cfg.MODEL.EMA
     require(

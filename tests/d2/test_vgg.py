@@ -17,7 +17,9 @@ from tract_det.d2 import VGG, VGGBoxHead, add_tract_config, apply_tract, config_
 from tract_det.errors import UserError
 from tract_det.modeling.backbones import build_vgg, freeze
 from tract_det.modeling.faster_rcnn import build_faster_rcnn
-from tract_det.modeling.weights import IMAGENET_MEAN, IMAGENET_STD, load_into, read_weights
+from tract_det.modeling.loading import load_into
+from tract_det.modeling.weight_files import read_weights
+from tract_det.pixels import IMAGENET_MEAN, IMAGENET_STD
 from tract_det.tract import TrActConv2d, TrActError
 
 STATISTICS = ["--pixel-mean", *map(str, IMAGENET_MEAN), "--pixel-std", *map(str, IMAGENET_STD)]

@@ -11,9 +11,10 @@ from tests.conftest import run_python
 from tract_det.d2 import build_detector, load_into, meta_of, pixel_statistics_of, read_weights
 from tract_det.errors import UserError
 from tract_det.modeling.faster_rcnn import build_faster_rcnn
-from tract_det.modeling.weights import IMAGENET_MEAN, IMAGENET_STD, Weights
-from tract_det.modeling.weights import load_into as into_ours
-from tract_det.modeling.weights import read_weights as read_ours
+from tract_det.modeling.loading import load_into as into_ours
+from tract_det.modeling.weight_files import Weights
+from tract_det.modeling.weight_files import read_weights as read_ours
+from tract_det.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 CLASSES = ("a", "b")
 R_50 = "PascalVOC-Detection/Base-R_50_FPN.yaml"

@@ -9,12 +9,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from tract_det import apply_tract, find_stem
 from tract_det.errors import UserError
 from tract_det.modeling.backbones import build_vgg
-from tract_det.modeling.faster_rcnn import (
-    BalancedSampler,
-    BoxHeadOptions,
-    ProposalOptions,
-    build_faster_rcnn,
-)
+from tract_det.modeling.faster_rcnn import build_faster_rcnn
+from tract_det.modeling.heads import BalancedSampler, BoxHeadOptions, ProposalOptions
 
 ANCHORS = (16, 32, 48, 64, 96)
 SMALL = {

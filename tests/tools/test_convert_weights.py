@@ -10,7 +10,7 @@ from tools.convert_weights import main
 from tract_det.engine.checkpoint import save_weights
 from tract_det.errors import UserError
 from tract_det.modeling.classifiers import build_classifier
-from tract_det.modeling.weights import read_weights
+from tract_det.modeling.weight_files import read_weights
 
 META = {
     "model": "resnet10",
@@ -55,7 +55,8 @@ def test_it_runs_as_a_command_and_its_error_is_one_line(pretrained, tmp_path):
     done = run_python(tool, "nowhere.pth", tmp_path / "w.pkl", cwd=tmp_path)
     assert done.returncode == 1
     assert (
-        done.stderr.startswith("error: IN nowhere.pth is no file") and done.stderr.count("\n") == 1
+        done.stderr.startswith("error: IN nowhere.pth is not a file")
+        and done.stderr.count("\n") == 1
     )
 
 

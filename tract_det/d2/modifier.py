@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from tract_det import tract
-from tract_det.modeling.weights import input_variance
+from tract_det.pixels import input_variance
 from tract_det.tract import TrActError, find_stem, set_image_sizes
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

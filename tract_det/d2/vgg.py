@@ -19,7 +19,8 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
 from tract_det.errors import UserError
-from tract_det.modeling.backbones import VGGHead, build_vgg
+from tract_det.modeling.backbones import build_vgg
+from tract_det.modeling.heads import VGGHead
 
 _DEPTHS = (11, 13, 16, 19)
 _CHANNELS = {"conv1": 64, "conv2": 128, "conv3": 256, "conv4": 512, "conv5": 512, "pool5": 512}

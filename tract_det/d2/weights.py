@@ -8,28 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from tract_det.errors import UserError
-from tract_det.modeling import convert
-from tract_det.modeling.weights import (
+from tract_det.modeling.detectron2_files import CAFFE2, is_detectron2, read_detectron2
+from tract_det.modeling.forms import flip_stem, is_resnet, is_vgg, to_form
+from tract_det.modeling.loading import LoadReport, load_matching
+from tract_det.modeling.weight_files import Weights, read_weights
+from tract_det.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    LoadReport,
-    Weights,
-    load_matching,
     pixel_statistics,
-    read_weights,
     rounded,
     same_statistics,
 )
 from tract_det.tract import find_stem
-
-_CAFFE2 = "Caffe2"
 
 
 def pixel_statistics_of(model: nn.Module) -> tuple[list[float], list[float]]:
@@ -61,10 +56,11 @@ def _strides_in_1x1(model: nn.Module) -> bool | None:
 
 
 def read(source: str) -> Weights:
-    """Reads what `modeling.weights.read_weights` does, and detectron2's files and addresses.
+    """Reads what `modeling.weight_files.read_weights` does, and detectron2's addresses.
 
-    A `.pkl` keeps detectron2's names and order of channels; what it says of itself is in `meta`:
-    `pixel_mean` and `pixel_std` (of RGB), `format`, `stride_in_1x1`, `author`.
+    A `.pkl` keeps detectron2's names and order of channels; what it says of itself, or is known of
+    its author, is in `meta`: `pixel_mean` and `pixel_std` (of RGB), `format`, `stride_in_1x1`,
+    `author`.
 
     Raises:
         UserError: it cannot be fetched or read, or would run code.
@@ -80,33 +76,11 @@ def read(source: str) -> Weights:
                 "the file"
             ) from error
     path = Path(where)
-    if not (path.is_file() and convert.is_detectron2(path)):
+    if not (path.is_file() and is_detectron2(path)):
         return read_weights(where)
-    content = convert.read_pickle(path, f"MODEL.WEIGHTS {source}")
-    return Weights(source, *_of_pickle(content, source))
-
-
-def _of_pickle(content: Any, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not isinstance(content, Mapping):
-        raise UserError(f"MODEL.WEIGHTS {source} holds no named arrays")
-    author = content.get("__author__")
-    arrays = content.get("model") if author else None
-    if arrays is None:  # of Detectron or Caffe2: the arrays themselves
-        arrays, author = content.get("blobs", content), _CAFFE2
-    state = {
-        str(key): torch.from_numpy(np.array(value))
-        for key, value in arrays.items()
-        if isinstance(value, np.ndarray) and not str(key).endswith("_momentum")
-    }
-    meta = {"author": str(author)} | _known(author, state) | dict(content.get("meta", {}))
-    step = -1 if content.get("FORMAT") == "BGR" else 1
-    for key, name in (("PIXEL_MEAN", "pixel_mean"), ("PIXEL_STD", "pixel_std")):
-        if key in content:
-            meta[name] = [float(value) for value in content[key]][::step]
-    for key, name in (("FORMAT", "format"), ("STRIDE_IN_1X1", "stride_in_1x1")):
-        if key in content:
-            meta[name] = content[key]
-    return state, meta
+    file = read_detectron2(path, f"MODEL.WEIGHTS {source}")
+    known = _known(file.meta.get("author"), file.state)
+    return Weights(source, file.state, known | file.meta)
 
 
 def _known(author: str | None, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -155,17 +129,17 @@ def load_into(
         _check_stride(model, weights, is_torchvision=False)
         return load_matching(model, own, weights.state)
     state = weights.state
-    is_torchvision = convert.is_resnet(state) or convert.is_vgg(state)
+    is_torchvision = is_resnet(state) or is_vgg(state)
     if is_torchvision:
-        state = convert.flip_stem(state) if model.input_format == "BGR" else state
-        state = convert.to_form(state, "detectron2", f"MODEL.WEIGHTS {weights.source}")
+        state = flip_stem(state) if model.input_format == "BGR" else state
+        state = to_form(state, "detectron2", f"MODEL.WEIGHTS {weights.source}")
     _check_pixels(model, weights, pixel_mean, pixel_std, is_known=not is_torchvision)
     _check_stride(model, weights, is_torchvision)
     if _knows_other_classes(weights, class_names):
         state = {k: v for k, v in state.items() if ".box_predictor" not in k and "cls_" not in k}
     state = {k: v for k, v in state.items() if not _is_constant(k) and v.isfinite().all()}
     with _quietly(align_and_update_state_dicts.__module__):
-        is_caffe2 = weights.meta.get("author") == _CAFFE2
+        is_caffe2 = weights.meta.get("author") == CAFFE2
         matched = align_and_update_state_dicts(own, state, c2_conversion=is_caffe2)
     misshapen = _check_fit(model, own, matched, weights)
     fitting = {key: value for key, value in matched.items() if key not in misshapen}
@@ -227,7 +201,7 @@ def _check_pixels(
             "input_format, pixel_mean, pixel_std), in MODEL.DETECTRON2.OPTS"
         )
     if mean or "pixel_mean" in weights.meta or not is_known:
-        theirs = pixel_statistics(weights, mean, std)
+        theirs = pixel_statistics(weights.meta, mean, std, source=weights.source)
         check_pixels(model, *theirs, f"MODEL.WEIGHTS {weights.source} was trained with")
 
 

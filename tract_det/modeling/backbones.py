@@ -1,4 +1,4 @@
-"""Backbones with torchvision's module names, their norms, and what `freeze_at` freezes."""
+"""Backbones of detectors, with torchvision's module names, and the freezing of their stages."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,10 +16,13 @@ _RESNET_STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("lay
 
 
 def norm_layer(name: str) -> Callable[[int], nn.Module]:
-    """The constructor of a norm, called with the number of channels.
+    """The constructor of a norm, to be called with the number of channels.
+
+    Args:
+        name: one of `choices.DETECTOR_NORMS`.
 
     Raises:
-        UserError: SyncBN without CUDA, which torch does not have.
+        UserError: SyncBN without CUDA, which torch does not support.
     """
     if name == "SyncBN" and not torch.cuda.is_available():
         raise UserError("MODEL.BACKBONE.NORM SyncBN needs CUDA: on a CPU take BN, FrozenBN or GN")
@@ -32,7 +35,7 @@ def norm_layer(name: str) -> Callable[[int], nn.Module]:
 
 
 def build_resnet_fpn(name: str, norm: str, out_channels: int) -> BackboneWithFPN:
-    """ResNet-18 to 152 with a feature pyramid of `out_channels` channels on five levels."""
+    """A ResNet-18 to 152 with a feature pyramid of `out_channels` channels on five levels."""
     resnet = getattr(torchvision.models, name)(weights=None, norm_layer=norm_layer(norm))
     width = resnet.inplanes // 8
     return BackboneWithFPN(
@@ -51,43 +54,28 @@ class VGGBackbone(nn.Module):
 
     def __init__(self, features: nn.Sequential) -> None:
         super().__init__()
-        self.features = features[:-1]  # without the last pooling: RoIAlign takes its place
+        self.features = features[:-1]  # RoIAlign takes the place of the last pooling
 
     def forward(self, images: Tensor) -> Tensor:
         """`(B, 3, H, W)` to `(B, 512, H / 16, W / 16)`."""
         return self.features(images)
 
 
-class VGGHead(nn.Module):
-    """fc6 and fc7 of VGG's classifier, with its dropout (Faster R-CNN, section 3.2)."""
-
-    def __init__(self, dropout: float, in_features: int = 512 * 7 * 7, width: int = 4096) -> None:
-        super().__init__()
-        self.fc6 = nn.Linear(in_features, width)
-        self.fc7 = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """`(boxes, 512, 7, 7)` to `(boxes, width)`."""
-        hidden = self.dropout(self.fc6(pooled.flatten(1)).relu())
-        return self.dropout(self.fc7(hidden).relu())
-
-
 def build_vgg(name: str, norm: str) -> VGGBackbone:
-    """VGG-16 with (`vgg16_bn`) or without (`vgg16`) norms."""
+    """A VGG-16 with (`vgg16_bn`) or without (`vgg16`) norms."""
     if norm != "BN" and not name.endswith("_bn"):
         raise UserError(f"MODEL.BACKBONE.NORM is {norm} but {name} has no norms: take {name}_bn")
     features = getattr(torchvision.models, name)(weights=None).features
     if norm != "BN":
-        make = norm_layer(norm)
+        new_norm = norm_layer(norm)
         for key, module in features.named_children():
             if isinstance(module, nn.BatchNorm2d):
-                setattr(features, key, make(module.num_features))
+                setattr(features, key, new_norm(module.num_features))
     return VGGBackbone(features)
 
 
 def _stages(backbone: nn.Module) -> list[list[nn.Module]]:
-    """Stem first; a VGG's stages are the blocks between its poolings."""
+    """The layers of each stage, from the stem on; the stages of a VGG end at its poolings."""
     if isinstance(backbone, BackboneWithFPN):
         return [[backbone.body[name] for name in names] for names in _RESNET_STAGES]
     stages: list[list[nn.Module]] = [[]]
@@ -99,18 +87,17 @@ def _stages(backbone: nn.Module) -> list[list[nn.Module]]:
 
 
 def freeze(backbone: nn.Module, freeze_at: int) -> None:
-    """Freezes the first `freeze_at` stages; their batch norms stop counting as well.
+    """Freezes the first stages; their batch norms keep their running statistics as well.
 
     Args:
         backbone: as `build_resnet_fpn` and `build_vgg` make it.
-        freeze_at: 0 to 5, with detectron2's meaning.
+        freeze_at: 0 = nothing, 1 = the stem, 2 = the stem and the first stage, ..., up to 5, as in
+            detectron2.
     """
-    for stage in _stages(backbone)[:freeze_at]:
-        for module in stage:
-            module.requires_grad_(False)
-    frozen = {
-        id(m) for stage in _stages(backbone)[:freeze_at] for top in stage for m in top.modules()
-    }
+    layers = [layer for stage in _stages(backbone)[:freeze_at] for layer in stage]
+    for layer in layers:
+        layer.requires_grad_(False)
+    frozen = {id(module) for layer in layers for module in layer.modules()}
     for parent in list(backbone.modules()):
         for name, child in parent.named_children():
             if id(child) in frozen and isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm):

@@ -1,8 +1,9 @@
-"""Activation checkpointing: a stage keeps its input, and computes the rest again in backward."""
+"""Activation checkpointing: a stage keeps only its input, and runs again in the backward pass."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,28 +14,28 @@ from tract_det.errors import UserError
 
 
 class CheckpointedSequential(nn.Sequential):
-    """`nn.Sequential` whose `spans` of layers keep their input alone in training.
+    """An `nn.Sequential` that checkpoints spans of its layers in training.
 
     Attributes:
-        spans: first layer and the one after the last, each; the layers between the spans keep their
+        spans: `(start, stop)` indices of layers, in order. Layers outside of every span keep their
             activations.
     """
 
     spans: tuple[tuple[int, int], ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
-        """The parent's."""
+        """The parent's output."""
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(input)
-        done, layers = 0, list(self)
+        position, layers = 0, list(self)
         for start, stop in self.spans:
-            input = _run(layers[done:start], input)
-            part = layers[start:stop]
+            input = _run(layers[position:start], input)
+            span = layers[start:stop]
             input = checkpoint(
-                partial(_run, part), input, use_reentrant=False, context_fn=partial(_contexts, part)
+                partial(_run, span), input, use_reentrant=False, context_fn=partial(_contexts, span)
             )
-            done = stop
-        return _run(layers[done:], input)
+            position = stop
+        return _run(layers[position:], input)
 
 
 def _run(layers: list[nn.Module], input: Tensor) -> Tensor:
@@ -46,13 +47,13 @@ def _run(layers: list[nn.Module], input: Tensor) -> Tensor:
 def _contexts(
     layers: list[nn.Module],
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Those of the forward pass and of its repetition."""
-    return nullcontext(), _without_counting(layers)
+    """The contexts of the forward pass, and of its repetition in the backward pass."""
+    return nullcontext(), _frozen_statistics(layers)
 
 
 @contextmanager
-def _without_counting(layers: list[nn.Module]) -> Iterator[None]:
-    """Batch norms leave their running statistics as they are: these have seen the batch already."""
+def _frozen_statistics(layers: list[nn.Module]) -> Iterator[None]:
+    """Keeps the running statistics of batch norms: they have counted this batch already."""
     norms = [
         (module, module.momentum, module.num_batches_tracked)
         for layer in layers
@@ -69,7 +70,7 @@ def _without_counting(layers: list[nn.Module]) -> Iterator[None]:
 
 
 def _vgg_spans(features: nn.Sequential) -> tuple[tuple[int, int], ...]:
-    """The blocks up to each pooling. The stem and its activation stay out: TrAct sums once."""
+    """The layers up to each pooling, without the stem and its activation: the stem runs once."""
     start = next(i for i, layer in enumerate(features) if isinstance(layer, nn.ReLU)) + 1
     ends = [i + 1 for i, layer in enumerate(features) if isinstance(layer, nn.MaxPool2d)]
     return tuple(zip([start, *ends[:-1]], ends, strict=True))
@@ -78,12 +79,12 @@ def _vgg_spans(features: nn.Sequential) -> tuple[tuple[int, int], ...]:
 def checkpoint_activations(model: nn.Module, name: str) -> None:
     """Makes one of torchvision's classifiers checkpoint its activations, in place.
 
-    ResNets and ViTs keep the input of each block, VGGs that of each stage, other models that of
-    each part of their `features`. The stem is never run twice. Keys, outputs, gradients and batch
-    norm statistics stay as they are.
+    ResNets and ViTs keep the input of each block, VGGs of each stage, and other models of each part
+    of their `features`. The stem never runs twice. Names, outputs, gradients and batch norm
+    statistics do not change.
 
     Raises:
-        UserError: the model has none of these.
+        UserError: the model has none of these parts.
     """
     if isinstance(model, VGG):
         stages = [(model.features, _vgg_spans(model.features))]
@@ -105,3 +106,19 @@ def checkpoint_activations(model: nn.Module, name: str) -> None:
     for part, spans in stages:
         part.__class__ = CheckpointedSequential
         part.spans = spans
+
+
+def checkpoint_timm(model: Any, name: str) -> None:
+    """Makes one of timm's classifiers checkpoint its activations, in place, as timm does it.
+
+    Its batch norms then count every batch twice.
+
+    Raises:
+        UserError: timm does not checkpoint this model.
+    """
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise UserError(
+            f"MODEL.CHECKPOINTING True: timm does not checkpoint {name}; set False"
+        ) from error

@@ -1,7 +1,7 @@
-"""Norms around a ViT's patch embedding: the neighbours that the TrAct paper compares TrAct with.
+"""Norms around a ViT's patch embedding, the related methods that the TrAct paper compares with.
 
-The embedding stays the convolution that it is, under its name, so that TrAct can be put on it as
-well: it then sees the normalised patches.
+The embedding stays a convolution under its own name, so that TrAct can be put on it as well: its
+input is then the normalised patches.
 """
 
 from typing import Any
@@ -12,19 +12,17 @@ from torchvision.models import VisionTransformer
 
 from tract_det.errors import UserError
 
-PATCH_NORMS = ("", "layer_norm", "dual")
-
-_EPS = 1e-6  # of ViTs' other layer norms
+_EPS = 1e-6  # as in the other layer norms of ViTs
 
 
 class PatchNorm(nn.LayerNorm):
-    """Layer norm of each raw patch: images to images, so that a convolution can follow.
+    """Layer norm of each raw patch; the output is an image again, for the convolution to follow.
 
     Args:
         channels: of the images.
-        patch_size: height and width, pixels; those of an image are multiples.
-        affine: whether it learns a scale and a shift of each of the patch's
-            `channels * height * width` values, which lie as in a convolution's weight.
+        patch_size: height and width in pixels, which must divide those of the images.
+        affine: whether to learn a scale and a shift for each of the `channels * height * width`
+            values of a patch, in the order of a convolution's weight.
     """
 
     def __init__(self, channels: int, patch_size: tuple[int, int], *, affine: bool) -> None:
@@ -59,15 +57,15 @@ class _NormedVisionTransformer(VisionTransformer):
 
 
 def add_patch_norm(model: nn.Module, kind: str, name: str) -> None:
-    """Puts norms around a ViT's patch embedding, in place; its other keys stay as they are.
+    """Puts norms around a ViT's patch embedding, in place; the names of its tensors stay.
 
     Args:
         model: one of torchvision's ViTs, or a timm model whose `patch_embed` is a plain
             `PatchEmbed` (ViT, DeiT, DeiT-III, Swin, ...).
-        kind: "layer_norm" = each raw patch to mean 0 and variance 1, with nothing to learn: what
-            follows is linear and learns any scale and shift itself. "dual" = DualPatchNorm (Kumar,
-            Dehghani, Houlsby, TMLR 2023): a layer norm before and one after the embedding, both
-            with scale and shift; an embedding that has a norm already keeps its own.
+        kind: "layer_norm" = each raw patch to mean 0 and variance 1, without parameters: the
+            embedding is linear and can learn any scale and shift itself. "dual" = DualPatchNorm
+            (Kumar, Dehghani, Houlsby, TMLR 2023): a layer norm before and one after the embedding,
+            both with scale and shift; an embedding that already ends in a norm keeps it.
         name: of the model, for messages.
 
     Raises:
@@ -88,13 +86,13 @@ def add_patch_norm(model: nn.Module, kind: str, name: str) -> None:
         embed.patch_norm = _before(stem, dual)
     else:
         raise UserError(
-            f"MODEL.PATCH_NORM {kind}: {name} has no plain embedding of patches; leave it empty, "
+            f"MODEL.PATCH_NORM {kind}: {name} has no plain patch embedding; leave it empty, "
             "or take a ViT such as timm:deit3_small_patch16_224"
         )
 
 
 def _is_plain(embed: Any) -> bool:
-    """Whether it convolves the images as they are, and gives tokens with their channels last."""
+    """Whether it convolves the images without padding, and gives tokens with channels last."""
     if type(embed) is not timm.layers.PatchEmbed or embed.dynamic_img_pad:
         return False
     return embed.flatten or embed.output_fmt != timm.layers.Format.NCHW

@@ -1,4 +1,4 @@
-"""torchvision's ResNets, also of other widths and with one block a stage, with the same names."""
+"""torchvision's ResNets, also of other widths and with one block in each stage."""
 
 import torch
 import torchvision
@@ -22,7 +22,7 @@ _BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 class ScaledResNet(ResNet):
     """A ResNet whose stem has `width` channels, and whose stages have 1, 2, 4 and 8 times as many.
 
-    Modules, keys, forward pass and initialisation are torchvision's.
+    Module names, forward pass and initialisation are torchvision's.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ScaledResNet(ResNet):
         width: int = STEM_WIDTH,
         num_classes: int = 1000,
     ) -> None:
-        with torch.device("meta"):  # the parent has one width, and each of its layers is replaced
+        with torch.device("meta"):  # the parent's layers have a fixed width: all are replaced
             super().__init__(block, [1, 1, 1, 1])
         self.inplanes = width
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
@@ -49,7 +49,7 @@ class ScaledResNet(ResNet):
 
 
 def init_conv(conv: nn.Conv2d) -> nn.Conv2d:
-    """Draws the weight as torchvision's ResNets and VGGs do (He et al. 2015, by the fan-out)."""
+    """Draws the weight as torchvision's ResNets and VGGs do (He et al. 2015, fan-out)."""
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 
@@ -59,18 +59,18 @@ def build_resnet(name: str, num_classes: int = 1000, *, width: int = STEM_WIDTH)
 
     Args:
         name: torchvision's ("resnet18", "wide_resnet50_2", "resnext50_32x4d", ...), or "resnet10",
-            with one basic block a stage.
+            with one basic block in each stage.
         num_classes: of the head `fc`.
         width: channels of the stem.
 
     Raises:
-        UserError: a width of a ResNet that has its own.
+        UserError: the width is not the published one, and this ResNet takes no other.
     """
     if width == STEM_WIDTH and name != "resnet10":
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     if name not in _BLOCKS:
         raise UserError(
-            f"MODEL.WIDTH is {width}, but {name} has its own width: set 64, or MODEL.NAME to one "
-            f"of {', '.join(_BLOCKS)}"
+            f"MODEL.WIDTH is {width}, but {name} has a fixed width: set {STEM_WIDTH}, or "
+            f"MODEL.NAME to one of {', '.join(_BLOCKS)}"
         )
     return ScaledResNet(*_BLOCKS[name], width=width, num_classes=num_classes)

@@ -1,7 +1,7 @@
-"""The forms for images of CIFAR's size: a stem that keeps their size, since there is none to lose.
+"""The forms of models for images of CIFAR's size, whose stem must not make them any smaller.
 
-They are those of https://github.com/weiaicunzai/pytorch-cifar100, by whose recipe the TrAct paper
-trains, as far as a stem goes; the rest, and all names, are the library's.
+The stems are those of https://github.com/weiaicunzai/pytorch-cifar100, whose recipe the TrAct paper
+trains by. The rest of each model, and all names, are the library's.
 """
 
 from typing import NamedTuple
@@ -28,12 +28,12 @@ from tract_det.modeling.resnets import init_conv
 
 
 class _Form(NamedTuple):
-    """What becomes of a model's layers, by their names.
+    """The layers of a model that change, by their names.
 
     Attributes:
-        stem: becomes a 3x3/1 convolution; one that is 3x3 keeps its weight.
-        whole: convolutions and poolings that keep the size from now on.
-        skipped: poolings that are left out.
+        stem: the convolution that becomes 3x3/1; it keeps its weight if it is 3x3 already.
+        whole: convolutions and poolings that get stride 1, and padding to keep the size.
+        skipped: poolings that become the identity.
     """
 
     stem: str
@@ -90,12 +90,12 @@ def make_small(model: nn.Module, name: str, num_classes: int) -> None:
         nn.init.normal_(model.classifier.weight, 0, 0.01)
         nn.init.zeros_(model.classifier.bias)
         return
-    form = next((form for kind, form in _FORMS.items() if isinstance(model, kind)), None)
+    form = next((form for cls, form in _FORMS.items() if isinstance(model, cls)), None)
     if form is None or type(model.get_submodule(form.stem)) is not nn.Conv2d:
-        kinds = ", ".join(sorted({kind.__name__ for kind in (*_FORMS, VGG)}))
+        classes = ", ".join(sorted({cls.__name__ for cls in (*_FORMS, VGG)}))
         raise UserError(
             f"MODEL.SMALL_IMAGES True: {name} has no form for small images; take one of timm's "
-            f"ViTs, or a model whose class is one of {kinds}"
+            f"ViTs, or a model whose class is one of {classes}"
         )
     _replace(model, form.stem, _small_stem(model.get_submodule(form.stem)))
     for layer in form.whole:

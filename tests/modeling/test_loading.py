@@ -7,19 +7,11 @@ from torch import nn
 
 from tract_det.engine.checkpoint import save_weights
 from tract_det.errors import UserError
-from tract_det.modeling.backbones import VGGHead
 from tract_det.modeling.classifiers import build_classifier
-from tract_det.modeling.faster_rcnn import BoxHeadOptions, build_faster_rcnn
-from tract_det.modeling.weights import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Weights,
-    input_variance,
-    load_into,
-    load_into_classifier,
-    pixel_statistics,
-    read_weights,
-)
+from tract_det.modeling.faster_rcnn import build_faster_rcnn
+from tract_det.modeling.heads import BoxHeadOptions, VGGHead
+from tract_det.modeling.loading import load_into, load_into_classifier
+from tract_det.modeling.weight_files import Weights, read_weights
 
 CLASSES = ["a", "b"]
 
@@ -123,20 +115,6 @@ def test_a_detector_of_other_classes_keeps_its_predictor_to_itself(tmp_path):
         load_into(small(), weights, CLASSES, strict=True)
 
 
-def test_the_weights_own_pixel_statistics_rule():
-    weights = Weights("w.pth", {}, {"pixel_mean": [1.0, 2.0, 3.0], "pixel_std": [4.0, 5.0, 6.0]})
-    assert pixel_statistics(weights, [], []) == ([1, 2, 3], [4, 5, 6])
-    assert pixel_statistics(weights, [1, 2, 3], [4, 5, 6]) == ([1, 2, 3], [4, 5, 6])
-    with pytest.raises(UserError, match=r"MODEL.PIXEL_MEAN .* not those that w.pth"):
-        pixel_statistics(weights, [1, 2, 3], [1, 1, 1])
-
-
-def test_unknown_pixel_statistics_are_asked_for_not_guessed():
-    with pytest.raises(UserError, match=r"set MODEL\.PIXEL_MEAN and MODEL\.PIXEL_STD"):
-        pixel_statistics(Weights("w.pth", {}, {}), [], [])
-    assert pixel_statistics(None, [], []) == (list(IMAGENET_MEAN), list(IMAGENET_STD))
-
-
 def test_torchvisions_presets_give_their_statistics(monkeypatch):
     entry = torchvision.models.VGG16_Weights.IMAGENET1K_FEATURES
     monkeypatch.setattr(type(entry), "get_state_dict", lambda *_, **__: {})
@@ -148,7 +126,7 @@ def test_torchvisions_presets_give_their_statistics(monkeypatch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: None, "is no file"),
+        (lambda p: None, "is not a file"),
         (lambda p: p.write_bytes(b"not a checkpoint"), "cannot be read"),
         (lambda p: torch.save([1, 2], p), "no state dict"),
         (lambda p: torch.save(nn.Linear(2, 2), p), "cannot be read"),  # would run code
@@ -174,12 +152,6 @@ def test_another_architecture_is_refused(file):
         load_into(small(norm="GN"), read_weights(file), CLASSES)
     with pytest.raises(UserError, match="is a classifier"):
         load_into(small(), read_weights(file), CLASSES, strict=True)
-
-
-def test_lambda_grows_with_the_square_of_the_inputs_scale():
-    assert input_variance(IMAGENET_STD) == pytest.approx(1)
-    assert input_variance([value / 2 for value in IMAGENET_STD]) == pytest.approx(4)
-    assert input_variance([1.0, 1.0, 1.0]) == pytest.approx(3321, rel=1e-3)
 
 
 def classifier_weights(model, **meta):

@@ -1,0 +1,188 @@
+"""Files of weights, and the pixel statistics that travel in them.
+
+A file of this project is `{"model": state_dict, "meta": {...}}`. Files for other libraries say
+which pixels their weights expect in a way that the library itself ignores: a `.pth` is a plain
+state dict with an attribute `meta`, a `.safetensors` file has metadata, and detectron2's `.pkl` has
+keys of its own (`detectron2_files`). No reader runs code from a file
+(`torch.load(..., weights_only=True)`), since checkpoints come from the internet.
+"""
+
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import safetensors
+import safetensors.torch
+import torch
+import torchvision
+
+from tract_det.errors import UserError
+from tract_det.files import atomically
+from tract_det.modeling.detectron2_files import (
+    Meta,
+    is_detectron2,
+    read_as_torchvision,
+    write_detectron2,
+)
+from tract_det.modeling.forms import State, flip_stem, to_form, to_torchvision
+
+_METADATA = "tract_det"  # our entry in the metadata of .safetensors files
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A state dict and what is known of it.
+
+    Attributes:
+        source: file or name, for messages.
+        state: name to tensor, on the CPU.
+        meta: `pixel_mean` and `pixel_std` (RGB in [0, 255]), `class_names`, ..., without the keys
+            that are not known.
+    """
+
+    source: str
+    state: State
+    meta: Meta
+
+    @property
+    def is_detector(self) -> bool:
+        """Whether these are the weights of a whole detector, not of a classifier."""
+        return any(key.startswith("roi_heads.") for key in self.state)
+
+
+def read_weights(
+    source: str, *, key: str = "MODEL.WEIGHTS", channels: str = "", stride_in_3x3: bool = False
+) -> Weights:
+    """Reads a file, or one of torchvision's weights by its name (`ResNet50_Weights.IMAGENET1K_V2`).
+
+    A file is one of torch's, `.safetensors`, or detectron2's `.pkl`; the tensors of the latter get
+    torchvision's names, and a stem for BGR is turned for RGB.
+
+    Args:
+        source: the file or name.
+        key: the option that the user gave it with, for messages.
+        channels: as in `read_as_torchvision`.
+        stride_in_3x3: likewise.
+
+    Raises:
+        UserError: the file is missing, is not a state dict, or would run code; the name is unknown;
+            there is no network.
+    """
+    path, where = Path(source), f"{key} {source}"
+    if "_Weights." in source and not path.exists():
+        return _torchvision_weights(source, key)
+    if not path.is_file():
+        raise UserError(
+            f"{where} is not a file: give a file, or one of torchvision's names like "
+            "ResNet50_Weights.IMAGENET1K_V2"
+        )
+    if is_detectron2(path):
+        state, meta = read_as_torchvision(
+            path, where, channels=channels, stride_in_3x3=stride_in_3x3
+        )
+    elif path.suffix == ".safetensors":
+        state, meta = _read_safetensors(path, where)
+    else:
+        state, meta = _read_torch(path, where)
+    return Weights(source, state, meta)
+
+
+def write_weights(
+    path: Path, state: State, meta: Meta, form: str, *, channels: str = "RGB", source: str = ""
+) -> list[str]:
+    """Writes a classifier as a library reads it; returns the names that its tensors have there.
+
+    Args:
+        path: `.pkl` for detectron2, `.safetensors` or `.pth` for timm, `.pth` for torchvision.
+        state: for RGB, with torchvision's names, or timm's.
+        meta: with `pixel_mean` and `pixel_std`, of RGB in [0, 255].
+        form: one of `choices.FORMS`.
+        channels: the order of channels that the written network takes. Only detectron2's files
+            record it.
+        source: where the tensors come from, for messages.
+
+    Raises:
+        UserError: the library has no such model, or the file cannot be written.
+    """
+    if channels == "BGR":
+        state = flip_stem(to_torchvision(state))
+    renamed = to_form(state, form, source, str(meta.get("model", "")))
+    if form == "detectron2":
+        write_detectron2(path, renamed, meta, channels, source)
+        return list(renamed)
+    tensors = OrderedDict((key, tensor.contiguous()) for key, tensor in renamed.items())
+    if path.suffix == ".safetensors":
+        # safetensors sorts the names: the order of the state dict is kept beside them.
+        record = json.dumps({"keys": list(tensors), "meta": meta})
+        metadata = {"format": "pt", _METADATA: record}
+        atomically(
+            path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata)
+        )
+    else:
+        tensors.meta = dict(meta)  # type: ignore[attr-defined]
+        atomically(path, lambda temporary: torch.save(tensors, temporary))
+    return list(renamed)
+
+
+def _torchvision_weights(name: str, key: str) -> Weights:
+    try:
+        entry = torchvision.models.get_weight(name)
+    except (ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"{key} {name}: torchvision has no such weights") from error
+    preset = entry.transforms()
+    meta = {}
+    if hasattr(preset, "mean"):
+        meta = {
+            "pixel_mean": [255 * value for value in preset.mean],
+            "pixel_std": [255 * value for value in preset.std],
+        }
+    try:
+        return Weights(name, dict(entry.get_state_dict(check_hash=True)), meta)
+    except (URLError, OSError) as error:
+        raise UserError(
+            f"{key} {name} cannot be downloaded ({error}): fetch {entry.url} elsewhere and "
+            f"put it into {torch.hub.get_dir()}/checkpoints"
+        ) from error
+
+
+def _read_safetensors(path: Path, source: str) -> tuple[State, Meta]:
+    """The tensors, in the order of the state dict where this project wrote the file."""
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{source} cannot be read as a file of tensors: {error}") from error
+    order = [key for key in record.get("keys", []) if key in state]
+    return {key: state[key] for key in dict.fromkeys([*order, *state])}, record.get("meta", {})
+
+
+def _read_torch(path: Path, source: str) -> tuple[State, Meta]:
+    """The state dict of a torch file, bare or under `model` or `state_dict`, and its `meta`."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise almost anything
+        raise UserError(
+            f"{source} cannot be read as a file of tensors: {' '.join(str(error).split())[:200]}"
+        ) from error
+    meta = _torch_meta(content)
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
+        raise UserError(f"{source} holds no state dict (names and tensors)")
+    # DistributedDataParallel puts `module.` in front of every name.
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}, meta
+
+
+def _torch_meta(content: Any) -> Meta:
+    """The `meta` inside a file of this project, or beside the tensors of a plain state dict."""
+    if not isinstance(content, dict):
+        return {}
+    for meta in (content.get("meta"), getattr(content, "meta", None)):
+        if isinstance(meta, dict):
+            return meta
+    return {}

@@ -1,0 +1,73 @@
+"""Pixel statistics: the mean and standard deviation that a model standardises its images with.
+
+All statistics are of RGB channels, in units of [0, 255].
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tract_det.errors import UserError
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+def pixel_statistics(
+    known: Mapping[str, Any] | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    source: str = "",
+) -> tuple[list[float], list[float]]:
+    """The mean and standard deviation that a model has to standardise its images with.
+
+    Args:
+        known: the `meta` of the weights, with `pixel_mean` and `pixel_std` where the weights' file
+            says so; None for random weights.
+        mean: as configured; empty = the weights' own, or ImageNet's for random weights.
+        std: as configured, likewise.
+        source: file or name of the weights, for messages.
+
+    Raises:
+        UserError: the configured statistics differ from the weights' own, or neither says any.
+    """
+    if known is not None and "pixel_mean" in known:
+        own_mean, own_std = list(known["pixel_mean"]), list(known["pixel_std"])
+        if mean and not same_statistics([*mean, *std], [*own_mean, *own_std]):
+            raise UserError(
+                f"MODEL.PIXEL_MEAN {list(mean)} and MODEL.PIXEL_STD {list(std)} differ from the "
+                f"statistics that {source} was trained with, {rounded(own_mean)} and "
+                f"{rounded(own_std)}: leave both keys out"
+            )
+        return own_mean, own_std
+    if mean:
+        return list(mean), list(std)
+    if known is not None:
+        raise UserError(
+            f"MODEL.WEIGHTS {source} does not say which pixel statistics it was trained with: set "
+            "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD (RGB in [0, 255]; torchvision's classifiers: "
+            f"{list(IMAGENET_MEAN)} and {list(IMAGENET_STD)})"
+        )
+    return list(IMAGENET_MEAN), list(IMAGENET_STD)
+
+
+def input_variance(std: Sequence[float]) -> float:
+    """The variance of a model's input, relative to input standardised with ImageNet's statistics.
+
+    TrAct's `lambda_` is meant for inputs of variance 1 and has to grow with this number: 1 for
+    ImageNet's statistics, about 3,300 for weights from Caffe, whose standard deviation is 1.
+
+    Args:
+        std: `MODEL.PIXEL_STD`, of RGB in [0, 255].
+    """
+    return sum((a / b) ** 2 for a, b in zip(IMAGENET_STD, std, strict=True)) / 3
+
+
+def same_statistics(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two sets of pixel statistics agree up to the number of digits written down."""
+    return all(abs(x - y) <= 1e-3 * max(1.0, abs(y)) for x, y in zip(a, b, strict=True))
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    """Three digits, for messages."""
+    return [round(float(value), 3) for value in values]
