@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,7 +10,12 @@ from PIL import Image
 
 REPO = Path(__file__).resolve().parent.parent
 
-torch.set_num_threads(1)  # the tests run in several processes, and tiny tensors gain nothing
+# The tests run in several processes, and tiny tensors gain nothing from threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+# Training runs inside the tests' own process leave its allocator alone.
+MALLOC = "MALLOC_TRIM_THRESHOLD_"
+os.environ.setdefault(MALLOC, "131072")
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def photo_like(generator, *shape):
 def run_python(*args, env=None, timeout=600, cwd=None):
     """Runs Python with these arguments; one thread a process unless `env` says otherwise."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(env or {})}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", MALLOC):
         environment.pop(name, None)
     return subprocess.run(
         [sys.executable, *map(str, args)],
@@ -113,15 +117,6 @@ def tiny_options(root, output, **changes):
     options = {**TINY, "DATASETS.ROOT": root, "OUTPUT_DIR": output}
     options.update({key.replace("__", "."): value for key, value in changes.items()})
     return [str(part) for pair in options.items() for part in pair]
-
-
-@pytest.fixture(scope="session")
-def train_net():
-    """tools/train_net.py as a module."""
-    spec = importlib.util.spec_from_file_location("train_net", REPO / "tools/train_net.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

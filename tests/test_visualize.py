@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tools.visualize import main
+from tract_det.cli import call
 from tract_det.engine.checkpoint import save_weights
 from tract_det.errors import UserError
 from tract_det.visualize import Picture, detection_grid, stem_filters, training_curves
@@ -139,7 +139,7 @@ def test_curves_and_filters_through_the_tool(tmp_path, figures, capsys):
     filters = torch.nn.Conv2d(3, 20, 7)
     save_weights(tmp_path / "b/model_final.pth", filters, {})
     out = tmp_path / "pictures"
-    main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)])
+    call("visualize", [str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)])
     assert f"{tmp_path / 'a'} has no model_final.pth yet" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["b-stem.png", "curves.png"]
 
@@ -198,5 +198,5 @@ def test_bad_input_is_refused_by_name_and_leaves_no_file(tmp_path):
     with pytest.raises(UserError, match=r"\(M, 3, kh, kw\)"):
         stem_filters(tmp_path / "s.png", np.zeros((4, 1, 3, 3)))
     with pytest.raises(UserError, match=r"same folder name \(run, run\)"):
-        main([str(tmp_path / "x/run"), str(tmp_path / "y/run")])
+        call("visualize", [str(tmp_path / "x/run"), str(tmp_path / "y/run")])
     assert not list(tmp_path.iterdir())

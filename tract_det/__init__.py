@@ -1,23 +1,28 @@
 """TrAct for detection: the first layer of a vision model learns from its pre-activations."""
 
-from tract_det.tract import (
-    TrActConv2d,
-    TrActError,
-    TrActLayer,
-    TrActLinear,
-    apply_tract,
-    find_stem,
-    patch_gram,
-    register_layer,
-    remove_tract,
-    set_image_sizes,
-    set_lambda,
-    set_micro_batches,
-    tract_conv2d,
-    tract_diagnostics,
-    tract_linear,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from tract_det.version import __version__
+
+if TYPE_CHECKING:
+    from tract_det.tract import (
+        TrActConv2d,
+        TrActError,
+        TrActLayer,
+        TrActLinear,
+        apply_tract,
+        find_stem,
+        patch_gram,
+        register_layer,
+        remove_tract,
+        set_image_sizes,
+        set_lambda,
+        set_micro_batches,
+        tract_conv2d,
+        tract_diagnostics,
+        tract_linear,
+    )
 
 __all__ = [
     "TrActConv2d",
@@ -37,3 +42,16 @@ __all__ = [
     "tract_diagnostics",
     "tract_linear",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the method, and torch with it, when a name of it is first used."""
+    if name not in __all__:
+        raise AttributeError(f"module 'tract_det' has no attribute '{name}'")
+    value = getattr(importlib.import_module("tract_det.tract"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

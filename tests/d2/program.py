@@ -1,8 +1,9 @@
-"""A detectron2 user's program: DefaultTrainer with TrAct, by detectron2's own launcher.
+"""A program of a detectron2 user: DefaultTrainer with TrAct, under detectron2's own launcher.
 
     python tests/d2/program.py ROOT CLASS,CLASS,... OUTPUT PROCESSES KEY VALUE ...
 
-Nothing in it depends on how a batch is spread: no flips, and every anchor and proposal is used.
+Its steps do not depend on how a batch is spread over processes: it has no flips, and it uses every
+anchor and proposal.
 """
 
 import json
@@ -19,7 +20,7 @@ from tract_det.d2 import VOCEvaluator, add_tract_config, config_file, register_v
 
 
 def create_ddp_model(model, **keywords):
-    """detectron2's names a GPU, which a model on the CPU refuses."""
+    """In place of detectron2's function, which passes a GPU number even for a model on the CPU."""
     if not torch.distributed.is_initialized():
         return model
     return DistributedDataParallel(model, broadcast_buffers=False)
@@ -37,10 +38,11 @@ def configure(output, classes, *pairs):
     cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE, cfg.MODEL.RPN.LOSS_WEIGHT = 20000, 50.0
     cfg.MODEL.RPN.NMS_THRESH, cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 1.0, 30
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 1000
-    cfg.MODEL.ROI_HEADS.PROPOSAL_APPEND_GT = False  # as many proposals in every image
+    cfg.MODEL.ROI_HEADS.PROPOSAL_APPEND_GT = False  # every image has the same number of proposals
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (96,), "none"
     cfg.DATALOADER.NUM_WORKERS = 0
-    # Small steps: rounding decides which pixel of a pooling window learns, and grows from there.
+    # Small steps: rounding decides which pixel of a pooling window gets the gradient, and the
+    # difference grows from step to step.
     cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS = 0.0003, 0
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 20, ()
     cfg.TEST.EVAL_PERIOD, cfg.SEED, cfg.OUTPUT_DIR = 0, 3, str(output)
@@ -61,21 +63,21 @@ def main(root, classes, output, pairs):
     default_setup(cfg, None)
     detectron2_defaults.create_ddp_model = create_ddp_model
     trainer = Trainer(cfg)
-    inner = getattr(trainer.model, "module", trainer.model)
-    stem = inner.backbone.bottom_up.stem.conv1
+    model = getattr(trainer.model, "module", trainer.model)
+    stem = model.backbone.bottom_up.stem.conv1
     before = stem.weight.detach().clone()
     trainer.train()
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     torch.save(
-        {"before": before, "model": inner.state_dict(), "layer": type(stem).__name__},
-        Path(output) / "found.pth",
+        {"before": before, "model": model.state_dict(), "layer": type(stem).__name__},
+        Path(output) / "trained.pth",
     )
-    (Path(output) / "found.json").write_text(json.dumps(trainer._last_eval_results))
+    (Path(output) / "figures.json").write_text(json.dumps(trainer._last_eval_results))
 
 
 if __name__ == "__main__":
     root, classes, output, processes, *pairs = sys.argv[1:]
-    words = (root, tuple(classes.split(",")), output, pairs)
+    arguments = (root, tuple(classes.split(",")), output, pairs)
     torch.set_num_threads(1)
-    launch(main, int(processes), dist_url="auto", args=words)
+    launch(main, int(processes), dist_url="auto", args=arguments)

@@ -1,4 +1,4 @@
-"""MODEL.TRACT in detectron2's configuration and registry, which stay what they were otherwise."""
+"""MODEL.TRACT in detectron2's configuration and registry, which otherwise do not change."""
 
 import copy
 import pickle
@@ -21,38 +21,38 @@ def has_tract(model):
     return any(isinstance(layer, TrActConv2d) for layer in model.modules())
 
 
-def test_spawned_workers_follow_the_cfg_that_they_are_handed(tmp_path):
-    done = run_python("tests/d2/worker.py", tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert found == {"rank0": "TrActConv2d", "rank1": "TrActConv2d"}
+def test_spawned_workers_follow_the_cfg_that_they_receive(tmp_path):
+    process = run_python("tests/d2/worker.py", tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    stems = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert stems == {"rank0": "TrActConv2d", "rank1": "TrActConv2d"}
 
 
-def test_the_registry_hands_out_what_acts_as_the_class():
-    found = META_ARCH_REGISTRY.get("GeneralizedRCNN")
-    assert isinstance(found, type) and issubclass(found, nn.Module)
-    assert found == GeneralizedRCNN and found.__name__ == "GeneralizedRCNN"
-    assert {found: 1}[GeneralizedRCNN] == 1
+def test_the_registry_returns_an_object_that_acts_as_the_class():
+    builder = META_ARCH_REGISTRY.get("GeneralizedRCNN")
+    assert isinstance(builder, type) and issubclass(builder, nn.Module)
+    assert builder == GeneralizedRCNN and builder.__name__ == "GeneralizedRCNN"
+    assert {builder: 1}[GeneralizedRCNN] == 1
 
-    class Derived(found):
+    class Derived(builder):
         pass
 
-    assert Derived.__mro__[1] is GeneralizedRCNN and issubclass(Derived, found)
-    assert pickle.loads(pickle.dumps(found)) == copy.deepcopy(found) == found
+    assert Derived.__mro__[1] is GeneralizedRCNN and issubclass(Derived, builder)
+    assert pickle.loads(pickle.dumps(builder)) == copy.deepcopy(builder) == builder
     with pytest.raises(KeyError, match="No object named 'X'"):
         META_ARCH_REGISTRY.get("X")
 
 
-def test_the_class_is_called_with_a_cfg_or_with_its_parts():
+def test_the_class_can_be_called_with_a_cfg_or_with_its_parts():
     cfg = tract_cfg(R_50, "MODEL.DEVICE", "meta")
-    found = META_ARCH_REGISTRY.get("GeneralizedRCNN")
+    builder = META_ARCH_REGISTRY.get("GeneralizedRCNN")
     with torch.device("meta"):
-        parts = found.from_config(cfg)
-        plain = found(**parts)
-        ours = [found(cfg), found(cfg=cfg)]
-    assert not has_tract(plain) and all(map(has_tract, ours))
-    assert all(isinstance(model, found) for model in (plain, *ours))
-    assert not isinstance(nn.Identity(), found)
+        parts = builder.from_config(cfg)
+        plain = builder(**parts)
+        models = [builder(cfg), builder(cfg=cfg)]
+    assert not has_tract(plain) and all(map(has_tract, models))
+    assert all(isinstance(model, builder) for model in (plain, *models))
+    assert not isinstance(nn.Identity(), builder)
 
 
 def test_a_function_may_be_registered():
@@ -66,10 +66,10 @@ def test_a_function_may_be_registered():
         del META_ARCH_REGISTRY._obj_map["build_mine"]
 
 
-def test_keys_that_are_there_stay():
+def test_existing_keys_keep_their_values():
     cfg = tract_cfg()
     cfg.MODEL.TRACT.LAMBDA, cfg.MODEL.VGG.DEPTH = 0.2, 19
-    del cfg.MODEL.TRACT["STEM"]  # as of a file that was merged before
+    del cfg.MODEL.TRACT["STEM"]  # as if a file without it had been merged before
     add_tract_config(cfg)
     assert cfg.MODEL.TRACT.ENABLED and cfg.MODEL.TRACT.LAMBDA == 0.2
     assert cfg.MODEL.TRACT.STEM == "" and cfg.MODEL.VGG.DEPTH == 19

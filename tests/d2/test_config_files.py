@@ -1,4 +1,4 @@
-"""Every config in detectron2's form loads, builds, and has the recipe of its like in ours."""
+"""Every config in detectron2's format loads, builds, and has the recipe of its twin in configs/."""
 
 import re
 from pathlib import Path
@@ -9,9 +9,11 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from tests.conftest import REPO
-from tract_det.config import load_cfg
+from tract_det.config.detection import load_cfg
 from tract_det.d2 import add_tract_config, config_file
 from tract_det.errors import UserError
+from tract_det.training.assembly import put_tract
+from tract_det.training.detectors import build_detector
 
 FOLDER = REPO / "tract_det/d2/configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
@@ -30,20 +32,20 @@ def test_there_are_three_arms_of_four_models_on_two_training_sets_and_their_base
     models = ("VGG_16", "VGG_16_BN", "R_50_FPN", "R_50_C4")
     expected = {f"faster_rcnn_{model}{arm}" for model in models for arm in arms}
     expected |= {f"Base-{model}" for model in (*models, "R_50")}
-    expected |= {"faster_rcnn_R_18_FPN", "faster_rcnn_R_18_FPN_tract"}  # of BCCD
+    expected |= {"faster_rcnn_R_18_FPN", "faster_rcnn_R_18_FPN_tract"}  # for BCCD
     assert {path.stem for path in CONFIGS} == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_config_does_what_its_first_lines_say(name):
-    opening = Path(config_file(name)).read_text().splitlines()
+def test_the_command_in_a_configs_first_lines_works(name):
+    header = Path(config_file(name)).read_text().splitlines()
     cfg = get_cfg()
     exec(
-        opening[1].removeprefix("#").strip(),
+        header[1].removeprefix("#").strip(),
         {"cfg": cfg, "add_tract_config": add_tract_config, "config_file": config_file},
     )
     assert f"output/detectron2/{name.removesuffix('.yaml')}" == cfg.OUTPUT_DIR
-    gpus = int(re.search(r"--num-gpus (\d)", opening[0])[1])
+    gpus = int(re.search(r"--num-gpus (\d)", header[0])[1])
     assert cfg.SOLVER.IMS_PER_BATCH % gpus == 0
 
 
@@ -59,11 +61,11 @@ def test_a_config_builds_its_model(name):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "_tract" in n])
 def test_a_tract_config_differs_from_its_control_by_tract_alone(name):
-    ours, theirs = load(name), load(name.replace("_tract", ""))
-    assert ours.MODEL.TRACT.ENABLED and not theirs.MODEL.TRACT.ENABLED
-    for cfg in (ours, theirs):
+    tract, control = load(name), load(name.replace("_tract", ""))
+    assert tract.MODEL.TRACT.ENABLED and not control.MODEL.TRACT.ENABLED
+    for cfg in (tract, control):
         cfg.MODEL.TRACT.ENABLED, cfg.OUTPUT_DIR = False, ""
-    assert ours == theirs
+    assert tract == control
 
 
 SHARED = {
@@ -92,8 +94,8 @@ VOC = [n for n in NAMES if n.startswith("PascalVOC") and (REPO / "configs" / n).
 
 
 @pytest.mark.parametrize("name", VOC)
-def test_a_config_has_the_recipe_of_its_like_in_configs(name):
-    theirs, ours = load(name), load_cfg(REPO / "configs" / name)
+def test_a_config_has_the_recipe_of_its_twin_in_configs(name):
+    d2_cfg, twin = load(name), load_cfg(REPO / "configs" / name)
 
     def shared(cfg):
         for place, keys in SHARED.items():
@@ -104,18 +106,18 @@ def test_a_config_has_the_recipe_of_its_like_in_configs(name):
                 plain = list(node[key]) if isinstance(node[key], tuple | list) else node[key]
                 yield f"{place}.{key}", plain
 
-    assert dict(shared(theirs)) == dict(shared(ours))
-    if "Base" not in name:  # there ours is -1, to choose
-        assert theirs.MODEL.BACKBONE.FREEZE_AT == ours.MODEL.BACKBONE.FREEZE_AT
-    anchors = theirs.MODEL.ANCHOR_GENERATOR
-    assert [size for level in anchors.SIZES for size in level] == ours.MODEL.ANCHOR_GENERATOR.SIZES
-    assert anchors.ASPECT_RATIOS == [ours.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS]
-    decay, bias = theirs.SOLVER.WEIGHT_DECAY, theirs.SOLVER.WEIGHT_DECAY_BIAS
-    assert (decay if bias is None else bias) == ours.SOLVER.WEIGHT_DECAY_BIAS
-    head = ours.MODEL.ROI_BOX_HEAD
-    width = theirs.MODEL.ROI_BOX_HEAD.FC_DIM
+    assert dict(shared(d2_cfg)) == dict(shared(twin))
+    if "Base" not in name:  # the twin of a base has -1, the default
+        assert d2_cfg.MODEL.BACKBONE.FREEZE_AT == twin.MODEL.BACKBONE.FREEZE_AT
+    anchors = d2_cfg.MODEL.ANCHOR_GENERATOR
+    assert [size for level in anchors.SIZES for size in level] == twin.MODEL.ANCHOR_GENERATOR.SIZES
+    assert anchors.ASPECT_RATIOS == [twin.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS]
+    decay, bias = d2_cfg.SOLVER.WEIGHT_DECAY, d2_cfg.SOLVER.WEIGHT_DECAY_BIAS
+    assert (decay if bias is None else bias) == twin.SOLVER.WEIGHT_DECAY_BIAS
+    head = twin.MODEL.ROI_BOX_HEAD
+    width = d2_cfg.MODEL.ROI_BOX_HEAD.FC_DIM
     assert width == (head.FC_DIM if "FPN" in name else 4096)
-    assert theirs.MODEL.VGG.DROPOUT == head.DROPOUT
+    assert d2_cfg.MODEL.VGG.DROPOUT == head.DROPOUT
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
@@ -125,31 +127,35 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         config_file("")
 
 
-OURS = sorted((REPO / "configs/detectron2").glob("*.yaml"))
+TRAINER_CONFIGS = sorted((REPO / "configs/detectron2").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", OURS, ids=lambda p: p.stem)
-def test_a_config_of_this_projects_trainer_builds_its_detectron2_model(path, train_net):
+@pytest.mark.parametrize("path", TRAINER_CONFIGS, ids=lambda p: p.stem)
+def test_a_config_of_this_projects_trainer_builds_its_detectron2_model(path):
     cfg = load_cfg(path)
     cfg.defrost()
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.BACKBONE.FREEZE_AT = max(0, cfg.MODEL.BACKBONE.FREEZE_AT)
-    model, meta = train_net.build_model(cfg, None, ("a", "b"), strict=False)
-    weight = next(p for k, p in model.named_parameters() if re.search(r"features\.0\.|stem\.", k))
+    built = build_detector(cfg, None, ("a", "b"), False)
+    put_tract(cfg, built.model, built.input_variance)
+    weight = next(
+        p for k, p in built.network.named_parameters() if re.search(r"features\.0\.|stem\.", k)
+    )
     assert weight.requires_grad == ("_frozen" not in path.stem)
-    assert any(hasattr(m, "tract") for m in model.modules()) == ("_tract" in path.stem)
-    assert meta["detectron2"]["CONFIG_FILE"] in NAMES
+    assert any(hasattr(m, "tract") for m in built.network.modules()) == ("_tract" in path.stem)
+    assert built.meta["detectron2"]["CONFIG_FILE"] in NAMES
 
 
-LIKE = [path for path in OURS if (REPO / "configs/PascalVOC-Detection" / path.name).is_file()]
+TWINS = REPO / "configs/PascalVOC-Detection"
+WITH_TWIN = [path for path in TRAINER_CONFIGS if (TWINS / path.name).is_file()]
 
 
-@pytest.mark.parametrize("path", LIKE, ids=lambda p: p.stem)
-def test_a_config_has_the_recipe_of_its_like_with_torchvisions_model(path):
-    ours, theirs = load_cfg(path), load_cfg(REPO / "configs/PascalVOC-Detection" / path.name)
-    for cfg in (ours, theirs):
-        cfg.defrost()
-        assert cfg.MODEL.pop("WEIGHTS") is not None
-        cfg.kept = [cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.TRACT.ENABLED]
-        cfg.MODEL, cfg.OUTPUT_DIR = None, ""
-    assert ours == theirs
+@pytest.mark.parametrize("path", WITH_TWIN, ids=lambda p: p.stem)
+def test_a_config_has_the_recipe_of_its_twin_with_torchvisions_model(path):
+    cfg, twin = load_cfg(path), load_cfg(TWINS / path.name)
+    for each in (cfg, twin):
+        each.defrost()
+        assert each.MODEL.pop("WEIGHTS") is not None
+        each.kept = [each.MODEL.BACKBONE.FREEZE_AT, each.MODEL.TRACT.ENABLED]
+        each.MODEL, each.OUTPUT_DIR = None, ""
+    assert cfg == twin

@@ -25,18 +25,17 @@ def name(voc_tree):
     MetadataCatalog.remove("test_data")
 
 
-def test_a_registered_split_is_what_detectron2_reads_itself(name, voc_tree):
+def test_a_registered_split_equals_what_detectron2_reads(name, voc_tree):
     expected = load_voc_instances(str(voc_tree), "train", CLASSES)
-    found = DatasetCatalog.get(name)
-    for one, other in zip(found, expected, strict=True):
-        assert one["image_id"] == other["image_id"]
-        assert (one["height"], one["width"]) == (other["height"], other["width"])
-        assert one["annotations"] == other["annotations"]
-        assert one["file_name"].endswith(".png")  # detectron2 knows .jpg alone
+    for record, other in zip(DatasetCatalog.get(name), expected, strict=True):
+        assert record["image_id"] == other["image_id"]
+        assert (record["height"], record["width"]) == (other["height"], other["width"])
+        assert record["annotations"] == other["annotations"]
+        assert record["file_name"].endswith(".png")  # detectron2 knows only .jpg
 
 
 def made_up_detections(name, generator):
-    """Jittered ground truth and noise; equal scores would be in no order in detectron2."""
+    """Jittered ground truth and noise, without equal scores: detectron2 does not order them."""
     outputs = []
     for record in DatasetCatalog.get(name):
         boxes = torch.tensor([a["bbox"] for a in record["annotations"]])
@@ -44,15 +43,15 @@ def made_up_detections(name, generator):
         boxes = torch.cat([boxes + torch.randn(2, 4, generator=generator) * 4] * 3)
         boxes[4:] += 12
         scores = torch.rand(6, generator=generator)
-        found = Instances((96, 96), pred_boxes=Boxes(boxes), scores=scores)
-        found.pred_classes = torch.cat([labels, labels, 1 - labels])
-        outputs.append(({"image_id": record["image_id"]}, {"instances": found}))
+        instances = Instances((96, 96), pred_boxes=Boxes(boxes), scores=scores)
+        instances.pred_classes = torch.cat([labels, labels, 1 - labels])
+        outputs.append(({"image_id": record["image_id"]}, {"instances": instances}))
     return outputs
 
 
 @pytest.fixture
 def complete(voc_tree, tmp_path):
-    """The tree with the optional tags without which detectron2's evaluator does not run."""
+    """A data set with the optional tags that detectron2's evaluator cannot do without."""
     shutil.copytree(voc_tree, tmp_path / "tree")
     for xml in (tmp_path / "tree/Annotations").iterdir():
         tags = "<pose>Unspecified</pose><truncated>0</truncated><difficult>"
@@ -63,32 +62,32 @@ def complete(voc_tree, tmp_path):
     MetadataCatalog.remove("test_complete")
 
 
-def test_figures_by_the_detectron2_rule_are_those_of_its_own_evaluator(complete, generator):
+def test_figures_by_the_detectron2_rule_are_those_of_detectron2s_evaluator(complete, generator):
     name = complete
-    theirs, ours = PascalVOCDetectionEvaluator(name), VOCEvaluator(name, rule="detectron2")
-    theirs.reset()
-    for one, output in made_up_detections(name, generator):
-        theirs.process([one], [output])
-        ours.process([one], [output])
-    expected, found = theirs.evaluate()["bbox"], ours.evaluate()
+    reference, evaluator = PascalVOCDetectionEvaluator(name), VOCEvaluator(name, rule="detectron2")
+    reference.reset()
+    for record, output in made_up_detections(name, generator):
+        reference.process([record], [output])
+        evaluator.process([record], [output])
+    expected, figures = reference.evaluate()["bbox"], evaluator.evaluate()
     assert 5 < expected["AP50"] < 95
-    assert found["voc_07"]["mAP"] == pytest.approx(expected["AP50"], abs=1e-6)  # year 2007
-    assert found["voc_07"]["mAP_50_95"] == pytest.approx(expected["AP"], abs=1e-6)
-    assert "disc" in ours.table and np.isfinite(found["voc_area"]["AP-box"])
+    assert figures["voc_07"]["mAP"] == pytest.approx(expected["AP50"], abs=1e-6)  # year 2007
+    assert figures["voc_07"]["mAP_50_95"] == pytest.approx(expected["AP"], abs=1e-6)
+    assert "disc" in evaluator.table and np.isfinite(figures["voc_area"]["AP-box"])
 
 
-def test_it_is_an_evaluator_for_inference_on_dataset(name, tmp_path):
+def test_inference_on_dataset_accepts_the_evaluator(name, tmp_path):
     class Perfect(torch.nn.Module):
         def forward(self, inputs):
-            return [{"instances": self.found[one["image_id"]]} for one in inputs]
+            return [{"instances": self.detections[record["image_id"]]} for record in inputs]
 
     model = Perfect()
-    model.found = {}
+    model.detections = {}
     for record in DatasetCatalog.get(name):
         boxes = torch.tensor([a["bbox"] for a in record["annotations"]])
-        found = Instances((96, 96), pred_boxes=Boxes(boxes), scores=torch.ones(len(boxes)))
-        found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
-        model.found[record["image_id"]] = found
+        instances = Instances((96, 96), pred_boxes=Boxes(boxes), scores=torch.ones(len(boxes)))
+        instances.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+        model.detections[record["image_id"]] = instances
     cfg = tract_cfg()
     cfg.DATALOADER.NUM_WORKERS = 0
     evaluator = VOCEvaluator(name, output_dir=tmp_path)
@@ -99,15 +98,15 @@ def test_it_is_an_evaluator_for_inference_on_dataset(name, tmp_path):
 
 def test_a_missing_image_is_an_error_not_a_lower_figure(name, generator):
     evaluator = VOCEvaluator(name)
-    for one, output in made_up_detections(name, generator)[1:]:
-        evaluator.process([one], [output])
+    for record, output in made_up_detections(name, generator)[1:]:
+        evaluator.process([record], [output])
     with pytest.raises(UserError, match="1 of 8 images were not evaluated"):
         evaluator.evaluate()
 
 
 @pytest.mark.parametrize("other", ["test_nowhere", "coco_2017_train"])
-def test_an_evaluator_of_no_voc_data_names_register_voc(other):
-    with pytest.raises(UserError, match=rf"'{other}' is no registered .*register_voc"):
+def test_an_evaluator_for_other_data_than_voc_names_register_voc(other):
+    with pytest.raises(UserError, match=rf"'{other}' is not a registered .*register_voc"):
         VOCEvaluator(other)
     assert "test_nowhere" not in MetadataCatalog
 
@@ -119,7 +118,7 @@ def test_class_names_are_a_sequence_of_names(classes, voc_tree):
     assert "test_refused" not in DatasetCatalog
 
 
-def test_a_class_that_is_not_in_the_list_says_where_it_is_given(voc_tree):
+def test_the_error_for_an_unknown_class_names_the_argument(voc_tree):
     register_voc("test_one_class", voc_tree, "train", ("disc",))
     try:
         with pytest.raises(UserError, match=r"'box' is not in .*register_voc's class_names"):

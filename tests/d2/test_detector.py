@@ -1,4 +1,4 @@
-"""The one detector interface in front of detectron2's models: theirs, with other words."""
+"""This project's detector interface in front of detectron2's models changes no result of theirs."""
 
 import copy
 
@@ -32,123 +32,124 @@ SMALL = [
 
 
 def made_up(generator, count=2):
-    """Images and targets in this project's form, and the same in detectron2's."""
-    ours, theirs = ([], []), []
-    for one in pixels(generator, *[(64, 96)] * count):
+    """Images and targets in this project's format, and the same batch in detectron2's."""
+    images, targets, inputs = [], [], []
+    for record in pixels(generator, *[(64, 96)] * count):
         corner = torch.rand(3, 2, generator=generator) * torch.tensor([50.0, 30.0])
         boxes = torch.cat([corner, corner + 20], 1)
         labels = torch.randint(1, 4, (3,), generator=generator)
-        ours[0].append(one["image"])
-        ours[1].append({"boxes": boxes, "labels": labels, "image_id": "x"})
+        images.append(record["image"])
+        targets.append({"boxes": boxes, "labels": labels, "image_id": "x"})
         instances = Instances((64, 96), gt_boxes=Boxes(boxes.clone()), gt_classes=labels - 1)
-        theirs.append({**one, "instances": instances})
-    return ours, theirs
+        inputs.append({**record, "instances": instances})
+    return (images, targets), inputs
 
 
 def pair(format="RGB", *pairs):
-    """The same weights behind detectron2's interface and behind ours."""
+    """A detector, and the detectron2 model with the same weights and its cfg."""
     torch.manual_seed(0)
     opts = [*SMALL, "INPUT.FORMAT", format, *pairs]
-    ours = build_detector(R_18, opts, num_classes=3, freeze_at=0, min_size=0)
+    detector = build_detector(R_18, opts, num_classes=3, freeze_at=0, min_size=0)
     cfg = get_cfg()
     add_tract_config(cfg)
     cfg.merge_from_file(config_file(R_18))
     cfg.merge_from_list([*opts, "MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", 3])
-    theirs = build_model(cfg)
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs, cfg
+    model = build_model(cfg)
+    model.load_state_dict(detector.state_dict())
+    return detector, model, cfg
 
 
 @pytest.mark.parametrize("format", ["RGB", "BGR"])
 def test_losses_and_detections_are_the_models_own(format, generator):
-    ours, theirs, _ = pair(format)
+    detector, model, _ = pair(format)
     (images, targets), inputs = made_up(generator)
-    for one in inputs if format == "BGR" else ():
-        one["image"] = one["image"].flip(0)
+    for record in inputs if format == "BGR" else ():
+        record["image"] = record["image"].flip(0)
     torch.manual_seed(1)
-    found = ours.train()(images, targets)
+    losses = detector.train()(images, targets)
     torch.manual_seed(1)
     with EventStorage():
-        expected = theirs.train()(inputs)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in found)
+        expected = model.train()(inputs)
+    assert losses.keys() == expected.keys()
+    assert all(torch.equal(losses[key], expected[key]) for key in losses)
     with torch.no_grad():
-        detections = ours.eval()(images)
-        outputs = theirs.eval()(inputs)
-    for one, output in zip(detections, outputs, strict=True):
-        theirs = output["instances"]
-        assert len(theirs) and torch.equal(one["boxes"], theirs.pred_boxes.tensor)
-        assert torch.equal(one["scores"], theirs.scores)
-        assert torch.equal(one["labels"], theirs.pred_classes + 1)
+        detections = detector.eval()(images)
+        outputs = model.eval()(inputs)
+    for image_detections, output in zip(detections, outputs, strict=True):
+        instances = output["instances"]
+        assert len(instances)
+        assert torch.equal(image_detections["boxes"], instances.pred_boxes.tensor)
+        assert torch.equal(image_detections["scores"], instances.scores)
+        assert torch.equal(image_detections["labels"], instances.pred_classes + 1)
 
 
-def test_detections_are_in_the_pixels_of_the_image_that_was_given(generator):
-    """Evaluated at half size, boxes come back at full size."""
-    ours, _, _ = pair()
-    ours.eval().test_size = (32, 1333)
+def test_detections_are_in_the_pixels_of_the_input_image(generator):
+    """If the model sees an image at half size, boxes come back at full size."""
+    detector, _, _ = pair()
+    detector.eval().test_size = (32, 1333)
     (images, _), _ = made_up(generator, 1)
     with torch.no_grad():
-        found = ours(images)[0]["boxes"]
-    assert found[:, 2].max() > 60 and found[:, 0::2].max() <= 96 and found[:, 1::2].max() <= 64
+        boxes = detector(images)[0]["boxes"]
+    assert boxes[:, 2].max() > 60 and boxes[:, 0::2].max() <= 96 and boxes[:, 1::2].max() <= 64
 
 
 def test_floating_point_images_are_in_the_unit_interval(generator):
-    ours, _, _ = pair()
+    detector, _, _ = pair()
     (images, _), _ = made_up(generator, 1)
     with torch.no_grad():
-        (a,), (b,) = (ours.eval()([x]) for x in (images[0], images[0].float() / 255))
+        (a,), (b,) = (detector.eval()([x]) for x in (images[0], images[0].float() / 255))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-def test_keys_and_names_stay_detectron2s():
-    ours, theirs, _ = pair()
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert type(ours).__name__ == "GeneralizedRCNN" and isinstance(ours, type(theirs))
-    assert as_detector(ours, min_size=0, max_size=0) is ours
-    copy.deepcopy(ours)
+def test_keys_and_class_names_stay_detectron2s():
+    detector, model, _ = pair()
+    assert list(detector.state_dict()) == list(model.state_dict())
+    assert type(detector).__name__ == "GeneralizedRCNN" and isinstance(detector, type(model))
+    assert as_detector(detector, min_size=0, max_size=0) is detector
+    copy.deepcopy(detector)
 
 
-def test_it_is_given_back_as_it_was(generator):
-    ours, theirs, _ = pair()
+def test_as_detectron2_undoes_as_detector(generator):
+    detector, model, _ = pair()
     _, inputs = made_up(generator)
-    again = as_detectron2(ours)
-    assert again is ours and type(again) is type(theirs)
-    assert not again.backbone._forward_hooks
+    restored = as_detectron2(detector)
+    assert restored is detector and type(restored) is type(model)
+    assert not restored.backbone._forward_hooks
     with torch.no_grad():
-        found, expected = again.eval()(inputs), theirs.eval()(inputs)
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one["instances"].scores, other["instances"].scores)
+        outputs, expected = restored.eval()(inputs), model.eval()(inputs)
+    for output, other in zip(outputs, expected, strict=True):
+        assert torch.equal(output["instances"].scores, other["instances"].scores)
 
 
 @pytest.fixture(scope="module")
 def process():
-    """A process group of this process alone, which DeepSpeed takes once."""
+    """A process group of this process alone; DeepSpeed accepts only one in a process."""
     ds.start("cpu")
     yield
     ds.stop()
 
 
 @pytest.mark.parametrize("tract", [False, True])
-def test_twenty_steps_in_our_trainer_have_the_losses_of_theirs(tract, generator, process):
-    """The same model, batches and random numbers: SimpleTrainer's losses and weights."""
-    ours, theirs, cfg = pair()
+def test_twenty_steps_have_the_losses_of_detectron2s_trainer(tract, generator, process):
+    """The same model, batches and random numbers give SimpleTrainer's losses and weights."""
+    detector, model, cfg = pair()
     if tract:
-        apply_tract(ours)
-        apply_tract(theirs)
-    made = [made_up(generator) for _ in range(20)]
-    optimizer = torch.optim.SGD(ours.parameters(), lr=0.01, momentum=0.9)
-    engine = ds.initialize(ours, optimizer, ds.ds_config(batch_size=2, accumulation=1))
-    found, expected = [], []
+        apply_tract(detector)
+        apply_tract(model)
+    batches = [made_up(generator) for _ in range(20)]
+    optimizer = torch.optim.SGD(detector.parameters(), lr=0.01, momentum=0.9)
+    engine = ds.initialize(detector, optimizer, ds.ds_config(batch_size=2, accumulation=1))
+    losses, expected = [], []
     torch.manual_seed(2)
     with StopSignal() as stop:
         train(
             engine,
-            [batch for batch, _ in made],
+            [batch for batch, _ in batches],
             start=0,
             max_iter=20,
             accumulation=1,
             lr_at=lambda step: 0.01,
-            after_step=lambda step: found.append(step.losses["loss"]),
+            after_step=lambda step: losses.append(step.losses["loss"]),
             stop=stop,
         )
     cfg.SOLVER.BASE_LR = 0.01
@@ -158,24 +159,24 @@ def test_twenty_steps_in_our_trainer_have_the_losses_of_theirs(tract, generator,
         def _write_metrics(self, loss_dict, *_, **__):
             expected.append(float(sum(loss_dict.values())))
 
-    trainer = Recorder(theirs, [batch for _, batch in made], build_optimizer(cfg, theirs))
+    trainer = Recorder(model, [batch for _, batch in batches], build_optimizer(cfg, model))
     torch.manual_seed(2)
     trainer.train(0, 20)
-    assert found == pytest.approx(expected, rel=1e-4) and len(found) == 20
-    for key, tensor in ours.state_dict().items():
-        torch.testing.assert_close(tensor, theirs.state_dict()[key], rtol=1e-4, atol=1e-5)
+    assert losses == pytest.approx(expected, rel=1e-4) and len(losses) == 20
+    for key, tensor in detector.state_dict().items():
+        torch.testing.assert_close(tensor, model.state_dict()[key], rtol=1e-4, atol=1e-5)
 
 
-def test_bf16_leaves_the_boxes_of_roialign_alone(generator):
-    """RoIAlign casts boxes to its features' type; they come out of the backbone in float32."""
-    ours, _, _ = pair()
-    seen = []
-    pooler = ours.roi_heads.box_pooler
-    pooler.register_forward_pre_hook(lambda _, args: seen.extend(x.dtype for x in args[0]))
+def test_bf16_does_not_round_the_boxes_of_roialign(generator):
+    """RoIAlign casts boxes to the type of its features; the backbone returns float32."""
+    detector, _, _ = pair()
+    dtypes = []
+    pooler = detector.roi_heads.box_pooler
+    pooler.register_forward_pre_hook(lambda _, args: dtypes.extend(x.dtype for x in args[0]))
     (images, targets), _ = made_up(generator)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = ours.train()(images, targets)
-    assert seen and set(seen) == {torch.float32}
+        losses = detector.train()(images, targets)
+    assert dtypes and set(dtypes) == {torch.float32}
     assert all(loss.isfinite() for loss in losses.values())
 
 
@@ -198,19 +199,23 @@ def test_other_detectors_train_and_detect(name, generator):
     stem = [p for n, p in model.named_parameters() if "stem.conv1.weight" in n]
     assert stem[0].grad.norm() > 0
     with torch.no_grad():
-        found = model.eval()(images)[0]
-    assert found.keys() == {"boxes", "scores", "labels"}
-    assert ((found["labels"] >= 1) & (found["labels"] <= 3)).all()
+        detections = model.eval()(images)[0]
+    assert detections.keys() == {"boxes", "scores", "labels"}
+    assert ((detections["labels"] >= 1) & (detections["labels"] <= 3)).all()
 
 
 @pytest.mark.parametrize(
     ("name", "opts", "message"),
     [
-        ("nowhere.yaml", [], "nowhere.yaml does not exist: name a file, or one of detectron2's"),
+        (
+            "nowhere.yaml",
+            [],
+            "nowhere.yaml does not exist: name a file, or a config of detectron2's",
+        ),
         (R_18, ["MODEL.NONSENSE", 1], r"MODEL\.DETECTRON2\.OPTS .*Non-existent"),
         (R_18, ["MODEL.RESNETS.DEPTH", 17], "builds no model"),
         ("Misc/semantic_R_50_FPN_1x.yaml", [], "learns to segment"),
-        ("COCO-Detection/rpn_R_50_FPN_1x.yaml", [], "finds proposals, no classes"),
+        ("COCO-Detection/rpn_R_50_FPN_1x.yaml", [], "predicts proposals without classes"),
         ("COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml", [], "takes proposals from a file"),
         ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", [], "MODEL.MASK_ON False"),
         ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py", [], "mask_in_features=null"),
@@ -218,7 +223,7 @@ def test_other_detectors_train_and_detect(name, generator):
         ("COCO-Detection/fcos_R_50_FPN_1x.py", ["head.none=1"], "builds no model: .*'none'"),
     ],
 )
-def test_what_cannot_be_trained_here_is_refused_in_one_line(name, opts, message):
+def test_models_that_cannot_be_trained_here_are_refused_in_one_line(name, opts, message):
     with pytest.raises(UserError, match=message) as caught:
         build_detector(name, opts, num_classes=3)
     assert "\n" not in str(caught.value)
@@ -230,7 +235,7 @@ def test_a_lazy_mask_rcnn_without_its_mask_head_is_a_detector():
     assert model.roi_heads.num_classes == 3
 
 
-def test_the_file_and_the_call_agree_on_what_is_frozen():
+def test_the_file_or_the_argument_decides_what_is_frozen():
     name = str(CONFIGS / "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
     for freeze_at, learns in ((None, False), (0, True), (1, False)):
         model = build_detector(name, num_classes=3, freeze_at=freeze_at)

@@ -1,4 +1,4 @@
-"""Whether detectron2 is there, and what is said where it is not."""
+"""Whether detectron2 is installed, and the errors if it is not."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ def test_the_other_tests_of_detectron2_run():
 
 
 def test_without_detectron2_the_package_imports_and_d2_says_what_is_missing():
-    """A finder that knows no detectron2 stands for a machine without it."""
+    """An import finder that refuses detectron2 stands for a machine without it."""
     code = """
 import sys
 
@@ -30,9 +30,10 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "tract_det.d2 needs detectron2, which is not installed" in found.stdout
-    assert "INSTALL" in found.stdout and found.stdout.count("\n") == 1
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "tract_det.d2 needs detectron2, which is not installed" in process.stdout
+    assert "INSTALL" in process.stdout and process.stdout.count("\n") == 1
 
 
 def test_without_detectron2_the_trainer_says_so_in_one_line(tmp_path):
@@ -40,9 +41,9 @@ def test_without_detectron2_the_trainer_says_so_in_one_line(tmp_path):
         "raise ModuleNotFoundError('No module named detectron2', name='detectron2')"
     )
     config = "configs/detectron2/faster_rcnn_R_18_FPN_tract.yaml"
-    done = run_python(
+    process = run_python(
         "tools/train_net.py", "--config-file", config, env={"PYTHONPATH": str(tmp_path)}
     )
-    assert done.returncode == 1
+    assert process.returncode == 1
     expected = "error: MODEL.DETECTRON2.CONFIG_FILE: tract_det.d2 needs detectron2, which is not"
-    assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1
+    assert process.stderr.startswith(expected) and process.stderr.count("\n") == 1

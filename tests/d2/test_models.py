@@ -1,4 +1,4 @@
-"""TrAct in every model that detectron2 ships: the same outputs and keys, TrAct's gradient."""
+"""In every model that detectron2 ships, TrAct changes the stem's gradient, not outputs or keys."""
 
 import copy
 
@@ -21,18 +21,18 @@ STEMS = ("backbone.bottom_up.stem.conv1", "backbone.stem.conv1")
 
 
 def backbone_of(cfg):
-    """What decides the backbone and its pixels, as text."""
+    """The settings that determine the backbone and its pixels, as text."""
     model = cfg.MODEL
     parts = (model.BACKBONE, model.RESNETS, model.FPN, model.PIXEL_STD, cfg.INPUT.FORMAT)
     return "\n".join(map(str, parts))
 
 
 def several_backbones():
-    """The first file of each backbone."""
-    found = {}
+    """The first file with each backbone."""
+    files = {}
     for path in YAML:
-        found.setdefault(backbone_of(tract_cfg(path)), path)
-    return sorted(found.values())
+        files.setdefault(backbone_of(tract_cfg(path)), path)
+    return sorted(files.values())
 
 
 def test_there_are_configs():
@@ -56,7 +56,7 @@ def test_a_yacs_model_gets_tract_on_its_stem_and_keeps_its_keys(path):
 def test_a_yacs_backbone_computes_the_same_and_its_stem_learns_by_tract(path, generator):
     torch.manual_seed(0)
     cfg = tract_cfg(path)
-    if not torch.cuda.is_available():  # what detectron2 has for GPUs alone, above the stem
+    if not torch.cuda.is_available():  # layers above the stem that detectron2 has only for GPUs
         cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False] * 4
         if cfg.MODEL.RESNETS.NORM == "SyncBN":
             cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = "BN"
@@ -66,16 +66,16 @@ def test_a_yacs_backbone_computes_the_same_and_its_stem_learns_by_tract(path, ge
 
 
 def check_backbone(model, images):
-    """The same outputs to the last bit, in training and evaluation; the oracle's gradient."""
+    """Outputs are the same to the last bit in training and evaluation; the gradient is TrAct's."""
     assert isinstance(model.get_submodule(find_stem(model)), TrActConv2d)
     plain = remove_tract(copy.deepcopy(model)).backbone
     for training in (True, False):
         torch.manual_seed(5)
         expected = plain.train(training)(images)
         torch.manual_seed(5)
-        found = model.backbone.train(training)(images)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in found)
+        features = model.backbone.train(training)(images)
+        assert features.keys() == expected.keys()
+        assert all(torch.equal(features[key], expected[key]) for key in features)
     model.backbone.train()
     assert error_of_stem(model.backbone, images) < 1e-5
 
@@ -139,7 +139,7 @@ def test_a_lazy_backbone_computes_the_same_and_its_stem_learns_by_tract(make, ge
     check_backbone(model, images)
 
 
-def test_frozen_stems_are_refused_with_the_words_to_write():
+def test_frozen_stems_are_refused_with_the_key_to_set():
     cfg = tract_cfg(CONFIGS / "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
     cfg.MODEL.BACKBONE.FREEZE_AT = 2
     with pytest.raises(TrActError, match=r"set MODEL\.BACKBONE\.FREEZE_AT 0$"):
@@ -157,40 +157,40 @@ def test_without_the_key_nothing_changes():
     with torch.device("meta"):
         model = build_model(cfg)
     assert not any(isinstance(layer, TrActConv2d) for layer in model.modules())
-    bare = get_cfg()  # never heard of TrAct
+    bare = get_cfg()  # without MODEL.TRACT
     bare.MODEL.DEVICE = "meta"
     with torch.device("meta"):
         build_model(bare)
 
 
 def test_lambda_is_in_units_of_standardised_pixels_whatever_the_model_divides_by(generator):
-    """Weights for BGR with std 1 and for standardised RGB: one network, one step in function."""
+    """Weights for BGR with std 1 and for standardised RGB are one network with the same step."""
     file = CONFIGS / "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"
     std = [57.375, 57.12, 58.395]  # BGR
     raw = build_model(tract_cfg(file))
     scaled = build_model(tract_cfg(file, "MODEL.PIXEL_STD", std))
-    one = build_model(tract_cfg(file, "MODEL.PIXEL_STD", [57.6] * 3))
+    uniform = build_model(tract_cfg(file, "MODEL.PIXEL_STD", [57.6] * 3))
     rgb = build_model(tract_cfg(file, "MODEL.PIXEL_STD", std[::-1], "INPUT.FORMAT", "RGB"))
-    stems = [model.backbone.stem.conv1 for model in (raw, scaled, one, rgb)]
+    stems = [model.backbone.stem.conv1 for model in (raw, scaled, uniform, rgb)]
     assert stems[1].lambda_ == stems[3].lambda_ == pytest.approx(0.1)
     assert stems[0].lambda_ == pytest.approx(0.1 * 57.6**2, rel=2e-3)
-    # With one std for all channels the two are the same network, to the last digit of lambda.
-    one.load_state_dict(raw.state_dict())
+    # With the same std for all channels the two are the same network, up to the digits of lambda.
+    uniform.load_state_dict(raw.state_dict())
     stems[2].weight.data *= 57.6
     updates = []
-    for model in (raw, one):
+    for model in (raw, uniform):
         model.double().train()
         model.pixel_mean, model.pixel_std = model.pixel_mean.double(), model.pixel_std.double()
         batch = model.preprocess_image(pixels(torch.Generator().manual_seed(0), (64, 64)))
         model.backbone(batch.tensor)["res4"].square().mean().backward()
         updates.append(model.backbone.stem.conv1.weight.grad)
-    # A step on weights for pixels s times smaller is s times the other: the same change of outputs.
+    # If pixels are s times smaller, a step s times larger changes the outputs by the same amount.
     assert float((updates[1] / 57.6 - updates[0]).norm() / updates[0].norm()) < 1e-3
 
 
 @pytest.mark.parametrize("keyword", [False, True])
 def test_padding_adds_no_patches(keyword, generator):
-    """Two images of different sizes at once: `N` counts the windows that see one of them."""
+    """In a batch of two image sizes, `N` counts the windows that see a part of an image."""
     cfg = tract_cfg(CONFIGS / "COCO-Detection/retinanet_R_50_FPN_1x.yaml")
     torch.manual_seed(0)
     model = build_model(cfg).train()
@@ -216,7 +216,7 @@ def test_padding_adds_no_patches(keyword, generator):
         with pytest.raises(StopError):
             model(batched_inputs=batch) if keyword else model(batch)
     counts = [n for _, n in sums]
-    # Stride 2; padded to multiples of 32. Two more windows see an image's end, if there is room.
+    # Stride 2, padded to multiples of 32. Two more windows see an image's end if padding follows.
     assert counts == [34 * 47 + 48 * 32, 32 * 47, 48 * 32]
     model.eval()
     with torch.no_grad(), pytest.raises(StopError):
@@ -237,10 +237,10 @@ def test_the_norm_inside_detectron2s_convolution_stays(generator):
     conv = model.backbone.bottom_up.stem.conv1
     assert isinstance(conv.norm, FrozenBatchNorm2d)
     assert "backbone.bottom_up.stem.conv1.norm.weight" in model.state_dict()
-    again = copy.deepcopy(model).backbone.bottom_up.stem.conv1
-    assert type(again) is type(conv) and again.lambda_ == conv.lambda_
-    seen = watched(conv)
-    assert not seen
+    copied = copy.deepcopy(model).backbone.bottom_up.stem.conv1
+    assert type(copied) is type(conv) and copied.lambda_ == conv.lambda_
+    record = watched(conv)
+    assert not record
 
 
 def test_a_layer_that_cannot_see_the_pixels_is_refused():

@@ -1,4 +1,4 @@
-"""VGG in detectron2: the network that torchvision has, frozen, loaded and trained as others are."""
+"""VGG in detectron2 is torchvision's network, and is frozen, loaded and trained as others are."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 
 from tests.conftest import photo_like
 from tests.reference import conv_gradient
-from tools.convert_weights import main as convert
+from tract_det.cli import call
 from tract_det.d2 import VGG, VGGBoxHead, add_tract_config, apply_tract, config_file
 from tract_det.errors import UserError
 from tract_det.modeling.backbones import build_vgg, freeze
@@ -26,7 +26,7 @@ STATISTICS = ["--pixel-mean", *map(str, IMAGENET_MEAN), "--pixel-std", *map(str,
 
 
 def config(name, *pairs):
-    """A config of the package on the CPU, changed by `KEY, VALUE` pairs."""
+    """A config of the package, on the CPU and changed by `KEY, VALUE` pairs."""
     cfg = get_cfg()
     add_tract_config(cfg)
     cfg.merge_from_file(config_file(f"PascalVOC-Detection/{name}.yaml"))
@@ -58,7 +58,7 @@ def build(cfg):
 
 
 def photographs(*sizes):
-    """RGB images in [0, 255], as a data loader gives them but not rounded, with one box each."""
+    """RGB images in [0, 255], as from a data loader but not rounded, each with a box."""
     generator = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     batch = []
@@ -72,33 +72,33 @@ def photographs(*sizes):
 
 
 def features(model, image):
-    """Of one of detectron2's models, whose `backbone` may be a pyramid."""
+    """Features of a detectron2 model, whose `backbone` may be a feature pyramid."""
     pixels = model.preprocess_image([{"image": image}]).tensor
     with torch.no_grad():
         return getattr(model.backbone, "bottom_up", model.backbone)(pixels)
 
 
-def our_features(detector, image):
-    """Of one of torchvision's."""
+def torchvision_features(detector, image):
+    """Features of a detector on torchvision's parts."""
     pixels = detector.transform.normalize(image / 255)[None]
     backbone = detector.backbone
     with torch.no_grad():
         return (backbone.body if hasattr(backbone, "body") else backbone)(pixels)
 
 
-def assert_close(one, other):
-    assert (one - other).abs().max() <= 1e-4 * other.abs().max()
-    assert other.abs().max() > 1e-2
+def assert_close(actual, expected):
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert expected.abs().max() > 1e-2
 
 
 @pytest.fixture(scope="module")
 def vgg16(tmp_path_factory):
-    """The path of a torchvision `.pth` of VGG-16, and of the `.pkl` converted from it."""
+    """The paths of a torchvision `.pth` of VGG-16 and of the `.pkl` converted from it."""
     folder = tmp_path_factory.mktemp("vgg16")
     torch.manual_seed(0)
     model = torchvision.models.vgg16(weights=None, num_classes=2)
     torch.save(model.state_dict(), folder / "w.pth")
-    convert([str(folder / "w.pth"), str(folder / "w.pkl"), *STATISTICS])
+    call("convert", [str(folder / "w.pth"), str(folder / "w.pkl"), *STATISTICS])
     yield str(folder / "w.pth"), str(folder / "w.pkl")
     for path in folder.iterdir():  # half a gigabyte each
         path.unlink()
@@ -106,45 +106,46 @@ def vgg16(tmp_path_factory):
 
 def test_one_file_gives_both_back_ends_the_same_features_and_the_same_box_head(vgg16):
     pth, pkl = vgg16
-    theirs = build(config("faster_rcnn_VGG_16")).eval()
-    DetectionCheckpointer(theirs).load(pkl)
+    model = build(config("faster_rcnn_VGG_16")).eval()
+    DetectionCheckpointer(model).load(pkl)
     (photo,) = photographs((96, 128))
-    found = features(theirs, photo["image"])["conv5"]
+    conv5 = features(model, photo["image"])["conv5"]
     pooled = torch.randn(3, 512, 7, 7).relu()
-    ours = build_faster_rcnn(backbone="vgg16", num_classes=2).eval()
+    detector = build_faster_rcnn(backbone="vgg16", num_classes=2).eval()
     for path in (pth, pkl):
-        ours.load_state_dict({k: torch.zeros_like(v) for k, v in ours.state_dict().items()})
-        report = load_into(ours, read_weights(path), ["a", "b"])
+        detector.load_state_dict({k: torch.zeros_like(v) for k, v in detector.state_dict().items()})
+        report = load_into(detector, read_weights(path), ["a", "b"])
         assert len(report.used) == 26 + 4
-        assert_close(found, our_features(ours, photo["image"]))
+        assert_close(conv5, torchvision_features(detector, photo["image"]))
         with torch.no_grad():
-            assert_close(theirs.roi_heads.box_head(pooled), ours.roi_heads.box_head(pooled))
+            assert_close(model.roi_heads.box_head(pooled), detector.roi_heads.box_head(pooled))
 
 
 def test_a_file_of_features_alone_with_batch_norm_gives_both_the_same_features(tmp_path):
     torch.manual_seed(0)
     source = torchvision.models.vgg16_bn(weights=None, num_classes=2).features
-    source(torch.randn(2, 3, 64, 64))  # running statistics of its own
+    source(torch.randn(2, 3, 64, 64))  # updates the running statistics
     state = {f"features.{key}": value for key, value in source.state_dict().items()}
     torch.save(state, tmp_path / "w.pth")
-    convert([str(tmp_path / "w.pth"), str(tmp_path / "w.pkl"), *STATISTICS])
-    theirs = build(config("faster_rcnn_VGG_16_BN", *SMALL)).eval()
-    DetectionCheckpointer(theirs).load(str(tmp_path / "w.pkl"))
-    ours = build_faster_rcnn(backbone="vgg16_bn", num_classes=2).eval()
+    call("convert", [str(tmp_path / "w.pth"), str(tmp_path / "w.pkl"), *STATISTICS])
+    model = build(config("faster_rcnn_VGG_16_BN", *SMALL)).eval()
+    DetectionCheckpointer(model).load(str(tmp_path / "w.pkl"))
+    detector = build_faster_rcnn(backbone="vgg16_bn", num_classes=2).eval()
     (photo,) = photographs((96, 96))
     for name in ("w.pth", "w.pkl"):
-        load_into(ours, read_weights(str(tmp_path / name)), ["a", "b"])
-        assert_close(features(theirs, photo["image"])["conv5"], our_features(ours, photo["image"]))
+        load_into(detector, read_weights(str(tmp_path / name)), ["a", "b"])
+        expected = torchvision_features(detector, photo["image"])
+        assert_close(features(model, photo["image"])["conv5"], expected)
 
 
-def test_a_bgr_file_in_a_bgr_model_sees_in_the_flipped_image_what_rgb_sees(tmp_path):
+def test_a_bgr_file_gives_a_bgr_model_the_features_of_rgb(tmp_path):
     torch.manual_seed(0)
     source = torchvision.models.vgg16(weights=None, num_classes=2).features
     torch.save({f"features.{k}": v for k, v in source.state_dict().items()}, tmp_path / "w.pth")
     models = {}
     for order, step in (("RGB", 1), ("BGR", -1)):
         path = str(tmp_path / f"{order}.pkl")
-        convert([str(tmp_path / "w.pth"), path, *STATISTICS, "--format", order])
+        call("convert", [str(tmp_path / "w.pth"), path, *STATISTICS, "--format", order])
         statistics = []
         for key, values in (("PIXEL_MEAN", IMAGENET_MEAN), ("PIXEL_STD", IMAGENET_STD)):
             statistics += [f"MODEL.{key}", list(values)[::step]]
@@ -161,16 +162,16 @@ def test_one_file_of_resnet50_gives_both_back_ends_the_same_features(tmp_path):
     source = torchvision.models.resnet50(weights=None)
     source(torch.randn(2, 3, 64, 64))
     torch.save(source.state_dict(), tmp_path / "w.pth")
-    convert([str(tmp_path / "w.pth"), str(tmp_path / "w.pkl"), *STATISTICS])
-    theirs = build(config("faster_rcnn_R_50_FPN")).eval()
-    DetectionCheckpointer(theirs).load(str(tmp_path / "w.pkl"))
-    ours = build_faster_rcnn(backbone="resnet50_fpn", num_classes=2, norm="FrozenBN").eval()
+    call("convert", [str(tmp_path / "w.pth"), str(tmp_path / "w.pkl"), *STATISTICS])
+    model = build(config("faster_rcnn_R_50_FPN")).eval()
+    DetectionCheckpointer(model).load(str(tmp_path / "w.pkl"))
+    detector = build_faster_rcnn(backbone="resnet50_fpn", num_classes=2, norm="FrozenBN").eval()
     (photo,) = photographs((96, 128))
     for name in ("w.pth", "w.pkl"):
-        load_into(ours, read_weights(str(tmp_path / name)), ["a", "b"])
-        expected = our_features(ours, photo["image"])
-        for level, found in enumerate(features(theirs, photo["image"]).values()):
-            assert_close(found, expected[str(level)])
+        load_into(detector, read_weights(str(tmp_path / name)), ["a", "b"])
+        expected = torchvision_features(detector, photo["image"])
+        for level, feature in enumerate(features(model, photo["image"]).values()):
+            assert_close(feature, expected[str(level)])
 
 
 @pytest.mark.parametrize(
@@ -184,43 +185,46 @@ def test_one_file_of_resnet50_gives_both_back_ends_the_same_features(tmp_path):
     ],
     ids=["vgg16", "frozen-bn", "bn", "fpn", "retinanet"],
 )
-def test_tract_changes_the_stems_gradient_alone_to_the_oracles(name, pairs):
+def test_tract_changes_only_the_stems_gradient_and_gives_it_the_references_value(name, pairs):
     cfg = config(name, "MODEL.BACKBONE.FREEZE_AT", 0, *pairs)
     plain = build(cfg)
     cfg.MODEL.TRACT.ENABLED = True
     model = build(cfg)
     assert list(model.state_dict()) == list(plain.state_dict())
     stem = next(m for m in model.modules() if isinstance(m, TrActConv2d))
-    batch, seen = photographs((64, 64), (64, 64)), {}
+    batch, record = photographs((64, 64), (64, 64)), {}
 
     def keep(layer, args, output):
-        seen["images"] = args[0].detach()
-        output.register_hook(lambda gradient: seen.update(dZ=gradient.clone()))
+        record["images"] = args[0].detach()
+        output.register_hook(lambda gradient: record.update(dZ=gradient.clone()))
 
     stem.register_forward_hook(keep)
     losses = []
-    for one in (plain, model):
+    for network in (plain, model):
         torch.manual_seed(1)
         with EventStorage():
-            losses.append(one(batch))
+            losses.append(network(batch))
         sum(losses[-1].values()).backward()
     assert losses[0].keys() == losses[1].keys()
     assert all(torch.equal(losses[0][key], losses[1][key]) for key in losses[0])
-    oracle, gradient, _ = conv_gradient(stem, seen["images"], seen["dZ"], 0.1)
-    found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    tract_gradient, plain_gradient, _ = conv_gradient(stem, record["images"], record["dZ"], 0.1)
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     for key, parameter in plain.named_parameters():
         if key.endswith("features.0.weight"):
-            for one, other in ((found[key], oracle), (parameter.grad, gradient)):
-                error = (one.flatten(1).double() - other[0]).norm() / other.norm()
+            for actual, expected in (
+                (gradients[key], tract_gradient),
+                (parameter.grad, plain_gradient),
+            ):
+                error = (actual.flatten(1).double() - expected[0]).norm() / expected.norm()
                 assert error < 1e-5
         elif parameter.grad is not None:  # RetinaNet's differ from run to run by 1e-7
-            difference = (found[key] - parameter.grad).norm()
+            difference = (gradients[key] - parameter.grad).norm()
             assert difference <= 1e-6 * parameter.grad.norm(), key
 
 
 @pytest.mark.parametrize("norm", ["", "BN"])
 @pytest.mark.parametrize("freeze_at", range(6))
-def test_freeze_at_freezes_what_it_freezes_in_torchvisions_form(freeze_at, norm):
+def test_freeze_at_freezes_the_same_layers_as_with_torchvisions_vgg(freeze_at, norm):
     with torch.device("meta"):
         expected = build_vgg("vgg16_bn" if norm else "vgg16", "BN")
         vgg, whole = VGG(16, norm=norm, freeze_at=freeze_at), VGG(16, norm=norm)
@@ -233,7 +237,7 @@ def test_freeze_at_freezes_what_it_freezes_in_torchvisions_form(freeze_at, norm)
         assert frozen == [0, 2, 4, 7, 10, 13][freeze_at]
 
 
-def test_tract_on_a_frozen_vgg_is_refused_with_what_to_write():
+def test_tract_on_a_frozen_vgg_is_refused_with_the_key_to_set():
     with pytest.raises(TrActError, match=r"FREEZE_AT 2 .* set MODEL\.BACKBONE\.FREEZE_AT 0"):
         build(config("faster_rcnn_VGG_16_frozen", "MODEL.TRACT.ENABLED", True))
     with pytest.raises(TrActError, match=r"'features\.0' is frozen"):
@@ -242,9 +246,7 @@ def test_tract_on_a_frozen_vgg_is_refused_with_what_to_write():
 
 @pytest.mark.parametrize("norm", ["", "BN"])
 @pytest.mark.parametrize("depth", [11, 13, 16, 19])
-def test_features_are_torchvisions_before_each_pooling_in_the_shapes_that_are_announced(
-    depth, norm
-):
+def test_features_are_torchvisions_before_each_pooling_in_the_announced_shapes(depth, norm):
     names = ["conv1", "conv2", "conv3", "conv4", "conv5", "pool5"]
     with torch.device("meta"):
         vgg = VGG(depth, norm=norm, out_features=names).eval()
@@ -254,26 +256,26 @@ def test_features_are_torchvisions_before_each_pooling_in_the_shapes_that_are_an
     layers.to_empty(device="cpu").load_state_dict(vgg.features.state_dict())
     images, expected = torch.randn(1, 3, 64, 96), {}
     with torch.no_grad():
-        found, hidden = vgg(images), images
+        outputs, hidden = vgg(images), images
         for layer in layers:
             if isinstance(layer, torch.nn.MaxPool2d):
                 expected[names[len(expected)]] = hidden.clone()
             hidden = layer(hidden)
     expected["pool5"] = hidden
-    assert list(found) == list(vgg.output_shape()) == names
+    assert list(outputs) == list(vgg.output_shape()) == names
     for name, shape in vgg.output_shape().items():
-        assert torch.equal(found[name], expected[name])
+        assert torch.equal(outputs[name], expected[name])
         size = (shape.channels, 64 // shape.stride, 96 // shape.stride)
-        assert found[name].shape == (1, *size)
+        assert outputs[name].shape == (1, *size)
 
 
-def test_what_no_feature_needs_is_not_built():
+def test_layers_that_no_feature_needs_are_not_built():
     with torch.device("meta"):
         vggs = {name: VGG(16, out_features=[name]) for name in ("conv2", "conv5", "pool5")}
     assert [len(vgg.features) for vgg in vggs.values()] == [9, 30, 31]
 
 
-def test_backbone_and_head_are_built_lazily_by_keyword():
+def test_lazyconfig_builds_backbone_and_head():
     backbone = LazyCall(VGG)(depth=11, norm="GN", out_features=["conv4", "conv5"])
     pooled = LazyCall(ShapeSpec)(channels=512, height=7, width=7)
     head = LazyCall(VGGBoxHead)(input_shape=pooled, fc_dim=8, dropout=0.0)
@@ -297,7 +299,7 @@ def test_backbone_and_head_are_built_lazily_by_keyword():
         ((*PYRAMID, "MODEL.VGG.OUT_FEATURES", ["pool5"]), r"of MODEL\.VGG\.OUT_FEATURES \['pool5"),
     ],
 )
-def test_what_a_vgg_cannot_be_is_refused_by_its_key(pairs, message):
+def test_invalid_vgg_settings_are_refused_by_their_key(pairs, message):
     with pytest.raises(UserError, match=message) as caught:
         build(config("faster_rcnn_VGG_16", *pairs))
     assert "\n" not in str(caught.value)

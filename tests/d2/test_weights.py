@@ -1,4 +1,4 @@
-"""Weights of any origin enter a detectron2 model with its pixels and strides, or not at all."""
+"""Weights of any origin enter a detectron2 model if its pixels and strides fit, or not at all."""
 
 import pickle
 
@@ -32,7 +32,7 @@ def detector(name=R_50, opts=(), num_classes=2):
 def classifier():
     torch.manual_seed(0)
     model = torchvision.models.resnet50(weights=None)
-    for module in model.modules():  # norms that do something
+    for module in model.modules():  # norms that are not the identity
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-0.2, 0.2)
             module.running_var.uniform_(0.5, 2)
@@ -50,16 +50,16 @@ def pth(classifier, tmp_path_factory):
 @pytest.fixture(scope="module")
 def pkl(pth, tmp_path_factory):
     path = tmp_path_factory.mktemp("w") / "R-50.pkl"
-    done = run_python(
+    process = run_python(
         "tools/convert_weights.py", pth, path, "--pixel-mean", *IMAGENET_MEAN,
         "--pixel-std", *IMAGENET_STD,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     return str(path)
 
 
 def features(model, image):
-    """Of one RGB image in [0, 255], by the depth that a ResNet's stage has."""
+    """The outputs of a ResNet's stages for an RGB image in [0, 255], in order of depth."""
     standardised = (image - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(
         IMAGENET_STD
     )[:, None, None]
@@ -83,23 +83,23 @@ def test_a_file_gives_the_features_of_torchvisions_back_end(
     report = load_into(model, weights, CLASSES, **(STATISTICS if source == "pth" else {}))
     assert len(report.used) == 53 * 5 and set(report.left) <= {"linear.weight", "linear.bias"}
     assert all("bottom_up" not in key for key in report.random)
-    ours = build_faster_rcnn(backbone="resnet50_fpn", num_classes=2, norm="FrozenBN").eval()
-    into_ours(ours, read_ours(file), CLASSES)
-    expected = features(ours.backbone.body, image)
+    twin = build_faster_rcnn(backbone="resnet50_fpn", num_classes=2, norm="FrozenBN").eval()
+    into_ours(twin, read_ours(file), CLASSES)
+    expected = features(twin.backbone.body, image)
     stats = [torch.tensor(values)[:, None, None] for values in pixel_statistics_of(model)]
-    seen = (image - stats[0]) / stats[1]
+    pixels = (image - stats[0]) / stats[1]
     with torch.no_grad():
-        found = model.backbone.bottom_up((seen.flip(0) if opts else seen)[None])
-    for one, other in zip(found.values(), expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+        outputs = model.backbone.bottom_up((pixels.flip(0) if opts else pixels)[None])
+    for output, other in zip(outputs.values(), expected, strict=True):
+        torch.testing.assert_close(output, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
 
 
-def test_pixels_that_nobody_knows_are_asked_for(pth):
+def test_unknown_pixel_statistics_are_asked_for(pth):
     with pytest.raises(UserError, match=r"set MODEL\.PIXEL_MEAN and MODEL\.PIXEL_STD"):
         load_into(detector(), read_weights(pth), CLASSES)
 
 
-def test_other_pixels_and_strides_are_refused_with_what_to_write(pth, pkl):
+def test_other_pixels_and_strides_are_refused_with_the_key_to_set(pth, pkl):
     for file, statistics in ((pth, STATISTICS), (pkl, {})):
         model = detector(opts=["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]])
         with pytest.raises(UserError, match=r"MODEL\.PIXEL_STD \[58\.395, 57\.12, 57\.375\] in"):
@@ -110,7 +110,7 @@ def test_other_pixels_and_strides_are_refused_with_what_to_write(pth, pkl):
 
 
 def caffe2(model, path):
-    """A file as MSRA's: Caffe2's names, norms folded into scale and shift, nothing said."""
+    """A file like MSRA's: Caffe2's names, norms folded into scale and shift, no metadata."""
     rng = np.random.default_rng(0)
     arrays = {"conv1_w_momentum": np.zeros(1, np.float32)}
     leaves = {"shortcut": "branch1", "conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c"}
@@ -157,7 +157,7 @@ def test_a_caffe2_file_is_for_bgr_of_std_1_and_strides_in_the_1x1(opts, message,
 RESNEXT = ["MODEL.RESNETS.NUM_GROUPS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 8]
 
 
-def test_fairs_resnexts_stride_in_the_3x3_and_their_pixels_are_the_users_word(tmp_path):
+def test_fairs_resnexts_stride_in_the_3x3_and_the_user_states_their_pixels(tmp_path):
     opts = [*RESNEXT, "MODEL.RESNETS.STRIDE_IN_1X1", False, "MODEL.PIXEL_STD", STD]
     model, path = detector(ZOO, opts), tmp_path / "X.pkl"
     caffe2(model, path)
@@ -198,8 +198,8 @@ def test_a_file_of_detectron2s_own_converter_is_torchvisions(name, opts, message
         (["MODEL.RESNETS.STRIDE_IN_1X1", True], "strides in the 3x3"),
     ],
 )
-def test_a_saved_model_is_for_the_pixels_and_strides_that_it_had(opts, message, strict):
-    """In training and in --eval-only alike, and before anything is loaded."""
+def test_a_saved_model_is_refused_for_other_pixels_and_strides(opts, message, strict):
+    """In training and with --eval-only alike, and before anything is loaded."""
     saved, model = detector(), detector(opts=opts)
     weights = Weights("model_final.pth", saved.state_dict(), meta_of(saved))
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -211,10 +211,10 @@ def test_a_saved_model_is_for_the_pixels_and_strides_that_it_had(opts, message, 
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_pixels_that_the_user_gives_are_the_models_or_refused(strict):
-    """Of a file that says nothing, such as DetectionCheckpointer's."""
+def test_pixels_that_the_user_states_are_refused_unless_they_are_the_models(strict):
+    """For a file that states nothing, such as DetectionCheckpointer's."""
     model = detector(ZOO)
-    weights = Weights("theirs.pth", model.state_dict(), {})
+    weights = Weights("model.pth", model.state_dict(), {})
     load_into(model, weights, CLASSES, strict=strict)
     load_into(model, weights, CLASSES, pixel_mean=IMAGENET_MEAN, pixel_std=[1.0] * 3, strict=strict)
     with pytest.raises(UserError, match="other pixel statistics than the model's"):
@@ -232,11 +232,11 @@ def test_pixels_that_the_user_gives_are_the_models_or_refused(strict):
         ("PascalVOC-Detection/Base-VGG_16.yaml", None),
     ],
 )
-def test_a_model_says_where_its_bottlenecks_stride(name, strides):
+def test_meta_of_states_where_bottlenecks_stride(name, strides):
     assert meta_of(detector(name))["stride_in_1x1"] is strides
 
 
-def test_a_detector_of_other_classes_leaves_its_predictor(tmp_path):
+def test_the_predictor_of_a_detector_of_other_classes_is_not_loaded(tmp_path):
     zoo = detector(ZOO, num_classes=5)
     arrays = {key: tensor.numpy() for key, tensor in zoo.state_dict().items()}
     path = tmp_path / "model_final.pkl"
@@ -275,7 +275,7 @@ def test_another_backbones_weights_are_refused(tmp_path):
         load_into(detector(), read_weights(str(vgg)), CLASSES)
 
 
-def test_what_cannot_be_fetched_is_said():
+def test_a_failed_download_is_reported():
     with pytest.raises(UserError, match="cannot be fetched"):
         read_weights("https://127.0.0.1:9/R-50.pkl")
 

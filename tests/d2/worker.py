@@ -1,8 +1,8 @@
-"""A program whose workers are handed a `cfg` that only the parent has configured.
+"""A program whose worker processes receive a `cfg` that only the parent has configured.
 
     python tests/d2/worker.py OUTPUT
 
-Each rank writes the name of its stem's layer into OUTPUT.
+Each rank writes the class name of its stem into OUTPUT.
 """
 
 import sys

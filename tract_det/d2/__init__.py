@@ -1,6 +1,6 @@
 """TrAct in detectron2's models, in detectron2's own programs and in this project's trainer.
 
-The only folder that imports detectron2, which is optional: nothing else needs it.
+No other folder imports detectron2, which is optional.
 """
 
 try:
@@ -14,13 +14,13 @@ except ModuleNotFoundError as error:
         name="detectron2",
     ) from error
 
-from tract_det.d2.build import build_detector
+from tract_det.d2 import config_vgg  # noqa: F401  # registers the VGG backbones and box head
 from tract_det.d2.config import add_tract_config
 from tract_det.d2.config_files import config_file
+from tract_det.d2.config_models import build_detector
 from tract_det.d2.data import VOCEvaluator, register_voc
 from tract_det.d2.detector import as_detector, as_detectron2
 from tract_det.d2.modifier import apply_tract, remove_tract
-from tract_det.d2.plain_loop import plain_steps
 from tract_det.d2.vgg import VGG, VGGBoxHead
 from tract_det.d2.weights import check_pixels, load_into, meta_of, pixel_statistics_of
 from tract_det.d2.weights import read as read_weights
@@ -39,7 +39,6 @@ __all__ = [
     "load_into",
     "meta_of",
     "pixel_statistics_of",
-    "plain_steps",
     "read_weights",
     "register_voc",
     "remove_tract",

@@ -1,4 +1,4 @@
-"""MODEL.TRACT and MODEL.VGG in detectron2's configuration, and `build_model` that follows it."""
+"""Adds MODEL.TRACT and MODEL.VGG to detectron2's configuration; `build_model` follows them."""
 
 import copy
 from collections.abc import Callable
@@ -14,28 +14,29 @@ from tract_det.tract import TrActError
 
 _TRACT = {
     "ENABLED": False,
-    "LAMBDA": 0.1,  # of standardised pixels, whatever PIXEL_STD is
-    "RELATIVE": False,  # LAMBDA is in units of the patches' mean square instead
-    "GRAM_PATCHES": 0,  # estimate the Gram matrix from so many patches; 0 = exact
-    "SYNC": True,  # one Gram matrix of all ranks' images
-    "STEM": "",  # the layer's name; "" = the first layer of the backbone
+    "LAMBDA": 0.1,  # damping, in units of standardised pixels, whatever PIXEL_STD is
+    "RELATIVE": False,  # True: LAMBDA is in units of the patches' mean square instead
+    "GRAM_PATCHES": 0,  # patches of each batch and rank to estimate the Gram matrix from; 0 = all
+    "SYNC": True,  # one Gram matrix over the images of all ranks; False: each rank has its own
+    "STEM": "",  # name of the layer that learns by TrAct; "" = the first layer of the backbone
 }
 _VGG = {
-    "DEPTH": 16,  # or 11, 13, 19
-    "NORM": "",  # or BN, FrozenBN, SyncBN, GN, ...
-    # conv1 to conv5, each before its pooling, and pool5: strides 1 to 32.
+    "DEPTH": 16,  # 11, 13, 16 or 19
+    "NORM": "",  # "" = no norms; or BN, FrozenBN, SyncBN, GN, ...
+    # Outputs of the stages: conv1 to conv5, each before its pooling (strides 1 to 16), and pool5
+    # (stride 32).
     "OUT_FEATURES": ["conv5"],
-    "DROPOUT": 0.5,  # of VGGBoxHead's fc6 and fc7
+    "DROPOUT": 0.5,  # probability of dropout after VGGBoxHead's fc6 and fc7
 }
 
 
 def add_tract_config(cfg: CfgNode) -> None:
     """Adds MODEL.TRACT and MODEL.VGG to detectron2's `cfg`, in place; `build_model` follows them.
 
-    To be called after `get_cfg()` and before a file is merged. Keys that are there stay.
+    Call it after `get_cfg()` and before merging a file. Existing keys keep their values.
 
     Raises:
-        TrActError: the `cfg` is frozen and lacks a key.
+        TrActError: the `cfg` is frozen and a key is missing.
     """
     for name, defaults in (("TRACT", _TRACT), ("VGG", _VGG)):
         node = cfg.MODEL.get(name, CfgNode())
@@ -50,10 +51,10 @@ def add_tract_config(cfg: CfgNode) -> None:
 
 
 class _Registry(Registry):
-    """Hands out builders that put TrAct on what they build, where the `cfg` says so.
+    """Returns builders that put TrAct on the models they build, if the `cfg` says so.
 
-    A program may hold `build_model` under a name of its own; all of them come here for the
-    meta-architecture.
+    The registry is the place for it because `build_model` looks the meta-architecture up here,
+    whatever name a program has imported `build_model` under.
     """
 
     def get(self, name: str) -> Any:
@@ -62,9 +63,10 @@ class _Registry(Registry):
 
 
 class _Builder:
-    """A registered class, or function, whose models get TrAct where it is called with a `cfg`.
+    """A registered class or function whose models get TrAct if it is called with a `cfg`.
 
-    In all else it is that class: its attributes, `isinstance` and `issubclass`, a class's base.
+    In every other respect it acts as the class it wraps: it has its attributes, and it can be used
+    in `isinstance` and `issubclass` and as a base class.
     """
 
     def __init__(self, builder: Callable[..., nn.Module]) -> None:
@@ -92,7 +94,7 @@ class _Builder:
         return type(self._builder)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_builder":  # a copy that is not filled yet
+        if name == "_builder":  # `copy` looks attributes up before it has set them
             raise AttributeError(name)
         return getattr(self._builder, name)
 
@@ -115,15 +117,16 @@ class _Builder:
         return hash(self._builder)
 
 
-# At import, which every worker of a program comes to: `add_tract_config` may run in its parent.
+# Done at import, not in `add_tract_config`: every worker process imports this module, whereas a
+# program may call `add_tract_config` in its parent process only.
 META_ARCH_REGISTRY.__class__ = _Registry
 
 
 def check(cfg: CfgNode) -> None:
-    """Refuses a `cfg` that freezes the stem that TrAct is to train.
+    """Refuses a `cfg` that freezes the stem that TrAct should train.
 
     Raises:
-        TrActError: says what to write.
+        TrActError: the stem is frozen; the message says which key to set.
     """
     freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
     if freeze_at > 0:

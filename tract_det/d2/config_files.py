@@ -1,4 +1,4 @@
-"""Configs in detectron2's own form, for its own programs, by their names."""
+"""Finds this package's configs in detectron2's own format by name, for detectron2's programs."""
 
 import difflib
 from pathlib import Path
@@ -12,10 +12,10 @@ def config_file(name: str) -> str:
     """The path of a config of this package, for `cfg.merge_from_file` after `add_tract_config`.
 
     Args:
-        name: with its folder, such as "PascalVOC-Detection/faster_rcnn_VGG_16_tract.yaml".
+        name: includes the folder, as in "PascalVOC-Detection/faster_rcnn_VGG_16_tract.yaml".
 
     Raises:
-        UserError: there is none; with the name that is nearest.
+        UserError: there is no such config; the message suggests the nearest name.
     """
     known = {path.relative_to(_FOLDER).as_posix(): str(path) for path in _FOLDER.rglob("*.yaml")}
     if name not in known:

@@ -1,4 +1,4 @@
-"""Data in VOC layout for detectron2's programs, and their evaluation by this project's rules."""
+"""Data in VOC layout for detectron2's programs, and evaluation by this project's rules."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,21 +23,21 @@ def register_voc(
     *,
     use_difficult: bool = True,
 ) -> None:
-    """Registers a split of a tree in VOC layout with detectron2, to be read when it is first used.
+    """Registers a split of a tree in VOC layout with detectron2; it is read when it is first used.
 
-    Unlike detectron2's `register_pascal_voc` it reads images of any suffix, and says what is wrong
-    with a file by its name.
+    Unlike detectron2's `register_pascal_voc`, it also reads images that are not .jpg, and its
+    errors name the file and what is wrong with it.
 
     Args:
-        name: for DATASETS.TRAIN and DATASETS.TEST.
+        name: the data set's name in DATASETS.TRAIN and DATASETS.TEST.
         root: the folder that holds Annotations/, ImageSets/ and JPEGImages/.
         split: name of a file in ImageSets/Main, without ".txt".
         class_names: the classes, in the order of the labels.
         use_difficult: train on objects marked difficult, as detectron2 does.
 
     Raises:
-        UserError: `class_names` is one name, or empty.
-        AssertionError: detectron2's, for a name that is registered already.
+        UserError: `class_names` is a single string, or empty.
+        AssertionError: from detectron2, if the name is already registered.
     """
     if isinstance(class_names, str) or not class_names:
         raise UserError(
@@ -47,8 +47,8 @@ def register_voc(
     names = tuple(class_names)
 
     def read() -> list[dict[str, Any]]:
-        found = read_split(Path(root), split, names)
-        return to_records(found.annotations, use_difficult=use_difficult)
+        voc_split = read_split(Path(root), split, names)
+        return to_records(voc_split.annotations, use_difficult=use_difficult)
 
     DatasetCatalog.register(name, read)
     MetadataCatalog.get(name).set(
@@ -59,13 +59,13 @@ def register_voc(
 def to_records(
     annotations: Sequence[Annotation], *, use_difficult: bool = True
 ) -> list[dict[str, Any]]:
-    """Images and boxes as detectron2's data loaders take them.
+    """Images and boxes in the format of detectron2's data loaders.
 
     Args:
-        annotations: as `tract_det.data.voc` reads them.
+        annotations: read by `tract_det.data.voc`.
         use_difficult: keep objects marked difficult.
     """
-    return [_record(one, use_difficult) for one in annotations]
+    return [_record(annotation, use_difficult) for annotation in annotations]
 
 
 def _record(annotation: Annotation, use_difficult: bool) -> dict[str, Any]:
@@ -85,59 +85,60 @@ def _record(annotation: Annotation, use_difficult: bool) -> dict[str, Any]:
 
 
 class VOCEvaluator(DatasetEvaluator):
-    """This project's evaluation (see `DetectionEvaluator`) as one of detectron2's.
+    """This project's evaluation (see `DetectionEvaluator`) as a detectron2 evaluator.
 
     Args:
-        dataset_name: a data set of `register_voc`, or of detectron2's `register_pascal_voc`.
-        rule: one of `evaluation.voc_ap.RULES`: "devkit", or "detectron2" for that one's figures.
-        output_dir: where the challenge's files are written; None = nowhere.
+        dataset_name: a data set registered by `register_voc`, or by detectron2's
+            `register_pascal_voc`.
+        rule: one of `evaluation.voc_ap.RULES`: "devkit", or "detectron2" for detectron2's figures.
+        output_dir: folder for the detections in the VOC challenge's files; None = not written.
 
     Raises:
-        UserError: there is no such data set, or it has no VOC layout.
+        UserError: there is no such data set, or it is not in VOC layout.
 
     Attributes:
-        table: the figures by class as text, after `evaluate`.
+        table: after `evaluate`, the figures by class as text.
     """
 
     def __init__(
         self, dataset_name: str, *, rule: str = "devkit", output_dir: str | Path | None = None
     ) -> None:
-        # Its `get` would make one.
+        # `MetadataCatalog.get` would create an entry for an unknown name.
         meta: Any = MetadataCatalog.get(dataset_name) if dataset_name in MetadataCatalog else None
         if not all(hasattr(meta, name) for name in ("dirname", "split", "thing_classes")):
             raise UserError(
-                f"VOCEvaluator: '{dataset_name}' is no registered data set in VOC layout: register "
-                "it with tract_det.d2.register_voc, under that name"
+                f"VOCEvaluator: '{dataset_name}' is not a registered data set in VOC layout: "
+                "register it under that name with tract_det.d2.register_voc"
             )
         self._split = str(meta.split)
         self._classes, self._rule = tuple(meta.thing_classes), rule
         self._output = None if output_dir is None else Path(output_dir)
         root = Path(meta.dirname)
-        found = read_split(root, self._split, self._classes, need_images=False)
-        self._annotations = found.annotations
+        voc_split = read_split(root, self._split, self._classes, need_images=False)
+        self._annotations = voc_split.annotations
         self.table = ""
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the detections."""
+        """Discards all detections."""
         self._evaluator = DetectionEvaluator(self._annotations, self._classes, rule=self._rule)
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        """Takes the detections of a batch."""
-        for one, output in zip(inputs, outputs, strict=True):
-            found = output["instances"]
-            boxes = found.pred_boxes.tensor
-            self._evaluator.add(str(one["image_id"]), boxes, found.scores, found.pred_classes)
+        """Adds the detections of a batch."""
+        for record, output in zip(inputs, outputs, strict=True):
+            image_id, instances = str(record["image_id"]), output["instances"]
+            boxes = instances.pred_boxes.tensor
+            self._evaluator.add(image_id, boxes, instances.scores, instances.pred_classes)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Figures of all ranks' detections, on every rank, which all must call it.
+        """The figures over the detections of all ranks. Every rank must call it, and gets them.
 
         Returns:
             `voc_07` and `voc_area`, each with `mAP`, `mAP_50_95` and `AP-<class>`, and `coco`; in
-            per cent, NaN where there is nothing to find.
+            per cent, NaN for a class without objects.
 
         Raises:
-            UserError: unless each image of the split was evaluated exactly once.
+            UserError: an image of the split was not evaluated exactly once.
         """
         results = self._evaluator.evaluate()
         self.table = format_table(results)
@@ -145,8 +146,8 @@ class VOCEvaluator(DatasetEvaluator):
             self._evaluator.write_detections(self._output, self._split)
         figures: dict[str, dict[str, float]] = OrderedDict()
         for group in ("voc_07", "voc_area"):
-            own = results[group]
-            figures[group] = {key: own[key] for key in ("mAP", "mAP_50_95")}
-            figures[group] |= {f"AP-{name}": value for name, value in own["AP"].items()}
+            by_rule = results[group]
+            figures[group] = {key: by_rule[key] for key in ("mAP", "mAP_50_95")}
+            figures[group] |= {f"AP-{name}": value for name, value in by_rule["AP"].items()}
         figures["coco"] = dict(results["coco"])
         return figures

@@ -1,4 +1,4 @@
-"""detectron2's models with the one detector interface of this project, for its trainer."""
+"""Gives detectron2's models this project's detector interface, so that its trainer can use them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,11 +15,12 @@ from tract_det.tract import set_image_sizes
 Losses = dict[str, Tensor]
 
 
-class _OneInterface(nn.Module):
-    """`forward(images, targets)` in front of a meta-architecture's own forward.
+class _DetectorInterface(nn.Module):
+    """`forward(images, targets)` in front of the meta-architecture's own `forward`.
 
     Attributes:
-        test_size: bounds of the shorter and the longer side in evaluation, pixels; 0 = no resizing.
+        test_size: in evaluation, the shorter side and the upper bound of the longer side, pixels;
+            a shorter side of 0 = no resizing.
     """
 
     test_size: tuple[int, int]
@@ -27,14 +28,15 @@ class _OneInterface(nn.Module):
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Any]] | None = None
     ) -> Losses | list[dict[str, Tensor]]:
-        """Losses in training, detections in the given images' pixels in evaluation.
+        """Losses in training; in evaluation, detections in the pixels of the input images.
 
         Args:
             images: `(3, H, W)` each, RGB, uint8 or float in [0, 1]; sizes may differ.
-            targets: per image `boxes (n, 4)` xyxy pixels and `labels (n,)` 1..K.
+            targets: for each image, `boxes (n, 4)` in xyxy pixels and `labels (n,)` in 1..K.
 
         Returns:
-            In training the model's own losses by name; else per image `boxes`, `scores`, `labels`.
+            In training the model's own losses by name; in evaluation a dict of `boxes`, `scores`
+            and `labels` for each image.
         """
         if not self.training:
             return self._detect(images)
@@ -46,7 +48,7 @@ class _OneInterface(nn.Module):
         ]
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         set_image_sizes(self, sizes, edges=True)
-        with EventStorage():  # its parts log into one
+        with EventStorage():  # the model's parts log into it and fail without one
             return super().forward(inputs)
 
     def _detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
@@ -61,7 +63,7 @@ class _OneInterface(nn.Module):
         return [_detections(output["instances"]) for output in super().forward(inputs)]
 
     def _pixels(self, image: Tensor) -> Tensor:
-        """As detectron2's data loaders give them: in [0, 255], in the model's order of channels."""
+        """The image as detectron2's data loaders deliver it: in [0, 255], in the model's format."""
         image = image.as_subclass(Tensor)
         image = image * 255 if image.is_floating_point() else image
         return image.flip(0) if self.input_format == "BGR" else image
@@ -74,37 +76,42 @@ def _instances(image: Tensor, target: dict[str, Any]) -> Instances:
     return Instances(size, gt_boxes=Boxes(boxes), gt_classes=labels - 1)
 
 
-def _detections(found: Instances) -> dict[str, Tensor]:
+def _detections(instances: Instances) -> dict[str, Tensor]:
     return {
-        "boxes": found.pred_boxes.tensor,
-        "scores": found.scores,
-        "labels": found.pred_classes + 1,
+        "boxes": instances.pred_boxes.tensor,
+        "scores": instances.scores,
+        "labels": instances.pred_classes + 1,
     }
 
 
 def _in_full_precision(module: nn.Module, args: Any, features: dict[str, Tensor]) -> Any:
-    """Under bf16 autocast boxes would be rounded to the features' eight bits by RoIAlign."""
+    """The backbone's features in float32, also under bf16 autocast.
+
+    RoIAlign casts boxes to the type of the features, and bf16 has eight significant bits.
+    """
     return {key: value.float() for key, value in features.items()}
 
 
 def as_detector(
     model: nn.Module, *, min_size: int, max_size: int, input_format: str = ""
 ) -> nn.Module:
-    """Gives a detectron2 model the one detector interface, in place; its keys stay as they are.
+    """Gives a detectron2 model this project's detector interface, in place.
+
+    The keys of its state dict stay as they are.
 
     Args:
         model: a meta-architecture that detects boxes, such as `GeneralizedRCNN` or `RetinaNet`.
-        min_size: shorter side in evaluation, pixels; 0 = as they are.
-        max_size: longer side's bound in evaluation, pixels.
-        input_format: "RGB" or "BGR", where the model has no `input_format`.
+        min_size: shorter side in evaluation, pixels; 0 = no resizing.
+        max_size: upper bound of the longer side in evaluation, pixels.
+        input_format: "RGB" or "BGR", for a model without the attribute `input_format`.
 
     Returns:
         The same model.
 
     Raises:
-        UserError: the model needs more than boxes to learn from, or finds none.
+        UserError: the model needs more than boxes to learn from, or does not detect boxes.
     """
-    if isinstance(model, _OneInterface):
+    if isinstance(model, _DetectorInterface):
         return model
     _check_learns_from_boxes(model)
     order = getattr(model, "input_format", None) or input_format or "BGR"
@@ -112,13 +119,13 @@ def as_detector(
     model.test_size = (min_size, max_size)  # type: ignore[assignment]
     backbone = model.get_submodule("backbone")
     backbone.register_forward_hook(_in_full_precision)
-    model.__class__ = type(type(model).__name__, (_OneInterface, type(model)), {})
+    model.__class__ = type(type(model).__name__, (_DetectorInterface, type(model)), {})
     return model
 
 
 def as_detectron2(model: nn.Module) -> nn.Module:
-    """Gives a model of `as_detector` detectron2's own interface back, in place; returns it."""
-    if isinstance(model, _OneInterface):
+    """Undoes `as_detector`, in place; returns the same model with detectron2's interface."""
+    if isinstance(model, _DetectorInterface):
         hooks = model.get_submodule("backbone")._forward_hooks
         for key in [key for key, hook in hooks.items() if hook is _in_full_precision]:
             del hooks[key]
@@ -128,24 +135,25 @@ def as_detectron2(model: nn.Module) -> nn.Module:
 
 def _check_learns_from_boxes(model: nn.Module) -> None:
     heads = getattr(model, "roi_heads", None)
-    for what, key in (("mask", "MODEL.MASK_ON False"), ("keypoint", "MODEL.KEYPOINT_ON False")):
-        if getattr(heads, f"{what}_on", False):
+    for kind, key in (("mask", "MODEL.MASK_ON False"), ("keypoint", "MODEL.KEYPOINT_ON False")):
+        if getattr(heads, f"{kind}_on", False):
             raise UserError(
-                f"{type(model).__name__} has a {what} head, and the data are boxes: set {key} "
-                f"(LazyConfig: roi_heads.{what}_in_features=null) in MODEL.DETECTRON2.OPTS"
+                f"{type(model).__name__} has a {kind} head, but the data have only boxes: set "
+                f"{key} (LazyConfig: roi_heads.{kind}_in_features=null) in MODEL.DETECTRON2.OPTS"
             )
     for part in ("sem_seg_head", "panoptic_on"):
         if hasattr(model, part):
             raise UserError(
-                f"{type(model).__name__} learns to segment, and the data are boxes: take a model "
-                "that detects boxes"
+                f"{type(model).__name__} learns to segment, but the data have only boxes: use a "
+                "model that detects boxes"
             )
     if not hasattr(model, "roi_heads") and hasattr(model, "proposal_generator"):
         raise UserError(
-            f"{type(model).__name__} finds proposals, no classes: take a model that detects boxes"
+            f"{type(model).__name__} predicts proposals without classes: use a model that detects "
+            "boxes"
         )
     if getattr(model, "proposal_generator", True) is None:
         raise UserError(
-            f"{type(model).__name__} takes proposals from a file, and the data have none: take a "
+            f"{type(model).__name__} takes proposals from a file, but the data have none: use a "
             "model with a proposal generator"
         )

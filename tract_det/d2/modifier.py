@@ -1,4 +1,4 @@
-"""TrAct on the stem of a whole detectron2 model, which knows its pixels and their padding."""
+"""Puts TrAct on the stem of a whole detectron2 model, whose pixels and padding are known."""
 
 import logging
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from tract_det.tract import TrActError, find_stem, set_image_sizes
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_LOG = logging.getLogger("detectron2.tract_det")  # below the one that detectron2's programs set up
+_LOG = logging.getLogger("detectron2.tract_det")  # below the logger that detectron2 sets up
 
 
 def apply_tract(
@@ -26,29 +26,32 @@ def apply_tract(
     pixel_std: Sequence[float] | None = None,
     pixel_format: str | None = None,
 ) -> ModelT:
-    """`tract_det.apply_tract` for a model of detectron2's, in place; `L(apply_tract)(model=...)`.
+    """`tract_det.apply_tract` for a detectron2 model, in place.
 
-    Two things come on top. `lambda_` stays in units of standardised pixels, whatever the model
-    divides its images by (`pixel_std` is 1 in detectron2's defaults, and pixels then 3,300 times
-    the variance). And the zeros that pad the images of a batch to one size do not count as patches.
+    In a LazyConfig it is `L(apply_tract)(model=...)`. It adds two things to
+    `tract_det.apply_tract`. `lambda_` stays in units of standardised pixels, whatever the model
+    divides its images by: with detectron2's default `pixel_std` of 1, the variance of the pixels,
+    and so the effective lambda, is about 3,300 times larger. And the zeros that pad the images of a
+    batch to a common size do not count as patches.
 
     Args:
-        model: a meta-architecture, which takes detectron2's list of dicts. Of a backbone alone the
-            padding is not known, and `pixel_std` must be given.
-        lambda_: damping, in units of standardised pixels, or of `trace(G) / K` where `relative`.
-        stem: the layer's name where `find_stem` is not right; several where several see the pixels.
-        sync: learn from all ranks' batch; see `tract_det.apply_tract`.
-        relative: see there.
-        gram_patches: see there.
-        pixel_std: what the images, in [0, 255], are divided by; None = the model's own.
+        model: a meta-architecture, which takes detectron2's list of dicts. With a backbone alone,
+            the padding is unknown and `pixel_std` must be set.
+        lambda_: damping, in units of standardised pixels; with `relative`, of `trace(G) / K`.
+        stem: the layer's name, if `find_stem` does not find it; several names if several layers
+            see the pixels.
+        sync: learn from the batch over all ranks; see `tract_det.apply_tract`.
+        relative: see `tract_det.apply_tract`.
+        gram_patches: see `tract_det.apply_tract`.
+        pixel_std: the divisor of the images, which are in [0, 255]; None = the model's own.
         pixel_format: "RGB" or "BGR", the order of `pixel_std`; None = the model's `input_format`.
 
     Returns:
         The same model.
 
     Raises:
-        TrActError: as there; or the stem does not take the images' channels; or nobody knows
-            `pixel_std`.
+        TrActError: as `tract_det.apply_tract`; or the stem does not take the images' channels; or
+            `pixel_std` is unknown.
     """
     variance = 1.0
     if not relative:
@@ -66,47 +69,51 @@ def apply_tract(
         gram_patches=gram_patches,
     )
     _hook(model)
-    unit = "of the patches' mean square" if relative else "of standardised pixels"
-    own = "" if relative else f", {lambda_ * variance:g} of this model's"
-    _LOG.info("TrAct on %s, lambda %g %s%s", stem, lambda_, unit, own)
+    unit = "the patches' mean square" if relative else "standardised pixels"
+    effective = "" if relative else f", {lambda_ * variance:g} in this model's units"
+    _LOG.info("TrAct on %s, lambda %g in units of %s%s", stem, lambda_, unit, effective)
     return model
 
 
-def _pixel_std(model: nn.Module, given: Sequence[float] | None) -> list[float]:
-    if given is not None:
-        if not all(value > 0 for value in given):
-            raise TrActError(f"pixel_std (MODEL.PIXEL_STD) is {list(given)}: it must be positive")
-        return [float(value) for value in given]
-    own = getattr(model, "pixel_std", None)
-    if not isinstance(own, Tensor) or own.is_meta:
+def _pixel_std(model: nn.Module, std: Sequence[float] | None) -> list[float]:
+    """`std`, or the model's own where it is None."""
+    if std is not None:
+        if not all(value > 0 for value in std):
+            raise TrActError(f"pixel_std (MODEL.PIXEL_STD) is {list(std)}: it must be positive")
+        return [float(value) for value in std]
+    buffer = getattr(model, "pixel_std", None)
+    if not isinstance(buffer, Tensor) or buffer.is_meta:
         raise TrActError(
-            f"{type(model).__name__} has no pixel_std to put lambda_ into its units: give "
-            "pixel_std=[...] (MODEL.PIXEL_STD), or take relative=True"
+            f"{type(model).__name__} has no pixel_std, which lambda_ is scaled by: set "
+            "pixel_std=[...] (MODEL.PIXEL_STD) or relative=True"
         )
-    return own.flatten().tolist()
+    return buffer.flatten().tolist()
 
 
 def _variance(std: Sequence[float], pixel_format: str | None) -> float:
-    """Of what the model sees, in units of standardised pixels."""
-    if len(std) != 3:  # no photographs of three colours: each channel as if it were their mean
+    """The variance of the model's input, in units of standardised pixels."""
+    if len(std) != 3:  # not RGB: each channel is compared with the mean over R, G and B
         return sum(input_variance([value] * 3) for value in std) / len(std)
     return input_variance(std[::-1] if pixel_format == "BGR" else std)
 
 
 def _check_channels(model: nn.Module, stem: str) -> None:
-    """Refuses a layer that cannot see the pixels."""
+    """Refuses a layer whose input cannot be the pixels."""
     mean, layer = getattr(model, "pixel_mean", None), dict(model.named_modules()).get(stem)
     if isinstance(mean, Tensor) and isinstance(layer, nn.Conv2d):
         channels = mean.numel()
         if layer.in_channels != channels:
             raise TrActError(
                 f"'{stem}' takes {layer.in_channels} channels and the images have {channels}, so "
-                "it is not the first layer: name that one with stem='...' (MODEL.TRACT.STEM)"
+                "it is not the first layer: name the first layer by stem='...' (MODEL.TRACT.STEM)"
             )
 
 
 def remove_tract(model: ModelT) -> ModelT:
-    """`tract_det.remove_tract`, and no hook of `apply_tract` is left; before `torch.jit.script`."""
+    """`tract_det.remove_tract`, which also removes the hooks of `apply_tract`, in place.
+
+    Call it before `torch.jit.script`. Returns the same model.
+    """
     tract.remove_tract(model)
     for module in model.modules():
         hooks = module._forward_pre_hooks
@@ -116,15 +123,15 @@ def remove_tract(model: ModelT) -> ModelT:
 
 
 def _hook(model: nn.Module) -> None:
-    """Tells the stem the images' sizes in every batch that the model is called with."""
+    """Makes the model tell its stem the sizes of the images before every forward pass."""
     if _tell_sizes not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_tell_sizes, with_kwargs=True)
 
 
 def _tell_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # They hold until the next batch: a checkpointed stem runs again in the backward pass.
+    # The sizes stay set until the next batch: a checkpointed stem runs again in the backward pass.
     inputs = next(iter([*args, *kwargs.values()]), None) or ()
-    images = [one.get("image") for one in inputs if isinstance(one, dict)]
+    images = [record.get("image") for record in inputs if isinstance(record, dict)]
     sizes = [(i.shape[-2], i.shape[-1]) for i in images if isinstance(i, Tensor)]
     known = model.training and len(sizes) == len(inputs) > 0
     set_image_sizes(model, sizes if known else None, edges=True)

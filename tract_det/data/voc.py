@@ -100,6 +100,9 @@ class VOCSplit:
     annotations: list[Annotation]
     dropped: int
 
+    def __len__(self) -> int:
+        return len(self.annotations)
+
 
 def read_split(
     root: Path,

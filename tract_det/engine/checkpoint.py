@@ -1,10 +1,10 @@
-"""Checkpoints: DeepSpeed's whole state to resume from, plain fp32 weights to use elsewhere.
+"""Checkpoints: DeepSpeed's whole state to resume from, and plain fp32 weights to use elsewhere.
 
-    OUTPUT_DIR/last_checkpoint            the name of the newest complete one
+    OUTPUT_DIR/last_checkpoint            the name of the newest complete checkpoint
     OUTPUT_DIR/checkpoints/iter_0001000/  DeepSpeed's files
     OUTPUT_DIR/model_best.pth, model_final.pth
 
-A name appears only when what it names is complete.
+`last_checkpoint` and the `.pth` files appear only when what they name or hold is complete.
 """
 
 import shutil
@@ -42,7 +42,7 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """This rank's own floating-point buffers, on the CPU: BatchNorm's statistics of its images."""
+    """This rank's floating-point buffers, on the CPU: batch norm statistics of its own images."""
     return {
         name: buffer.detach().cpu().clone()
         for name, buffer in model.named_buffers()
@@ -51,30 +51,32 @@ def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def restore_buffers(model: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Puts what `buffers_of` gave back, in place."""
+    """Restores what `buffers_of` returned, in place."""
     for name, value in buffers.items():
         model.get_buffer(name).copy_(value)
 
 
 def save(engine: Any, output: Path, iteration: int, state: Mapping[str, Any]) -> None:
-    """Saves everything that resuming needs, then forgets older ones. Every rank must call it.
+    """Saves everything that resuming needs, then deletes older checkpoints.
+
+    Every rank must call it.
 
     Args:
-        engine: DeepSpeed's.
+        engine: as `ds.initialize` makes it.
         output: the run's folder.
-        iteration: steps done.
-        state: plain values to get back from `load`.
+        iteration: number of steps done.
+        state: plain values that `load` returns.
     """
     tag = f"iter_{iteration:07d}"
-    everything = {
+    content = {
         **state,
         "iteration": iteration,
         "world_size": distributed.world_size(),
         "random": distributed.gather(_random_state(engine.device)),
-        # Each rank's own: averaged, a run that was interrupted would not be that which was not.
+        # Of each rank: with averages, an interrupted run would differ from an uninterrupted one.
         "buffers": distributed.gather(buffers_of(engine.module)),
     }
-    ds.save(engine, output / _FOLDER, tag, everything)
+    ds.save(engine, output / _FOLDER, tag, content)
     if distributed.is_main():
         write_text(output / _POINTER, tag + "\n")
         for old in (output / _FOLDER).glob("iter_*"):
@@ -89,7 +91,7 @@ def load(engine: Any, output: Path) -> dict[str, Any]:
     Every rank must call it.
 
     Raises:
-        UserError: there is none, or it is of another number of processes.
+        UserError: there is none, or the run had another number of processes.
     """
     tag = last(output)
     state = ds.load(engine, output / _FOLDER, tag)
@@ -120,6 +122,6 @@ def last(output: Path) -> str:
 
 
 def forget(output: Path) -> None:
-    """A new run begins in this folder: the checkpoints of an earlier one are no longer its own."""
+    """Deletes the checkpoints of an earlier run, so that none is taken for one of a new run."""
     (output / _POINTER).unlink(missing_ok=True)
     shutil.rmtree(output / _FOLDER, ignore_errors=True)

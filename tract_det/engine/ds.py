@@ -1,7 +1,7 @@
-"""The only door to DeepSpeed: processes, configuration, engine, save and load.
+"""The only module that imports DeepSpeed: processes, configuration, engine, save and load.
 
-DeepSpeed is the training engine in every case, also for one process on a CPU, so that what is
-tested on a laptop is what runs on many GPUs.
+DeepSpeed is the training engine in every case, also for one process on a CPU: what is tested on a
+laptop is what runs on many GPUs.
 """
 
 import copy
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before there is a group, which it would write into defaults
+import torch.distributed.nn  # now: it binds the group that exists at its import into defaults
 from torch import nn
 
 from tract_det import distributed
@@ -38,7 +38,7 @@ def start(device: str = "") -> torch.device:
         This process's device.
 
     Raises:
-        UserError: CUDA is asked for where there is none.
+        UserError: CUDA is asked for, but there is none.
     """
     is_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
     kind = device or ("cpu" if is_cpu else "cuda")
@@ -52,13 +52,13 @@ def start(device: str = "") -> torch.device:
         _keep_freed_memory()
     else:
         torch.cuda.set_device(distributed.local_rank())
-    import deepspeed  # noqa: F401  # now: it writes the group that is there into defaults
+    import deepspeed  # noqa: F401  # before there is a group: it binds it into defaults
 
     backend = "nccl" if kind == "cuda" else "gloo"
     if not dist.is_initialized():
         if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
             dist.init_process_group(backend)
-        else:  # no launcher: no port is needed either
+        else:  # no launcher, and so no port either
             os.environ["LOCAL_RANK"] = "0"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     index = torch.cuda.current_device() if backend == "nccl" else None
@@ -66,32 +66,32 @@ def start(device: str = "") -> torch.device:
 
 
 def _keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed, as CUDA's allocator does, for the next step to use again.
+    """Tells glibc to keep freed memory for the next step, as CUDA's allocator does.
 
-    It would give large tensors and the top of its heap back to the system and get them again page
-    by page in every step: with ResNet-50 at batch 8 and 16, 3 % of a step, against 4 to 13 % more
-    memory. DeepSpeed, which frees the gradients after a step, pays more of it than a loop that
-    frees them before the next backward pass. `MALLOC_...` in the environment are the user's own.
+    By default it returns large blocks to the system, and gets them back page by page in every
+    step. DeepSpeed suffers most: it frees the gradients after a step, a plain loop only before the
+    next backward pass. Measurements: benchmarks/pretraining_2-cores_2026-11-24.md. A user's own
+    `MALLOC_...` variables go first.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
-    with suppress(OSError, AttributeError):  # another C library
+    with suppress(OSError, AttributeError):  # a C library without mallopt
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def stop() -> None:
-    """Leaves the process group, with all that holds it: its threads must not see the exit."""
+    """Leaves the process group and frees what refers to it: its threads must end before exit."""
     import deepspeed
 
     if not dist.is_initialized():
         return
     if deepspeed.comm.is_initialized():
-        deepspeed.comm.destroy_process_group()  # torch's, and DeepSpeed's own references
+        deepspeed.comm.destroy_process_group()  # torch's group and DeepSpeed's references to it
     else:
         dist.destroy_process_group()
-    gc.collect()  # an engine that is no longer used has more of them
+    gc.collect()  # discarded engines hold further references
 
 
 def ds_config(
@@ -101,14 +101,14 @@ def ds_config(
     clip_norm: float = 0.0,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration; everything in it that this project knows is derived here.
+    """DeepSpeed's configuration.
 
     Args:
-        batch_size: images a step, over all ranks and micro-batches.
-        accumulation: micro-batches a step.
-        clip_norm: bound of the global gradient norm; 0 = no clipping. Always written, since
+        batch_size: images per step, over all ranks and micro-batches.
+        accumulation: micro-batches per step.
+        clip_norm: bound of the global gradient norm; 0 = no clipping. Always written, because
             DeepSpeed 0.19 clips at 1.0 by default.
-        extra: DeepSpeed's own keys, such as `zero_optimization`.
+        extra: further keys of DeepSpeed's, such as `zero_optimization`.
 
     Raises:
         UserError: the batch does not divide into ranks and micro-batches.
@@ -121,8 +121,8 @@ def ds_config(
             f"{parts}"
         )
     return {
-        "steps_per_print": 2**62,  # the console is ours
-        "zero_allow_untested_optimizer": True,  # torch's SGD is not on DeepSpeed's list
+        "steps_per_print": 2**62,  # `Writers` prints
+        "zero_allow_untested_optimizer": True,  # DeepSpeed does not list torch's SGD
         **(extra or {}),
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": batch_size // parts,
@@ -139,26 +139,26 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     """
     import deepspeed
 
-    # A shared-memory all-reduce for inference, compiled at first use (a minute, a C++ compiler).
-    # Training never calls it.
+    # Training never calls DeepSpeed's shared-memory all-reduce, but would wait a minute for its
+    # compilation.
     with suppress(AttributeError):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     is_sharded = config.get("zero_optimization", {}).get("stage", 0) == 3
-    # A copy made later would have DeepSpeed's hooks.
+    # Before DeepSpeed puts its hooks on the model.
     template = _without_weights(model) if is_sharded else None
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
     )
     if distributed.world_size() == 1 and not engine.zero_optimization():
-        # One process has nothing to sum; DeepSpeed would copy all gradients to a bucket and back.
+        # With one process there is nothing to sum, but DeepSpeed would still copy all gradients.
         engine.enable_backward_allreduce = False
     engine.template = partial(copy.deepcopy, template) if is_sharded else None
     return engine
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
-    """A copy whose parameters take no memory."""
+    """A copy whose parameters are on the meta device."""
     empty = {
         id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
     }
@@ -166,10 +166,10 @@ def _without_weights(model: nn.Module) -> nn.Module:
 
 
 def whole_model(engine: Any) -> nn.Module:
-    """The model with all its weights on this rank: the engine's own, or under ZeRO 3 a copy.
+    """The model with all its weights on this rank: the engine's own, or a copy under ZeRO 3.
 
-    Under ZeRO 3 every forward pass of the engine's own model needs all ranks, which do not evaluate
-    the same number of batches. Every rank must call it.
+    Under ZeRO 3 every forward pass of the engine's own model needs all ranks, but the ranks do not
+    evaluate the same number of batches. Every rank must call it.
     """
     if engine.template is None:
         return engine.module
@@ -183,12 +183,12 @@ def whole_model(engine: Any) -> nn.Module:
 
 
 def autocast_forward(model: nn.Module, device: torch.device) -> None:
-    """Makes the model's own forward, in training and evaluation, run under bf16 autocast.
+    """Makes the model's forward run under bf16 autocast, in training and evaluation.
 
-    Around the engine it would be lost: DeepSpeed turns an autocast that is not its own off, on
-    CUDA, inside `engine(...)`. Its own one would reduce gradients in bf16 as well.
+    An autocast around the engine would have no effect: on CUDA, DeepSpeed switches off any autocast
+    but its own inside `engine(...)`, and its own would reduce gradients in bf16 as well.
     """
-    # A partial object, unlike a function, is copied with the model that it belongs to.
+    # A partial object is deep-copied together with its model; a function would not be.
     model.forward = partial(_call_in_bf16, device.type, model.forward)
 
 
@@ -209,12 +209,11 @@ def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
     Every rank must call it.
 
     Raises:
-        UserError: the checkpoint is incomplete. (DeepSpeed itself only warns, and trains from
-            scratch.)
+        UserError: the checkpoint is incomplete. (DeepSpeed only warns, and trains from scratch.)
     """
     try:
         path, state = engine.load_checkpoint(str(folder), tag=tag)
-    except Exception as error:  # DeepSpeed's own errors have no class in common
+    except Exception as error:  # DeepSpeed's errors have no class in common
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"checkpoint {folder / tag} cannot be loaded: {reason}") from error
     if path is None:
@@ -223,7 +222,7 @@ def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
 
 
 def set_lr(engine: Any, lr: float) -> None:
-    """Sets the learning rate of every parameter group, each times its own `lr_scale`."""
+    """Sets the learning rate of every parameter group, multiplied by the group's `lr_scale`."""
     groups: Iterable[dict[str, Any]] = engine.optimizer.param_groups
     for group in groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -11,14 +11,15 @@ from torch import nn
 class Ema:
     """An exponential moving average of everything in a model's state dict.
 
-    Buffers are averaged like weights, as torchvision's and timm's recipes do, so that BatchNorm's
-    statistics fit the averaged weights. The average begins with the weights after the first step.
+    Buffers are averaged like weights, as in torchvision's and timm's recipes, so that the
+    statistics of batch norms fit the averaged weights. The average starts from the weights after
+    the first step.
 
     Args:
-        model: is copied; its weights must be whole (ZeRO 0 to 2).
-        decay: of an update.
+        model: is copied; this process must hold whole weights (ZeRO 0 to 2).
+        decay: weight of the previous average in an update.
         period: steps between updates.
-        warmup: a smaller decay at the start, `1 - (1 + updates)^(-2/3)`.
+        warmup: use a smaller decay at the start, `1 - (1 + updates)^(-2/3)`.
     """
 
     def __init__(
@@ -34,14 +35,14 @@ class Ema:
         return self._average.module
 
     def update(self, model: nn.Module, iteration: int) -> None:
-        """To be called after each step; `iteration` counts them from 1."""
+        """Takes in the model after step `iteration`, counted from 1. Call it after each step."""
         if iteration % self.period == 0:
             self._average.update(model, step=iteration // self.period)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What `load_state_dict` takes."""
+        """The average, as `load_state_dict` takes it."""
         return self.model.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a saved average."""
+        """Restores a saved average."""
         self.model.load_state_dict(state)

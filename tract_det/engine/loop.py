@@ -1,4 +1,4 @@
-"""The training loop and the inference loop. They are given objects and know no model or data."""
+"""The training loop and the inference loop. They know no model, data set or config."""
 
 import math
 import signal
@@ -15,21 +15,21 @@ from tract_det import distributed
 from tract_det.engine import ds
 from tract_det.errors import UserError
 
-# Images, then targets: lists of tensors and of dicts for a detector, tensors for a classifier.
+# Images and targets: lists of tensors and of dicts for a detector, tensors for a classifier.
 Batch = tuple[Any, ...]
 
 
 @dataclass
 class Step:
-    """What the loop hands to `after_step` when an optimizer step is done.
+    """What the loop tells `after_step` about a finished optimizer step.
 
     Attributes:
-        iteration: steps done, from 1.
-        losses: this rank's mean over the micro-batches, by name, and their sum `loss`.
-        lr: the step's learning rate.
-        seconds: the step's wall time.
+        iteration: number of steps done, this one included.
+        losses: by name, this rank's means over the micro-batches; their sum is `loss`.
+        lr: learning rate.
+        seconds: wall time.
         data_seconds: the part of it spent waiting for the loader.
-        images: in the global batch.
+        images: number of images in the global batch.
     """
 
     iteration: int
@@ -41,20 +41,23 @@ class Step:
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a flag that the loop asks for after each step.
+    """Turns SIGTERM and SIGINT into a flag that the loop checks after each step.
 
-    A second SIGINT interrupts at once. `number` is the signal received, on this rank.
+    A second SIGINT interrupts at once.
+
+    Attributes:
+        number: the signal that this rank has received; 0 = none.
     """
 
     def __init__(self) -> None:
         self.number = 0
 
     def __enter__(self) -> "StopSignal":
-        self._before = {n: signal.signal(n, self._on) for n in (signal.SIGTERM, signal.SIGINT)}
+        self._handlers = {n: signal.signal(n, self._on) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _on(self, number: int, frame: FrameType | None) -> None:
@@ -80,15 +83,15 @@ def train(
 
     Args:
         engine: as `ds.initialize` makes it.
-        batches: micro-batches from step `start` on, at least as many as are needed.
-        start: steps done before.
-        max_iter: steps in all.
-        accumulation: micro-batches a step.
-        lr_at: learning rate of a step, counted from 0.
+        batches: micro-batches from step `start` on; at least as many as the steps take.
+        start: number of steps done before.
+        max_iter: number of steps in all.
+        accumulation: micro-batches per step.
+        lr_at: gives the learning rate of a step, counted from 0.
         after_step: called on every rank when a step is done.
-        stop: asked after each step; a signal to any rank stops them all.
+        stop: checked after each step; a signal to any rank stops all of them.
         before_step: called on every rank with the number of steps done.
-        memory_format: of the images, where they are one tensor.
+        memory_format: of the images, if they are one tensor.
 
     Raises:
         UserError: a loss is not finite; names the step, the losses and the images.
@@ -128,21 +131,21 @@ def _to(
     value: Any,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> Any:
-    """The tensors in `value` on the device; the format is for those of four dimensions."""
+    """`value` with its tensors on the device, four-dimensional ones in this memory format."""
     if torch.is_tensor(value):
         form = memory_format if value.ndim == 4 else torch.preserve_format
         return value.to(device, non_blocking=device != "cpu", memory_format=form)
     if isinstance(value, dict):
-        return {key: _to(device, one, memory_format) for key, one in value.items()}
+        return {key: _to(device, item, memory_format) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_to(device, one, memory_format) for one in value)
+        return type(value)(_to(device, item, memory_format) for item in value)
     return value
 
 
 def _record(
     step: Step, losses: Mapping[str, torch.Tensor], targets: Any, accumulation: int
 ) -> None:
-    """Adds a micro-batch's losses to the step's means; refuses one that is not finite."""
+    """Adds a micro-batch's losses to the step's means; refuses losses that are not finite."""
     values = {name: float(value.detach()) for name, value in losses.items()}
     values["loss"] = sum(values.values())
     if not math.isfinite(values["loss"]):
@@ -170,18 +173,18 @@ def infer(
     """Runs the model over this rank's batches; returns the number of images.
 
     Args:
-        model: put into evaluation mode, and back into the mode that it was in.
-        batches: `(images, ...)`; what follows the images is handed on.
+        model: is in evaluation mode meanwhile, and in its former mode afterwards.
+        batches: `(images, ...)`; what follows the images is passed to `consume`.
         device: where the model is.
-        consume: called with what follows a batch's images, and the model's output on the CPU.
-        memory_format: of the images, where they are one tensor.
+        consume: called with the rest of each batch and the model's output, on the CPU.
+        memory_format: of the images, if they are one tensor.
     """
     was_training = model.training
     model.eval()
     count = 0
     for images, *others in batches:
-        found = model(_to(device, images, memory_format))
-        consume(*others, _to("cpu", found))
+        predictions = model(_to(device, images, memory_format))
+        consume(*others, _to("cpu", predictions))
         count += len(images)
     model.train(was_training)
     return count

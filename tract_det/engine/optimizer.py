@@ -18,19 +18,17 @@ _NORMS = (
     nn.LocalResponseNorm,
 )
 
-OPTIMIZERS = ("SGD", "Adam", "AdamW", "LAMB")
-
 
 @dataclass(frozen=True)
 class Rule:
-    """How weights are updated.
+    """An optimizer and its settings, without learning rate and weight decay.
 
     Attributes:
-        name: one of `OPTIMIZERS`.
-        momentum: SGD's.
-        nesterov: SGD's.
-        betas: of Adam, AdamW and LAMB.
-        eps: of Adam, AdamW and LAMB.
+        name: one of `choices.OPTIMIZERS`.
+        momentum: for SGD.
+        nesterov: for SGD.
+        betas: for Adam, AdamW and LAMB.
+        eps: for Adam, AdamW and LAMB.
     """
 
     name: str = "SGD"
@@ -42,13 +40,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class StemRule:
-    """What the first layer's weight has for itself; None: what the other weights have.
+    """How the first layer's weight is updated where it differs from the other weights.
 
     Attributes:
         name: the layer, as in `model.named_modules()`.
-        rule: its optimizer.
-        lr_scale: its learning rate, in units of the others'.
-        weight_decay: of its weight.
+        rule: its optimizer; None = that of the other weights.
+        lr_scale: its learning rate, as a multiple of that of the other weights.
+        weight_decay: None = that of the other weights.
     """
 
     name: str
@@ -65,15 +63,19 @@ def parameter_groups(
     weight_decay_bias: float,
     stem: StemRule | None = None,
 ) -> list[dict]:
-    """The trainable parameters in at most three groups, by what their weight decay is, and a stem.
+    """The trainable parameters, grouped by their weight decay, with the stem's weight apart.
 
     Args:
         model: frozen parameters are left out.
-        weight_decay: of weights.
-        weight_decay_norm: of norms' scales and shifts.
-        weight_decay_bias: of the other layers' biases, of scales a channel (LayerScale), and of
-            what the model's own `no_weight_decay()` names (timm: position embeddings and tokens).
-        stem: the first layer, if its weight is to be a group of its own, marked `"stem": True`.
+        weight_decay: for weights.
+        weight_decay_norm: for scales and shifts of norms.
+        weight_decay_bias: for the biases of other layers, for scales of single channels
+            (LayerScale), and for what the model's `no_weight_decay()` names (timm: position
+            embeddings and tokens).
+        stem: if given, the stem's weight is a group of its own, marked `"stem": True`.
+
+    Returns:
+        At most three groups, one for each distinct weight decay, and that of the stem.
     """
     decays = {"weight": weight_decay, "norm": weight_decay_norm, "bias": weight_decay_bias}
     stem_weight = model.get_submodule(stem.name).weight if stem else None
@@ -83,51 +85,53 @@ def parameter_groups(
         if parameter.requires_grad and id(parameter) not in seen:
             seen.add(id(parameter))
             groups.setdefault(decays[kind], []).append(parameter)
-    plain: list[dict] = [{"params": p, "weight_decay": decay} for decay, p in groups.items()]
-    if stem is None:
-        return plain
-    decay = weight_decay if stem.weight_decay is None else stem.weight_decay
-    own = {"params": [stem_weight], "weight_decay": decay, "lr_scale": stem.lr_scale, "stem": True}
-    return [*plain, own]
+    result: list[dict] = [{"params": p, "weight_decay": decay} for decay, p in groups.items()]
+    if stem is not None:
+        decay = weight_decay if stem.weight_decay is None else stem.weight_decay
+        group = {"params": [stem_weight], "weight_decay": decay, "lr_scale": stem.lr_scale}
+        result.append(group | {"stem": True})
+    return result
 
 
 def _kinds(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    spared: set[str] = set()
+    without_decay: set[str] = set()
     for prefix, module in model.named_modules():
         names: Callable[[], set[str]] | None = getattr(module, "no_weight_decay", None)
         dot = f"{prefix}." if prefix else ""
-        spared |= {dot + name for name in names()} if names else set()
+        without_decay |= {dot + name for name in names()} if names else set()
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, _NORMS):
                 yield "norm", parameter
-            elif name == "bias" or parameter.ndim <= 1 or dot + name in spared:
+            elif name == "bias" or parameter.ndim <= 1 or dot + name in without_decay:
                 yield "bias", parameter
             else:
                 yield "weight", parameter
 
 
 class TwoRules(torch.optim.Optimizer):
-    """One optimizer for two: the groups marked `"stem": True` are updated by another rule.
+    """Two optimizers as one: the groups marked `"stem": True` have an optimizer of their own.
 
-    SGD and Adam are elementwise: whatever part of the parameters ZeRO hands over is updated as it
-    would be in the whole. The groups and the state are this object's; the two rules see them anew
-    at every step, since DeepSpeed and `load_state_dict` exchange them.
+    SGD and Adam are elementwise, so that any slice of the parameters that ZeRO hands over is
+    updated as it would be in the whole. This object holds the groups and the state and passes them
+    to the two optimizers at every step, because DeepSpeed and `load_state_dict` replace them.
     """
 
     def __init__(
-        self, rest: torch.optim.Optimizer, stem: torch.optim.Optimizer, groups: list[dict]
+        self, others: torch.optim.Optimizer, stem: torch.optim.Optimizer, groups: list[dict]
     ) -> None:
-        self.rules = {False: rest, True: stem}
+        self.optimizers = {False: others, True: stem}
         super().__init__(groups, defaults={})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """A step of both."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for is_stem, rule in self.rules.items():
-            rule.param_groups = [g for g in self.param_groups if g.get("stem", False) == is_stem]
-            rule.state = self.state
-            rule.step()
+        for is_stem, optimizer in self.optimizers.items():
+            optimizer.param_groups = [
+                group for group in self.param_groups if group.get("stem", False) == is_stem
+            ]
+            optimizer.state = self.state
+            optimizer.step()
         return loss
 
 
@@ -138,34 +142,35 @@ def build_optimizer(
 
     Args:
         groups: as `parameter_groups` makes them.
-        rule: of the weights.
-        lr: of the first step; the loop sets it anew at every step.
-        stem: of the group marked as the stem, where it is another rule.
-        zero_stage: DeepSpeed's.
+        rule: for all groups but the stem's.
+        lr: of the first step; the training loop sets it at every step.
+        stem: for the group marked as the stem; None = `rule`.
+        zero_stage: of DeepSpeed's ZeRO.
 
     Raises:
         UserError: LAMB under ZeRO.
     """
-    for one in (rule, stem):
-        if one and one.name == "LAMB" and zero_stage > 0:
-            raise UserError(
-                f"SOLVER.OPTIMIZER LAMB scales a step by the norm of the whole weight, and ZeRO "
-                f"stage {zero_stage} hands it slices of all weights in one: set "
-                "DEEPSPEED.zero_optimization.stage 0 or another optimizer"
-            )
+    if zero_stage > 0 and any(choice and choice.name == "LAMB" for choice in (rule, stem)):
+        raise UserError(
+            f"SOLVER.OPTIMIZER LAMB scales a step by the norm of the whole weight, but ZeRO stage "
+            f"{zero_stage} hands it slices that span several weights: set "
+            "DEEPSPEED.zero_optimization.stage 0 or another optimizer"
+        )
     if stem is None or stem == rule:
-        return _one_rule(groups, rule, lr)
-    marked = [group for group in groups if group.get("stem")]
-    others = [group for group in groups if not group.get("stem")]
-    # Each of the two writes its own defaults into the groups that it is built with.
-    rest, own = _one_rule(others, rule, lr), _one_rule(marked, stem, lr * marked[0]["lr_scale"])
-    return TwoRules(rest, own, [*rest.param_groups, *own.param_groups])
+        return _single_optimizer(groups, rule, lr)
+    stem_groups = [group for group in groups if group.get("stem")]
+    other_groups = [group for group in groups if not group.get("stem")]
+    # Each optimizer writes its own defaults into the groups that it is built with.
+    others = _single_optimizer(other_groups, rule, lr)
+    stem_optimizer = _single_optimizer(stem_groups, stem, lr * stem_groups[0]["lr_scale"])
+    groups = [*others.param_groups, *stem_optimizer.param_groups]
+    return TwoRules(others, stem_optimizer, groups)
 
 
-def _one_rule(groups: list[dict], rule: Rule, lr: float) -> torch.optim.Optimizer:
+def _single_optimizer(groups: list[dict], rule: Rule, lr: float) -> torch.optim.Optimizer:
     if rule.name == "SGD":
         return torch.optim.SGD(groups, lr=lr, momentum=rule.momentum, nesterov=rule.nesterov)
-    if rule.name == "LAMB":  # clipping is DeepSpeed's
+    if rule.name == "LAMB":  # DeepSpeed clips
         return Lamb(groups, lr=lr, betas=rule.betas, eps=rule.eps, max_grad_norm=None)
     adam = torch.optim.AdamW if rule.name == "AdamW" else torch.optim.Adam
     return adam(groups, lr=lr, betas=rule.betas, eps=rule.eps)

@@ -1,4 +1,4 @@
-"""A run: what happens between the steps, in one folder. Writing, evaluation, checkpoints."""
+"""What happens between the steps of a run: logging, evaluation, checkpoints."""
 
 import dataclasses
 import math
@@ -16,27 +16,27 @@ from tract_det.engine.writers import Writers, say
 from tract_det.errors import UserError
 
 Means = Mapping[str, float]
-Models = tuple[nn.Module, nn.Module | None]  # a model and, where there is one, its moving average
-Evaluate = Callable[[nn.Module, nn.Module | None], Means]  # figures by name of both
+Models = tuple[nn.Module, nn.Module | None]  # a model and its moving average, if there is one
+Evaluate = Callable[[nn.Module, nn.Module | None], Means]
 
 
 class Run:
-    """The state of a training run. Every rank has one, and calls its methods together.
+    """The state of a training run. Every rank has one, and all call its methods together.
 
     Args:
         engine: as `ds.initialize` makes it.
         output: the run's folder.
-        max_iter: steps in all.
-        log_period: steps between lines of the log.
-        checkpoint_period: steps between checkpoints to resume from.
-        eval_period: steps between evaluations; 0 = at the end alone.
-        evaluate: gives the figures by name.
-        best_metric: the figure by which `model_best.pth` is kept; more is better.
+        max_iter: number of steps in all.
+        log_period: steps between two lines of the log.
+        checkpoint_period: steps between two checkpoints to resume from.
+        eval_period: steps between two evaluations; 0 = only at the end.
+        evaluate: gives the figures by name, of the model and its moving average.
+        best_metric: the figure that decides which weights `model_best.pth` has; more is better.
         meta: saved with the weights.
-        identity: config keys with the values that a resumed run must share.
-        ema: the moving average that goes along, if any.
-        saved_part: the part of the model whose weights are saved.
-        diagnostics: figures of the last step that belong into the log.
+        identity: config keys, with the values that a resumed run must have too.
+        ema: the moving average of the weights, if any.
+        saved_part: gives the part of the model whose weights are saved.
+        diagnostics: gives further figures of the last step, for the log.
     """
 
     def __init__(
@@ -66,26 +66,29 @@ class Run:
         self.writers: Writers
 
     def start(self, *, resume: bool) -> int:
-        """Opens the writers, restores the newest checkpoint; returns the steps done before.
+        """Opens the writers and, to resume, restores the newest checkpoint.
+
+        Returns:
+            The number of steps done before.
 
         Raises:
-            UserError: there is nothing to resume, or the run was another one.
+            UserError: there is nothing to resume, or the run began with other settings.
         """
         state: dict[str, Any] = {"iteration": 0, "pending": None}
         if resume:
             state = checkpoint.load(self.engine, self.output)
             for key, value in self.identity.items():
-                before = state["identity"].get(key, value)
-                if before != value:
+                first_value = state["identity"].get(key, value)
+                if first_value != value:
                     raise UserError(
-                        f"--resume: {key} was {before} when the run began, now it is {value}: set "
-                        "it back"
+                        f"--resume: {key} was {first_value} when the run began, now it is {value}: "
+                        "set it back"
                     )
             self.best, self.saved = state["best"], state["iteration"]
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"]["state"])
-                own = state["ema"]["buffers"][distributed.rank()]
-                checkpoint.restore_buffers(self.ema.model, own)
+                buffers = state["ema"]["buffers"][distributed.rank()]
+                checkpoint.restore_buffers(self.ema.model, buffers)
             say(f"resumed {self.output} at step {state['iteration']}")
         elif distributed.is_main():
             checkpoint.forget(self.output)
@@ -103,11 +106,11 @@ class Run:
         return state["iteration"]
 
     def after_step(self, step: Step) -> None:
-        """To be called by the loop after each step."""
+        """Logs, evaluates and saves as the periods say; the loop calls it after each step."""
         if self.ema is not None:
             self.ema.update(self.engine.module, step.iteration)
         self.writers.step(step)
-        if step.iteration == self.max_iter:  # `finish` does it all
+        if step.iteration == self.max_iter:  # `finish` evaluates and saves
             return
         if self.eval_period > 0 and step.iteration % self.eval_period == 0:
             models = self._models()
@@ -116,13 +119,13 @@ class Run:
             self.save(step.iteration)
 
     def save(self, iteration: int) -> None:
-        """Saves what resuming needs, once a step."""
+        """Saves what resuming needs, unless this step is saved already."""
         if iteration == self.saved:
             return
         ema = None
         if self.ema is not None:
-            own = distributed.gather(checkpoint.buffers_of(self.ema.model))
-            ema = {"state": self.ema.state_dict(), "buffers": own}
+            buffers = distributed.gather(checkpoint.buffers_of(self.ema.model))
+            ema = {"state": self.ema.state_dict(), "buffers": buffers}
         pending = distributed.gather([dataclasses.asdict(step) for step in self.writers.pending])
         state = {"best": self.best, "pending": pending, "identity": self.identity, "ema": ema}
         checkpoint.save(self.engine, self.output, iteration, state)
@@ -136,7 +139,7 @@ class Run:
         self._note(report(*models), self.max_iter, models)
 
     def _models(self) -> Models:
-        """The model and its moving average, whole and the same on every rank."""
+        """The model and its moving average: whole, and the same on every rank."""
         distributed.average_buffers(self.engine.module)
         if self.ema is None:
             return ds.whole_model(self.engine), None
@@ -144,7 +147,7 @@ class Run:
         return ds.whole_model(self.engine), self.ema.model
 
     def _note(self, means: Means, iteration: int, models: Models) -> None:
-        """Logs an evaluation, and keeps the weights if they are the best so far."""
+        """Logs an evaluation, and saves the weights if they are the best so far."""
         self.writers.scalars(iteration, means)
         value = means[self.best_metric]
         say(f"step {iteration}: {self.best_metric} {value:.2f}")

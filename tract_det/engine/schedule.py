@@ -26,27 +26,27 @@ def lr_schedule(
 
     Args:
         base_lr: the learning rate after the warm-up.
-        max_iter: steps in all.
-        steps: where the rate is multiplied by `gamma`; None: a cosine from `base_lr` to `end_lr`.
-        gamma: factor at each of `steps`.
-        end_lr: where the cosine ends.
-        warmup_iters: steps over which the rate grows linearly; 0 = none.
-        warmup_factor: what the first step's rate is to the rate at which the warm-up ends.
+        max_iter: number of steps in all.
+        steps: milestones at which the rate is multiplied by `gamma`; None = a cosine from `base_lr`
+            to `end_lr` instead.
+        gamma: factor at each milestone.
+        end_lr: last value of the cosine.
+        warmup_iters: steps over which the rate grows linearly; 0 = no warm-up.
+        warmup_factor: the first rate, as a fraction of that at which the warm-up ends.
     """
     main: ParamScheduler
     if steps is None:
         main = CosineParamScheduler(base_lr, end_lr)
     else:
-        milestones = sorted(
-            {step for step in steps if step < max_iter}
-        )  # an early stop keeps the recipe
+        # A run that is cut short keeps the milestones that it reaches.
+        milestones = sorted({step for step in steps if step < max_iter})
         main = MultiStepParamScheduler(
             [base_lr * gamma**k for k in range(len(milestones) + 1)],
             milestones=milestones,
             num_updates=max_iter,
         )
     length = warmup_iters / max_iter
-    if length >= 1:  # a run cut short is all warm-up
+    if length >= 1:  # a run that is cut short can be all warm-up
         return lambda step: (
             base_lr * (warmup_factor + (1 - warmup_factor) * min(step / warmup_iters, 1.0))
         )
@@ -70,11 +70,11 @@ def lambda_schedule(
     """A function from the optimizer step, counted from 0, to TrAct's lambda; None = TrAct is off.
 
     Args:
-        lambda_: of the first step.
-        end: where "linear" and "cosine" lead to; None = `lambda_`.
-        kind: "constant", "linear" or "cosine".
-        stop_at: the first step without TrAct, where the schedule ends as well; 0 = never.
-        max_iter: steps in all.
+        lambda_: its value at the first step.
+        end: its value at the end of "linear" and "cosine"; None = `lambda_`.
+        kind: one of `choices.LAMBDA_SCHEDULES`.
+        stop_at: the first step without TrAct, at which the schedule ends as well; 0 = never.
+        max_iter: number of steps in all.
     """
     last = lambda_ if end is None else end
     value: ParamScheduler = {

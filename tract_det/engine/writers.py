@@ -1,4 +1,4 @@
-"""What a run says: the console with progress, `metrics.jsonl`, TensorBoard."""
+"""Where a run writes its progress: the console, `metrics.jsonl` and TensorBoard."""
 
 import json
 import math
@@ -44,16 +44,16 @@ def clock(seconds: float) -> str:
 class Writers:
     """Collects the steps of a run and writes them out every `period` steps, on the main rank.
 
-    Losses are means over the period and over the ranks; `images_per_second` counts the training
-    steps alone, without evaluation and checkpoints. All ranks call `step` and `scalars`.
+    Losses are means over the period and over the ranks; `images_per_second` excludes the time for
+    evaluation and checkpoints. Every rank must call `step` and `scalars`.
 
     Args:
         output: the run's folder.
-        start: steps done before.
-        max_iter: steps in all.
-        period: steps between lines.
-        device: whose memory is measured.
-        diagnostics: further figures of the last step; called on every rank.
+        start: number of steps done before.
+        max_iter: number of steps in all.
+        period: steps between two lines of the log.
+        device: whose peak memory is reported.
+        diagnostics: gives further figures of the last step; called on every rank.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Writers:
             self._bar = tqdm(total=max_iter, initial=start, unit="step", dynamic_ncols=True)
 
     def step(self, step: Step) -> None:
-        """Counts a step; writes at the end of a period."""
+        """Takes in a step; writes a line at the end of a period."""
         self.pending.append(step)
         self.images += step.images
         self.seconds += step.seconds
@@ -121,17 +121,17 @@ class Writers:
             say(f"step {now}/{self.max_iter}  {line}")
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
-        """One line of `metrics.jsonl`, and TensorBoard; what is not finite becomes null."""
+        """Writes a line of `metrics.jsonl` and to TensorBoard; non-finite values become null."""
         if self._board is None:
             return
         for name, value in values.items():
             self._board.add_scalar(name, value, iteration)
-        clean = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        entry = {name: v if math.isfinite(v) else None for name, v in values.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps({"iteration": iteration, "time": time.time(), **clean}) + "\n")
+            file.write(json.dumps({"iteration": iteration, "time": time.time(), **entry}) + "\n")
 
     def close(self) -> None:
-        """Says what the run took."""
+        """Closes the files, and prints time, throughput and memory."""
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
@@ -145,7 +145,7 @@ class Writers:
 
 
 def _keep_until(path: Path, iteration: int) -> None:
-    """Drops the lines after `iteration`: a resumed run writes them again."""
+    """Drops the lines after `iteration`, which a resumed run writes again."""
     if not path.is_file():
         return
     kept = [line for line in path.read_text().splitlines() if _iteration(line) <= iteration]
@@ -156,5 +156,5 @@ def _iteration(line: str) -> float:
     try:
         entry: Any = json.loads(line)
         return entry["iteration"]
-    except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
+    except (ValueError, KeyError, TypeError):  # half a line, of a run that was killed
         return math.inf

@@ -176,7 +176,7 @@ def _not_detectron2(source: str) -> UserError:
 
 
 def _meta(content: Mapping[str, Any], author: str | None, channels: str) -> Meta:
-    meta = {} if author is None else {"author": str(author)}
+    meta: Meta = {} if author is None else {"author": str(author)}
     meta |= content.get("meta", {})
     if channels:
         meta["format"] = channels

@@ -1,4 +1,4 @@
-"""detectron2's models from its own configuration files, yacs and LazyConfig."""
+"""Builds detectron2's models from its own configuration files, yacs or LazyConfig."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,25 +18,28 @@ from tract_det.d2.detector import as_detector
 from tract_det.errors import UserError
 
 _FILE, _OPTS = "MODEL.DETECTRON2.CONFIG_FILE", "MODEL.DETECTRON2.OPTS"
-_FREEZE_AT = f"{_OPTS} sets FREEZE_AT, this config's: set MODEL.BACKBONE.FREEZE_AT in it instead"
+_FREEZE_AT = f"{_OPTS} sets FREEZE_AT: set MODEL.BACKBONE.FREEZE_AT in this config instead"
 _ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
 
 
 def find_config(name: str) -> Path:
-    """A file of detectron2's: as given, else of this package's `d2/configs`, else its model zoo's.
+    """The path of a detectron2 configuration file.
+
+    Args:
+        name: a path; or a path below this package's `d2/configs`, or below detectron2's model zoo.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such file, or its suffix is neither .yaml nor .py.
     """
     places = [Path(name), Path(__file__).parent / "configs" / name, _ZOO / name]
     for path in places:
         if path.is_file() and path.suffix not in (".yaml", ".yml", ".py"):
-            raise UserError(f"{_FILE} {path} is of no known form: name a .yaml or a LazyConfig .py")
+            raise UserError(f"{_FILE} {path} has another suffix: name a .yaml or a LazyConfig .py")
         if path.is_file():
             return path
     raise UserError(
-        f"{_FILE} {name} does not exist: name a file, or one of detectron2's "
-        "model zoo, such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+        f"{_FILE} {name} does not exist: name a file, or a config of detectron2's model zoo, such "
+        "as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
     )
 
 
@@ -49,21 +52,22 @@ def build_detector(
     min_size: int = 800,
     max_size: int = 1333,
 ) -> nn.Module:
-    """The model that a configuration of detectron2's describes, with random weights.
+    """The model that a detectron2 configuration describes, with random weights.
 
-    It has the one detector interface; see `detector.as_detector`.
+    It has this project's detector interface; see `detector.as_detector`.
 
     Args:
-        config_file: see `find_config`. `.yaml` or a LazyConfig `.py`, which is run.
+        config_file: as for `find_config`: a `.yaml`, or a LazyConfig `.py`, which is executed.
         opts: `KEY VALUE` pairs for a `.yaml`; `key=value`, relative to `model`, for a `.py`.
-        num_classes: K, without background; the file's own number does not count.
-        freeze_at: stages to freeze, 0 = none; None = what the file says.
-        min_size: shorter side in evaluation, pixels; 0 = as they are. The file's does not count.
-        max_size: longer side's bound in evaluation, pixels.
+        num_classes: K, without background; replaces the number in the file.
+        freeze_at: number of stages to freeze, 0 = none; None = as the file says.
+        min_size: shorter side in evaluation, pixels; 0 = no resizing. Replaces the size in the
+            file.
+        max_size: upper bound of the longer side in evaluation, pixels; replaces it likewise.
 
     Raises:
-        UserError: the file or an override is wrong, or says what the caller's configuration says
-            (TrAct, frozen stages); or the model does not learn from images of RGB and boxes.
+        UserError: the file or an override is wrong, or sets what the caller's configuration
+            decides (TrAct, frozen stages); or the model does not learn from RGB images and boxes.
     """
     path = find_config(config_file)
     make = _from_lazy if path.suffix == ".py" else _from_yacs
@@ -74,16 +78,16 @@ def build_detector(
 
 
 class _Cfg(CfgNode):
-    """A yacs configuration of which detectron2's own files alone may run code, as they do."""
+    """A yacs configuration that lets only detectron2's own files run code; some of them do."""
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> Any:
-        is_own = Path(filename).resolve().is_relative_to(_ZOO.resolve())
+        is_from_zoo = Path(filename).resolve().is_relative_to(_ZOO.resolve())
         try:
-            loaded = super().load_yaml_with_base(filename, allow_unsafe=is_own)
+            loaded = super().load_yaml_with_base(filename, allow_unsafe=is_from_zoo)
         except yaml.constructor.ConstructorError as error:
-            raise ValueError(f"{_line(error)}: write plain values, no code is run") from error
-        except TypeError as error:  # of what is no mapping
+            raise ValueError(f"{_line(error)}: write plain values, since no code is run") from error
+        except TypeError as error:  # the file holds no mapping
             raise ValueError(f"{filename} holds no KEY: VALUE") from error
         if not isinstance(loaded, dict):
             raise ValueError(f"{filename} holds no KEY: VALUE")
@@ -96,23 +100,23 @@ def _from_yacs(
     cfg = get_cfg()
     add_tract_config(cfg)
     cfg = _Cfg(cfg)
-    no_tract = cfg.MODEL.TRACT.clone()
+    tract_defaults = cfg.MODEL.TRACT.clone()
     if "MODEL.BACKBONE.FREEZE_AT" in opts[::2]:
         raise UserError(_FREEZE_AT)
     with _in_one_line(f"{_FILE} {path} cannot be read"):
         cfg.merge_from_file(str(path))
     with _in_one_line(f"{_OPTS} {opts}"):
         cfg.merge_from_list(opts)
-    if no_tract != cfg.MODEL.TRACT:
+    if tract_defaults != cfg.MODEL.TRACT:
         raise UserError(
             f"{_FILE} {path} or its OPTS set MODEL.TRACT: set MODEL.TRACT.ENABLED in this config, "
-            "not in MODEL.DETECTRON2, and take a file without it (no _tract)"
+            "not in MODEL.DETECTRON2, and name a file without it (without _tract in its name)"
         )
     for node in ("ROI_HEADS", "RETINANET"):
         cfg.MODEL[node].NUM_CLASSES = num_classes
     if freeze_at is not None:
         cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
-    # The caller's to decide.
+    # The caller decides these.
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.VIS_PERIOD = "cpu", "", 0
     with _in_one_line(f"{_FILE} {path} builds no model"):
         return build_model(cfg), cfg.INPUT.FORMAT
@@ -133,7 +137,7 @@ def _from_lazy(
             "MODEL.TRACT.ENABLED in this config"
         )
     if target is None or "backbone" not in model:
-        raise UserError(f"{_FILE} {path} has no `model` with a `backbone`, a LazyCall: add it")
+        raise UserError(f"{_FILE} {path} has no `model` with a `backbone` (a LazyCall): add it")
     with _in_one_line(f"{_OPTS} {opts}"):
         model = LazyConfig.apply_overrides(model, options)
     with _in_one_line(f"{_FILE} {path} builds no model"):
@@ -148,27 +152,31 @@ def _from_lazy(
 
 
 def _check_data(model: nn.Module, order: str) -> None:
-    """Refuses models of other images and boxes than the data's."""
+    """Refuses models for another kind of images or boxes than the data have."""
     if order not in ("RGB", "BGR"):
         raise UserError(
-            f"INPUT.FORMAT (LazyConfig: input_format) is {order}: the images are RGB, set RGB or "
-            f"BGR in {_OPTS}"
+            f"INPUT.FORMAT (LazyConfig: input_format) is {order}: the images are RGB, so set RGB "
+            f"or BGR in {_OPTS}"
         )
     parts = [getattr(model, name, None) for name in ("proposal_generator", "roi_heads")]
     if any(isinstance(part, RRPN | RROIHeads) for part in parts):
         raise UserError(
             "MODEL.PROPOSAL_GENERATOR.NAME RRPN and MODEL.ROI_HEADS.NAME RROIHeads are for rotated "
-            "boxes, which the data have not: take RPN and StandardROIHeads"
+            "boxes, which the data do not have: set RPN and StandardROIHeads"
         )
 
 
 @contextmanager
-def _in_one_line(what: str) -> Iterator[None]:
-    """Of errors of many classes: parsers', hydra's, torch's, those of a file that is run."""
+def _in_one_line(prefix: str) -> Iterator[None]:
+    """Turns every error into a UserError of one line that begins with `prefix`.
+
+    The errors have no class in common: parsers, hydra, torch and the code of a LazyConfig file
+    raise their own.
+    """
     try:
         yield
     except Exception as error:
-        raise UserError(f"{what}: {_line(error)}") from error
+        raise UserError(f"{prefix}: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:

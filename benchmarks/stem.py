@@ -1,8 +1,8 @@
 """What TrAct costs: stem forward + backward against the plain layer and torch_tract, in one run.
 
-    python tools/benchmark_tract.py              # prints the table, writes it to benchmarks/
-    python tools/benchmark_tract.py --device cuda --repeats 50
-    python tools/benchmark_tract.py --stems 3x3-vgg 16x16-vit --no-memory
+    python benchmarks/stem.py              # prints the table, writes it to benchmarks/
+    python benchmarks/stem.py --device cuda --repeats 50
+    python benchmarks/stem.py --stems 3x3-vgg 16x16-vit --no-memory
 
 The layers take turns, so that a disturbance of the machine meets them all. A ratio is the median
 over the turns of (layer / plain layer of the same turn). Memory is the peak of a process that knows
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ def photo_like(shape: tuple[int, ...]) -> Tensor:
 def build(arm: str, stem: Stem) -> nn.Module:
     """The layer of an arm: "plain", "torch_tract" or "tract_det"."""
     torch.manual_seed(0)
-    keywords = {
+    keywords: dict[str, Any] = {
         "kernel_size": stem.kernel,
         "stride": stem.stride,
         "padding": stem.padding,
@@ -243,7 +243,8 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     if args.measure:
-        print(peak_memory(*args.measure, device))
+        arm, name = args.measure
+        print(peak_memory(arm, name, device))
         return
     try:
         import torch_tract  # noqa: F401
@@ -255,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     today = datetime.date.today().isoformat()
     kind = "cuda" if device.type == "cuda" else f"{args.threads}-threads"
     output = Path(args.output or f"benchmarks/tract_{kind}_{today}.md")
-    command = " ".join(["python tools/benchmark_tract.py", *(argv or sys.argv[1:])])
+    command = " ".join(["python benchmarks/stem.py", *(argv or sys.argv[1:])])
     head = (
         f"# What TrAct costs, {today}\n\n{hardware(device, args.threads)}. Python "
         f"{platform.python_version()}, torch {torch.__version__}, float32, lambda {LAMBDA}.\n\n"

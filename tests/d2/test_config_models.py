@@ -1,4 +1,4 @@
-"""What is wrong with a configuration of detectron2's is one line, and nothing in it is ignored."""
+"""Mistakes in a detectron2 configuration are refused in one line, and nothing in it is ignored."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def refusal(name, opts=()):
         ("a.yaml", "MODEL: {", "cannot be read: "),
         ("a.yaml", "MODEL: 3", "cannot be read: "),
         ("a.yaml", "VERSION: 7", "cannot be read: "),
-        ("a.yaml", EVAL, "write plain values, no code is run"),
+        ("a.yaml", EVAL, "write plain values, since no code is run"),
         ("a.txt", "MODEL: {}", "name a .yaml or a LazyConfig .py"),
         ("a.py", "def", "cannot be read: "),
         ("a.py", "import nowhere_at_all", "nowhere_at_all"),
@@ -45,11 +45,11 @@ def refusal(name, opts=()):
         ("a.py", LAZY + "model = L(apply_tract)(model=inner)", "puts apply_tract around"),
     ],
 )
-def test_a_file_that_is_none_is_refused(name, content, message, tmp_path, monkeypatch):
+def test_an_invalid_file_is_refused(name, content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text(content)
-    found = refusal(tmp_path / name)
-    assert message in found and str(tmp_path / name) in found
+    error = refusal(tmp_path / name)
+    assert message in error and str(tmp_path / name) in error
     assert not (tmp_path / "ran").exists()
 
 
@@ -58,8 +58,16 @@ def test_a_file_that_is_none_is_refused(name, content, message, tmp_path, monkey
     [
         (R_18, ["MODEL.FPN.OUT_CHANNELS", -1], "builds no model: "),
         (R_18, ["MODEL.FPN.OUT_CHANNELS"], "MODEL.DETECTRON2.OPTS ['MODEL.FPN"),
-        (R_18, ["MODEL.BACKBONE.FREEZE_AT", 0], "set MODEL.BACKBONE.FREEZE_AT in it instead"),
-        (FCOS, ["backbone.bottom_up.freeze_at=0"], "set MODEL.BACKBONE.FREEZE_AT in it instead"),
+        (
+            R_18,
+            ["MODEL.BACKBONE.FREEZE_AT", 0],
+            "set MODEL.BACKBONE.FREEZE_AT in this config instead",
+        ),
+        (
+            FCOS,
+            ["backbone.bottom_up.freeze_at=0"],
+            "set MODEL.BACKBONE.FREEZE_AT in this config instead",
+        ),
         (R_18, ["MODEL.TRACT.ENABLED", True], "set MODEL.TRACT.ENABLED in this config, not in"),
         (R_18, ["MODEL.TRACT.LAMBDA", 0.2], "set MODEL.TRACT.ENABLED in this config, not in"),
         (R_18.replace(".", "_tract."), [], "set MODEL.TRACT.ENABLED in this config, not in"),
@@ -80,11 +88,11 @@ def test_a_file_that_is_none_is_refused(name, content, message, tmp_path, monkey
         ),
     ],
 )
-def test_what_another_key_says_or_the_data_are_not_is_refused(name, opts, message):
+def test_settings_that_contradict_this_config_or_the_data_are_refused(name, opts, message):
     assert message in refusal(name, opts)
 
 
-def test_a_file_may_build_on_detectron2s_own_that_runs_code(tmp_path):
+def test_a_file_may_have_a_base_of_detectron2s_that_runs_code(tmp_path):
     base = CONFIGS / "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
     assert "!!python" in (CONFIGS / "Base-RetinaNet.yaml").read_text()
     (tmp_path / "a.yaml").write_text(f"_BASE_: {base}\nMODEL: {{FPN: {{OUT_CHANNELS: 16}}}}\n")
@@ -92,5 +100,5 @@ def test_a_file_may_build_on_detectron2s_own_that_runs_code(tmp_path):
     assert model.head.cls_score.in_channels == 16
 
 
-def test_a_config_of_this_packages_may_be_named_by_its_path():
+def test_a_config_of_this_package_may_be_named_by_its_path():
     assert build_detector(config_file(R_18), num_classes=3).roi_heads.num_classes == 3

@@ -1,4 +1,4 @@
-"""The pretrainer through its command line."""
+"""Classifiers: trained, fine-tuned and evaluated, in one process."""
 
 import json
 import math
@@ -6,19 +6,17 @@ import shutil
 
 import pytest
 import torch
-from tract_det.tools import pretrain_net
 
-from tests.conftest import REPO, run_python
-from tests.tools.classification import (
-    TOOL,
-    log,
-    options,
-    results,
-    train,
-    weights,
-    write_image_folder,
-)
+from tests.training.image_folder import options, write_image_folder
+from tests.training.runs import log, results, run_here, weights
+from tract_det.cli import call
+from tract_det.config.classification import load_cfg
 from tract_det.errors import UserError
+from tract_det.training.classification import make_plan
+
+
+def train(root, output, *flags, **changes):
+    return run_here("pretrain", *flags, *options(root, output, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +28,17 @@ def folder(tmp_path_factory):
 def trained(tmp_path_factory, folder):
     """A run with batch norm, a moving average, a reader, bf16, channels_last and evaluations."""
     output = tmp_path_factory.mktemp("trained") / "out"
-    done = train(
+    printed = train(
         folder, output, MODEL__NORM="BN", SOLVER__AMP__ENABLED=True, DATALOADER__NUM_WORKERS=1,
         MODEL__EMA__ENABLED=True, MODEL__EMA__DECAY=0.5, MODEL__CHANNELS_LAST=True,
         TEST__EVAL_EPOCHS=0.5, TEST__BEST_METRIC="ema.top1", SOLVER__NESTEROV=True,
         SOLVER__MAX_ITER=6,
     )  # fmt: skip
-    return output, done
+    return output, printed
 
 
 def test_a_run_leaves_results_weights_and_classes(trained):
-    output, done = trained
+    output, printed = trained
     found = results(output)
     assert found["images"] == found["ema"]["images"] == 23
     for one in (found, found["ema"]):
@@ -58,9 +56,9 @@ def test_a_run_leaves_results_weights_and_classes(trained):
     assert sorted(log(output, "ema.top1")) == [2, 4, 6]  # half epochs of 4 steps
     assert min(log(output, "images_per_second").values()) > 0
     assert min(log(output, "peak_memory_gib").values()) > 0
-    assert "TrAct on 'conv1', lambda 0.1 of standardised pixels" in done.stdout
-    assert "images/s, peak memory" in done.stdout
-    assert f"top-1 {found['top1']:.2f} %" in done.stdout
+    assert "TrAct on 'conv1', lambda 0.1 of standardised pixels" in printed
+    assert "images/s, peak memory" in printed
+    assert f"top-1 {found['top1']:.2f} %" in printed
 
 
 def test_the_weights_are_torchvisions_and_know_classes_pixels_and_form(trained):
@@ -134,8 +132,8 @@ def test_a_compiled_run_is_the_eager_one_but_for_rounding(folder, tmp_path, monk
 def test_pixels_that_are_not_standardised_scale_lambda_and_are_known_to_the_weights(
     folder, tmp_path
 ):
-    done = train(folder, tmp_path, MODEL__STANDARDIZE=False, SOLVER__MAX_ITER=1)
-    assert "0.00510807 of this model's" in done.stdout  # 0.1 x the variance of pixels in [0, 1]
+    printed = train(folder, tmp_path, MODEL__STANDARDIZE=False, SOLVER__MAX_ITER=1)
+    assert "0.00510807 of this model's" in printed  # 0.1 x the variance of pixels in [0, 1]
     meta = torch.load(tmp_path / "model_final.pth", weights_only=True)["meta"]
     assert meta["pixel_mean"] == [0, 0, 0] and meta["pixel_std"] == [255, 255, 255]
 
@@ -143,11 +141,11 @@ def test_pixels_that_are_not_standardised_scale_lambda_and_are_known_to_the_weig
 def test_pretrained_weights_are_fine_tuned_on_other_classes(trained, tmp_path):
     root = write_image_folder(tmp_path / "other", val=8, classes=("eel", "fox", "gnu"))
     model = trained[0] / "model_final.pth"
-    done = train(
+    printed = train(
         root, tmp_path / "out", MODEL__WEIGHTS=model, MODEL__NORM="BN", SOLVER__MAX_ITER=1,
         SOLVER__BASE_LR=1e-8,
     )  # fmt: skip
-    assert f"all names in {tmp_path / 'out/weights_report.json'}" in done.stdout
+    assert f"all names in {tmp_path / 'out/weights_report.json'}" in printed
     report = json.loads((tmp_path / "out/weights_report.json").read_text())
     assert report["source"] == str(model) and report["random"] == ["fc.weight", "fc.bias"]
     assert report["left"] == report["resampled"] == []
@@ -171,12 +169,10 @@ def test_corrupt_images_are_replaced_or_left_out_and_counted(tmp_path):
     root = write_image_folder(tmp_path / "images", train=2, val=8)
     for name in ("train/bee/000.png", "val/cat/001.png"):
         (root / name).write_bytes(b"broken")
-    done = run_python(TOOL, *options(root, tmp_path / "out"))
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "000.png" in done.stderr or "001.png" in done.stderr
-    done = train(root, tmp_path / "out", DATASETS__SKIP_CORRUPT=True)
-    assert "1 corrupt images were replaced, 4 times: train/bee/000.png" in done.stdout
+    with pytest.raises(UserError, match=r"000\.png|001\.png"):
+        call("pretrain", options(root, tmp_path / "out"))
+    printed = train(root, tmp_path / "out", DATASETS__SKIP_CORRUPT=True)
+    assert "1 corrupt images were replaced, 4 times: train/bee/000.png" in printed
     assert results(tmp_path / "out")["images"] == 7
     assert results(tmp_path / "out")["skipped"] == 1
 
@@ -186,7 +182,7 @@ def test_corrupt_images_are_replaced_or_left_out_and_counted(tmp_path):
     [
         (["--resume"], {}, "--resume: there is no checkpoint in .*out"),
         (["--eval-only"], {}, "--eval-only: set MODEL.WEIGHTS"),
-        (["--eval-only"], {"MODEL__WEIGHTS": "no.pth"}, "MODEL.WEIGHTS no.pth is no file"),
+        (["--eval-only"], {"MODEL__WEIGHTS": "no.pth"}, "MODEL.WEIGHTS no.pth is not a file"),
         ([], {"DATASETS__ROOT": ""}, "DATASETS.ROOT is empty"),
         ([], {"DATASETS__ROOT": "/nowhere"}, "/nowhere: no such folder: set DATASETS.ROOT"),
         ([], {"MODEL__NAME": "resnet9"}, "MODEL.NAME resnet9"),
@@ -211,25 +207,12 @@ def test_corrupt_images_are_replaced_or_left_out_and_counted(tmp_path):
 )
 def test_what_cannot_work_is_refused_by_name(folder, tmp_path, flags, changes, message):
     with pytest.raises(UserError, match=message):
-        pretrain_net.main([*flags, *options(folder, tmp_path / "out", **changes)])
+        call("pretrain", [*flags, *options(folder, tmp_path / "out", **changes)])
     assert not (tmp_path / "out/model_final.pth").exists()
 
 
-def test_help_shows_the_commands_and_the_default_says_what_it_lacks(tmp_path):
-    done = run_python(TOOL, "--help")
-    assert done.returncode == 0 and "--eval-only" in done.stdout
-    done = run_python(TOOL, "DATASETS.ROOT", tmp_path / "no")
-    assert done.returncode == 1
-    assert (
-        done.stderr.strip()
-        .splitlines()[-1]
-        .endswith("no: no such folder: set DATASETS.ROOT to where imagefolder lies")
-    )
-
-
 def test_epochs_are_counted_in_images():
-    cfg = pretrain_net.load_cfg(REPO / "configs/ImageNet-Classification/resnet50_30ep.yaml")
-    lengths = pretrain_net.plan(cfg, 1_281_167)
-    assert lengths.max_iter == round(30 * 1_281_167 / 256) == 150_137
-    assert lengths.milestones == [50_046, 100_091] and lengths.warmup_iters == 0
-    assert lengths.eval_period == lengths.checkpoint_period == 5005
+    plan = make_plan(load_cfg("ImageNet-Classification/resnet50_30ep.yaml"), 1_281_167)
+    assert plan.max_iter == round(30 * 1_281_167 / 256) == 150_137
+    assert plan.milestones == [50_046, 100_091] and plan.warmup_iters == 0
+    assert plan.eval_period == plan.checkpoint_period == 5005

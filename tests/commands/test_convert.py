@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from tests.conftest import REPO, run_python
-from tools.convert_weights import main
+from tract_det.cli import call
 from tract_det.engine.checkpoint import save_weights
 from tract_det.errors import UserError
 from tract_det.modeling.classifiers import build_classifier
 from tract_det.modeling.weight_files import read_weights
+
+
+def main(arguments):
+    call("convert", arguments)
+
 
 META = {
     "model": "resnet10",

@@ -1,7 +1,7 @@
 """Reading and augmenting images to classify against plain PIL + torchvision, in one run.
 
-    python tools/benchmark_data.py
-    python tools/benchmark_data.py --images FOLDER --workers 2 --rounds 8
+    python benchmarks/data.py
+    python benchmarks/data.py --images FOLDER --workers 2 --rounds 8
 
 Large images: JPEG files of 500 x 375 pixels (made up, or those under FOLDER), random resized crop
 of 224, mirroring, standardising. Small images: 32 x 32 pixels in memory, padding by 4, random crop,

@@ -6,14 +6,16 @@ import re
 
 import pytest
 import torch
-from tract_det.tools import common, pretrain_net
 
 from tests.test_configs import RECIPES
-from tests.tools.classification import write_image_folder
+from tests.training.image_folder import write_image_folder
 from tract_det import find_stem, tract_diagnostics
-from tract_det.config_classification import load_cfg
+from tract_det.config.classification import load_cfg
 from tract_det.engine import ds
 from tract_det.engine.loop import StopSignal, train
+from tract_det.training import assembly, classification, session
+
+pytestmark = pytest.mark.slow
 
 
 def runs():
@@ -50,21 +52,23 @@ def take(tmp_path_factory):
 
 def _two_steps(cfg):
     """The losses, the parameters that have moved, the stem's name, and what TrAct did."""
-    split, _ = pretrain_net.read_data(cfg, train=True)
+    split, _ = classification.read_data(cfg)
     torch.manual_seed(0)
-    model, meta = pretrain_net.build_model(cfg, None, split.class_names, strict=False)
-    before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
-    engine, _ = pretrain_net.prepare(cfg, model, torch.device("cpu"))
+    built = classification.build_model(cfg, None, split.class_names, False)
+    assembly.put_tract(cfg, built.model, built.input_variance)
+    before = {name: p.detach().clone() for name, p in built.model.named_parameters()}
+    engine, _ = session.prepare(cfg, built, torch.device("cpu"))
     steps = []
     with StopSignal() as stop:
         train(
-            engine, pretrain_net.build_loader(cfg, split, meta, 0), start=0, max_iter=2,
+            engine, classification.build_loader(cfg, split, built.meta, 0), start=0, max_iter=2,
             accumulation=cfg.SOLVER.ACCUMULATION, after_step=steps.append, stop=stop,
-            lr_at=common.build_schedule(cfg, max_iter=2, steps=[], warmup_iters=0),
+            lr_at=assembly.build_schedule(cfg, classification.make_plan(cfg, len(split))),
         )  # fmt: skip
-    moved = {n for n, p in model.model.named_parameters() if not torch.equal(p.detach(), before[n])}
-    stem = f"{find_stem(model.model)}.weight" if cfg.MODEL.PATCH_NORM == "" else ""
-    return [step.losses["loss"] for step in steps], moved, stem, tract_diagnostics(model)
+    after = dict(built.model.named_parameters())
+    moved = {name for name, p in before.items() if not torch.equal(after[name].detach(), p)}
+    stem = f"{find_stem(built.model)}.weight" if cfg.MODEL.PATCH_NORM == "" else ""
+    return [step.losses["loss"] for step in steps], moved, stem, tract_diagnostics(built.network)
 
 
 @pytest.mark.parametrize(("path", "name"), [*runs()])

@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tools.evaluate_voc import main
+from tract_det.cli import call
 from tract_det.data.voc import VOC_CLASSES
 from tract_det.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate_voc.py"
+
+
+def main(arguments):
+    call("evaluate", arguments)
+
 
 OBJECT = (
     "<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>"

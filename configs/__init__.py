@@ -1,1 +1,0 @@
-"""Data only: the YAML files, so that a wheel carries them."""

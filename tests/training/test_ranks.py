@@ -1,0 +1,230 @@
+"""Detectors and classifiers on several ranks, through the real launchers."""
+
+import signal
+
+import pytest
+import torch
+
+from tests.conftest import REPO, run_python, tiny_options
+from tests.training.image_folder import options, write_image_folder
+from tests.training.runs import (
+    TwoRanks,
+    assert_close,
+    assert_same_bits,
+    free_port,
+    interrupt,
+    log,
+    results,
+    run_apart,
+    run_here,
+)
+
+TRAIN, PRETRAIN = REPO / "tools/train_net.py", REPO / "tools/pretrain_net.py"
+
+# All that meets in a step: the stem by another rule, micro-batches, clipping, a moving lambda.
+# Adam's eps is large, since it divides by the root of squared gradients that may be rounding alone.
+STEP = {
+    "SOLVER__OPTIMIZER": "Adam",
+    "SOLVER__EPS": 0.01,
+    "SOLVER__BASE_LR": 0.01,
+    "SOLVER__STEM__OPTIMIZER": "SGD",
+    "SOLVER__STEM__BASE_LR": 0.05,
+    "SOLVER__ACCUMULATION": 2,
+    "SOLVER__CLIP_GRADIENTS__ENABLED": True,
+    "SOLVER__CLIP_GRADIENTS__CLIP_VALUE": 0.5,
+    "MODEL__TRACT__SCHEDULE": "linear",
+    "MODEL__TRACT__LAMBDA_END": 0.2,
+    "SOLVER__MAX_ITER": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    ranks = TwoRanks(tmp_path_factory.mktemp("two_ranks"))
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_image_folder(tmp_path_factory.mktemp("images"))
+
+
+# Detectors
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory, voc_tree):
+    """A step of one process and the whole batch, with TrAct."""
+    output = tmp_path_factory.mktemp("one_step")
+    changes = {"SOLVER__MAX_ITER": 1, "MODEL__TRACT__ENABLED": True}
+    run_here("train", *tiny_options(voc_tree, output, **changes))
+    return output
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+def test_two_ranks_make_a_detectors_update_of_one_process(
+    two_ranks, one_step, voc_tree, tmp_path, stage
+):
+    changes = {"SOLVER__MAX_ITER": 1, "MODEL__TRACT__ENABLED": True}
+    changes["DEEPSPEED__zero_optimization__stage"] = stage
+    two_ranks.run("train", *tiny_options(voc_tree, tmp_path, **changes))
+    assert_close(tmp_path, one_step)
+
+
+@pytest.mark.slow
+def test_torchrun_with_micro_batches_makes_the_update_of_one_process(one_step, voc_tree, tmp_path):
+    changes = {"SOLVER__MAX_ITER": 1, "MODEL__TRACT__ENABLED": True, "SOLVER__ACCUMULATION": 2}
+    changes["DATALOADER__NUM_WORKERS"] = 1
+    run_apart(TRAIN, *tiny_options(voc_tree, tmp_path, **changes), launcher="torchrun")
+    assert_close(tmp_path, one_step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launch",
+    [
+        ["-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--module"],
+        ["-m", "torch.distributed.run", "--nproc-per-node", 2, "-m"],
+    ],
+    ids=["deepspeed", "torchrun"],
+)
+def test_launchers_start_the_installed_package_by_its_name(launch, one_step, voc_tree, tmp_path):
+    launch.insert(-1, "--master_port" if "--num_gpus" in launch else "--master-port")
+    launch.insert(-1, free_port())
+    options = tiny_options(voc_tree, tmp_path, SOLVER__MAX_ITER=1, MODEL__TRACT__ENABLED=True)
+    done = run_python(*launch, "tract_det.cli", "train", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_close(tmp_path, one_step)
+
+
+def test_two_ranks_evaluate_what_one_does_to_the_last_bit(two_ranks, one_step, voc_tree, tmp_path):
+    model = one_step / "model_final.pth"
+    options = tiny_options(voc_tree, tmp_path, MODEL__WEIGHTS=model)
+    two_ranks.run("train", "--eval-only", *options)
+    assert results(tmp_path) == results(one_step)
+
+
+# Classifiers
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, folder):
+    """One process, the whole batch at once."""
+    output = tmp_path_factory.mktemp("whole")
+    run_here("pretrain", *options(folder, output, **{**STEP, "SOLVER__ACCUMULATION": 1}))
+    return output
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(s, marks=pytest.mark.slow) for s in (0, 1, 2)] + [3]
+)
+def test_every_zero_stage_makes_the_steps_of_one_process(two_ranks, folder, whole, tmp_path, stage):
+    changes = {**STEP, "DEEPSPEED__zero_optimization__stage": stage}
+    # Else stage 3 keeps whatever is small on every rank, which here is everything.
+    changes["DEEPSPEED__zero_optimization__stage3_param_persistence_threshold"] = 0
+    two_ranks.run("pretrain", *options(folder, tmp_path, **changes))
+    assert_close(tmp_path, whole)
+    lambdas = list(log(tmp_path, "tract_lambda").values())
+    assert lambdas == pytest.approx([0.1, 0.12, 0.14, 0.16, 0.18])
+
+
+def test_two_ranks_count_what_one_process_counts(two_ranks, folder, whole, tmp_path):
+    """23 images in batches of 5."""
+    model = whole / "model_final.pth"
+    two_ranks.run("pretrain", "--eval-only", *options(folder, tmp_path, MODEL__WEIGHTS=model))
+    assert results(tmp_path) == results(whole)
+    assert results(tmp_path)["images"] == 23
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_more_ranks_count_what_one_process_counts(folder, whole, tmp_path, ranks):
+    arguments = options(folder, tmp_path, MODEL__WEIGHTS=whole / "model_final.pth")
+    run_apart(PRETRAIN, "--eval-only", *arguments, launcher="deepspeed", ranks=ranks)
+    assert results(tmp_path) == results(whole)
+
+
+def test_two_ranks_resume_as_if_they_had_not_stopped(two_ranks, folder, tmp_path):
+    """The first part ends at its last step, with a checkpoint; no rate depends on the length."""
+    changes = {**STEP, "DEEPSPEED__zero_optimization__stage": 2, "MODEL__EMA__ENABLED": True}
+    changes |= {"MODEL__TRACT__SCHEDULE": "constant", "MODEL__TRACT__LAMBDA_END": -1}
+    changes |= {"SOLVER__LR_SCHEDULER_NAME": "WarmupMultiStepLR", "SOLVER__STEPS": []}
+    two_ranks.run("pretrain", *options(folder, tmp_path / "a", **changes))
+    first = {**changes, "SOLVER__MAX_ITER": 3}
+    two_ranks.run("pretrain", *options(folder, tmp_path / "b", **first))
+    printed = two_ranks.run("pretrain", "--resume", *options(folder, tmp_path / "b", **changes))
+    assert "at step 3" in printed
+    assert log(tmp_path / "b") == log(tmp_path / "a")
+    assert_same_bits(tmp_path / "a", tmp_path / "b", ["model_final.pth", "model_final_ema.pth"])
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed_is_uninterrupted(folder, tmp_path):
+    """SIGTERM in the middle of a log period, with micro-batches, a moving average, batch norm."""
+    changes = {
+        "SOLVER__MAX_ITER": 9, "LOG_PERIOD": 3, "SOLVER__ACCUMULATION": 2, "MODEL__NORM": "BN",
+        "MODEL__EMA__ENABLED": True, "MODEL__EMA__DECAY": 0.8, "DATALOADER__NUM_WORKERS": 1,
+        "INPUT__AUTO_AUGMENT": "trivialaugment", "MIX__MIXUP_ALPHA": 0.2, "MODEL__DROP_RATE": 0.0,
+        "TEST__EVAL_EPOCHS": 1,
+    }  # fmt: skip
+    run_here("pretrain", *options(folder, tmp_path / "a", **changes))
+    printed, code = interrupt(
+        PRETRAIN, *options(folder, tmp_path / "b", **changes), at="step 3/9", number=signal.SIGTERM
+    )
+    assert code == 128 + signal.SIGTERM, printed
+    stopped = int(printed.split("stopped after step ")[1].split(":")[0])
+    assert 3 <= stopped < 9 and not (tmp_path / "b/model_final.pth").exists()
+    run_here("pretrain", "--resume", *options(folder, tmp_path / "b", **changes))
+    assert log(tmp_path / "b") == log(tmp_path / "a")
+    assert results(tmp_path / "b") == results(tmp_path / "a")
+    names = [f"model_{which}{ema}.pth" for which in ("final", "best") for ema in ("", "_ema")]
+    assert_same_bits(tmp_path / "a", tmp_path / "b", names)
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_and_resumed_are_uninterrupted(two_ranks, folder, tmp_path):
+    """Nothing is saved on a SIGKILL: the run goes on from the checkpoint of step 4."""
+    changes = {
+        **STEP, "SOLVER__MAX_ITER": 6, "SOLVER__CHECKPOINT_EPOCHS": 1, "MODEL__EMA__ENABLED": True,
+        "DEEPSPEED__zero_optimization__stage": 2,
+    }  # fmt: skip
+    two_ranks.run("pretrain", *options(folder, tmp_path / "a", **changes))
+    interrupt(
+        PRETRAIN, *options(folder, tmp_path / "b", **changes), at="step 5/6",
+        number=signal.SIGKILL, launcher="deepspeed",
+    )  # fmt: skip
+    assert (tmp_path / "b/last_checkpoint").read_text() == "iter_0000004\n"
+    printed = two_ranks.run("pretrain", "--resume", *options(folder, tmp_path / "b", **changes))
+    assert "at step 4" in printed
+    assert_same_bits(tmp_path / "a", tmp_path / "b", ["model_final.pth", "model_final_ema.pth"])
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_and_resumed_keep_batch_norm_statistics_of_their_own(
+    two_ranks, folder, tmp_path
+):
+    """An evaluation before the signal averages the statistics; the checkpoint is after it."""
+    changes = {
+        "MODEL__NORM": "BN", "SOLVER__MAX_ITER": 12, "LOG_PERIOD": 1, "TEST__EVAL_EPOCHS": 1,
+        "MODEL__EMA__ENABLED": True, "MODEL__EMA__DECAY": 0.8,
+    }  # fmt: skip
+    two_ranks.run("pretrain", *options(folder, tmp_path / "a", **changes))
+    printed, code = interrupt(
+        PRETRAIN, *options(folder, tmp_path / "b", **changes), at="step 5/12",
+        number=signal.SIGTERM, launcher="deepspeed",
+    )  # fmt: skip
+    assert code != 0 and not (tmp_path / "b/model_final.pth").exists(), printed
+    tag = (tmp_path / "b/last_checkpoint").read_text().strip()
+    assert 5 <= int(tag.removeprefix("iter_")) < 12, printed
+    state = torch.load(
+        next((tmp_path / "b/checkpoints" / tag).glob("mp_rank_*model_states.pt")),
+        weights_only=False,
+    )
+    first, second = state["buffers"]
+    assert not torch.equal(first["model.bn1.running_mean"], second["model.bn1.running_mean"])
+    two_ranks.run("pretrain", "--resume", *options(folder, tmp_path / "b", **changes))
+    assert log(tmp_path / "b") == log(tmp_path / "a")
+    assert results(tmp_path / "b") == results(tmp_path / "a")
+    names = [f"model_{which}{ema}.pth" for which in ("final", "best") for ema in ("", "_ema")]
+    assert_same_bits(tmp_path / "a", tmp_path / "b", names)

@@ -1,1 +1,0 @@
-"""The tools; `python -m tract_det.tools.<name>` where the package is installed."""

@@ -1,0 +1,28 @@
+"""Runs a benchmark program; each compares with its neighbours in one run, by ratios.
+
+    tract-det bench stem             what TrAct costs: stem forward + backward, error, memory
+    tract-det bench train            the trainer against a bare PyTorch loop
+    tract-det bench data             reading and augmenting images against plain PIL + torchvision
+    tract-det bench stem --help      the arguments of one of them
+
+The programs, and what they measured, are in `benchmarks/`.
+"""
+
+import argparse
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Runs the program as `python benchmarks/PROGRAM.py` does."""
+    programs = sorted(path.stem for path in FOLDER.glob("*.py"))
+    parser.add_argument("program", choices=programs, metavar="PROGRAM", help=", ".join(programs))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")
+    args = parser.parse_args(argv)
+    path = FOLDER / f"{args.program}.py"
+    sys.argv = [str(path), *args.arguments]
+    runpy.run_path(str(path), run_name="__main__")

@@ -1,0 +1,1 @@
+"""Configurations: their keys, defaults and checks. Imports no torch."""

@@ -1,0 +1,260 @@
+"""The configuration of a classifier's training, `tract-det pretrain`; `shared.py` has common keys.
+
+An epoch has as many images as the training split, whatever the batch size and the number of ranks:
+90 epochs of 1,000 images are 90,000 images.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from tract_det.config.machinery import load, one_of, require
+from tract_det.config.shared import check_common, solver_keys, tract_keys, with_run_keys
+from tract_det.data.choices import AUTO_AUGMENTS, CLASSIFICATION_SETS, CROPS, INTERPOLATIONS
+from tract_det.evaluation.metrics import CLASSIFICATION_METRICS
+from tract_det.modeling.choices import CLASSIFIER_NORMS, LOSSES, PATCH_NORMS
+
+
+def _model() -> CfgNode:
+    return CfgNode(
+        {
+            # One of torchvision's classifiers; "resnet10", with one basic block per stage; or one
+            # of timm's, as "timm:<name>".
+            "NAME": "resnet50",
+            # "" = random weights. Otherwise the name of torchvision's weights, such as
+            # "ResNet50_Weights.IMAGENET1K_V2", or a file: a classifier in the form of torchvision,
+            # timm or detectron2, or a model_final.pth of this project.
+            "WEIGHTS": "",
+            "DEVICE": "",  # cuda or cpu; "" = cuda if there is a GPU, else cpu
+            # Mean and standard deviation of the pixels, RGB, in units of [0, 255]. [] = those that
+            # the weights were trained with, or ImageNet's if the weights are random. Set them for a
+            # file that does not state them; values that contradict the weights are refused.
+            "PIXEL_MEAN": [],
+            "PIXEL_STD": [],
+            # True: the model sees (pixels - PIXEL_MEAN) / PIXEL_STD. False: it sees pixels in
+            # [0, VALUE_RANGE].
+            "STANDARDIZE": True,
+            "VALUE_RANGE": 1.0,  # what 255 becomes if STANDARDIZE is False, usually 1.0 or 255.0
+            # BN = the norms that the model comes with; SyncBN (needs cuda) or GN replaces its batch
+            # norms.
+            "NORM": "BN",
+            # True: the model's form for images of CIFAR's size. That is a 3x3 stem of stride 1
+            # without pooling (ResNets, DenseNets, Inceptions, ...: modeling/small_images.py lists
+            # them), a classifier of one linear layer (VGGs), or 8 x 8 patches (timm's ViTs).
+            "SMALL_IMAGES": False,
+            # For ViTs: "" = none, layer_norm = LayerNorm of each raw patch, dual = DualPatchNorm.
+            "PATCH_NORM": "",
+            "WIDTH": 64,  # channels of a ResNet's stem
+            "DROP_RATE": 0.0,  # probability of every dropout; VGGs were published with 0.5
+            "DROP_PATH_RATE": 0.0,  # stochastic depth, for timm's models only
+            # True: compute activations again in the backward pass, which saves memory.
+            "CHECKPOINTING": False,
+            # True: channels_last memory format, of the images and, under ZeRO 0, of the weights.
+            "CHANNELS_LAST": False,
+            "COMPILE": False,  # True: torch.compile
+            "LOSS": "ce",  # ce = cross-entropy, bce = one sigmoid per class (DeiT-III)
+            "EMA": {  # exponential moving average of the weights, evaluated beside them
+                "ENABLED": False,
+                "DECAY": 0.9999,  # weight of the previous average in an update
+                "PERIOD": 1,  # steps between updates
+                "WARMUP": False,  # True: a smaller decay at the start
+            },
+            "TRACT": tract_keys(),
+        }
+    )
+
+
+def _data() -> dict[str, Any]:
+    return {
+        "INPUT": {
+            "SIZE": 224,  # height and width of the images that the model sees, pixels
+            # random_resized = a part of random area and shape, resized to SIZE. pad (CIFAR) =
+            # PADDING black pixels on each side, then a random part. simple (DeiT-III) = the shorter
+            # side resized to SIZE, PADDING reflected pixels on each side, then a random part.
+            # none = the center, without resizing.
+            "CROP": "random_resized",
+            # For random_resized, smallest and largest: fraction of the area, and width / height.
+            "SCALE": [0.08, 1.0],
+            "RATIO": [0.75, 1.3333333333],
+            "PADDING": 4,  # for pad and simple, pixels
+            "FLIP_PROB": 0.5,  # probability of a horizontal flip
+            "AUTO_AUGMENT": "",  # "" = none, randaugment, trivialaugment, three_augment (DeiT-III)
+            "MAGNITUDE": 9,  # strength of RandAugment's operations, 0 to 30
+            "NUM_OPS": 2,  # number of RandAugment's operations per image
+            # Brightness, contrast and saturation change by up to this fraction, 0 to 1. 0 = off,
+            # but with three_augment DeiT-III's 0.3.
+            "COLOR_JITTER": 0.0,
+            "ERASING": 0.0,  # probability of erasing a random rectangle
+            "INTERPOLATION": "bilinear",  # bilinear or bicubic, in training and evaluation
+            # Shorter side in evaluation before the center crop of SIZE, pixels; 0 = no resizing,
+            # -1 = SIZE * 256 / 224.
+            "RESIZE_TEST": -1,
+            # Number of times in turn that each image is drawn, every time augmented anew (repeated
+            # augmentation); 1 = off.
+            "REPEATS": 1,
+        },
+        "MIX": {
+            "MIXUP_ALPHA": 0.0,  # of mixup's Beta distribution; 0 = no mixup
+            "CUTMIX_ALPHA": 0.0,  # of CutMix's Beta distribution; 0 = no CutMix
+            "PROB": 1.0,  # probability that a batch is mixed at all
+            "SWITCH_PROB": 0.5,  # probability of CutMix instead of mixup, if both are on
+            "SMOOTHING": 0.0,  # label smoothing, also of batches that are not mixed
+        },
+        "DATASETS": {
+            # imagefolder = train/<class>/*.jpg and val/<class>/*.jpg (or test/<class>/*.jpg); or
+            # one of torchvision's data sets: cifar10, cifar100, flowers102, stanford_cars.
+            "NAME": "imagefolder",
+            "ROOT": "",  # folder of the data set; must be set
+            # Fraction of the training images of each class to evaluate on, if an imagefolder has
+            # neither val nor test; 0 = such a folder is refused.
+            "HOLDOUT": 0.0,
+            "HOLDOUT_SEED": 0,  # of the draw of these images
+            "LIMIT": 0,  # number of training images, spread evenly over the classes; 0 = all
+            # True: an image that does not decode is replaced by another one in training and left
+            # out in evaluation, and counted in both. False: it is an error.
+            "SKIP_CORRUPT": False,
+            "CACHE": 0,  # MiB of decoded images that each worker process keeps; 0 = none
+        },
+        # Worker processes on each rank that read images; 0 = the training process reads them.
+        "DATALOADER": {"NUM_WORKERS": 2},
+    }
+
+
+def _solver() -> dict[str, Any]:
+    return {
+        "SOLVER": {
+            **solver_keys(),
+            "IMS_PER_BATCH": 256,  # images per step, over all ranks and micro-batches
+            "BASE_LR": 0.1,  # learning rate after the warm-up
+            # Weight decay of the scales and shifts of norms, and of biases (also of LayerScale, and
+            # of ViTs' tokens and position embeddings). With both at 0, only weights decay.
+            "WEIGHT_DECAY_NORM": 1e-4,
+            "WEIGHT_DECAY_BIAS": 1e-4,
+            "EPOCHS": 90.0,  # length of the training
+            "MAX_ITER": 0,  # length of the training in steps, instead of EPOCHS; 0 = as EPOCHS says
+            "STEPS": [30.0, 60.0],  # epochs at which the learning rate is multiplied by GAMMA
+            "WARMUP_EPOCHS": 0.0,  # epochs of linear growth of the learning rate; 0 = no warm-up
+            "CHECKPOINT_EPOCHS": 1.0,  # epochs between checkpoints for --resume
+        },
+        "TEST": {
+            "EVAL_EPOCHS": 1.0,  # epochs between evaluations; 0 = only at the end
+            "IMS_PER_BATCH": 100,  # images per batch on each rank, in evaluation
+            # model_best.pth has the weights with the highest value of this figure: top1, top5, or
+            # with EMA ema.top1, ema.top5.
+            "BEST_METRIC": "top1",
+        },
+    }
+
+
+def get_cfg() -> CfgNode:
+    """The defaults. The source of this file and of `shared.py` explains every key beside it."""
+    cfg = CfgNode({**_data(), **_solver()})
+    cfg.MODEL = _model()
+    return with_run_keys(cfg)
+
+
+def load_cfg(config_file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
+    """The defaults, changed by the file with its bases, then by `KEY VALUE` pairs; frozen.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type or out of range, or a contradiction;
+            the message names the file or key.
+    """
+    return load(get_cfg(), validate, config_file, overrides)
+
+
+def validate(cfg: CfgNode) -> None:
+    """Refuses values out of range and contradictions.
+
+    Raises:
+        UserError: the message names the key.
+    """
+    check_common(cfg)
+    _check_data(cfg)
+    one_of(cfg, "MODEL.NORM", CLASSIFIER_NORMS)
+    one_of(cfg, "MODEL.PATCH_NORM", PATCH_NORMS)
+    one_of(cfg, "MODEL.LOSS", LOSSES)
+    one_of(cfg, "TEST.BEST_METRIC", CLASSIFICATION_METRICS)
+    model, solver, ema = cfg.MODEL, cfg.SOLVER, cfg.MODEL.EMA
+    require(
+        model.STANDARDIZE or not model.PIXEL_MEAN,
+        "MODEL.PIXEL_MEAN is set, but MODEL.STANDARDIZE False does not use it: leave one out",
+    )
+    require(model.VALUE_RANGE > 0, f"MODEL.VALUE_RANGE is {model.VALUE_RANGE}: it must be positive")
+    require(
+        not (model.COMPILE and model.CHECKPOINTING),
+        "MODEL.COMPILE and MODEL.CHECKPOINTING do not work together: set one of them False",
+    )
+    require(
+        model.NORM != "SyncBN" or model.DEVICE != "cpu",
+        "MODEL.NORM SyncBN needs MODEL.DEVICE cuda: on a CPU set BN or GN",
+    )
+    for key in ("DROP_RATE", "DROP_PATH_RATE"):
+        require(
+            0 <= model[key] < 1, f"MODEL.{key} is {model[key]}: it must be at least 0 and below 1"
+        )
+    require(model.WIDTH > 0, f"MODEL.WIDTH is {model.WIDTH}: it must be positive")
+    require(
+        0 <= ema.DECAY < 1, f"MODEL.EMA.DECAY is {ema.DECAY}: it must be at least 0 and below 1"
+    )
+    require(ema.PERIOD > 0, f"MODEL.EMA.PERIOD is {ema.PERIOD}: it must be positive")
+    require(
+        ema.ENABLED or not cfg.TEST.BEST_METRIC.startswith("ema."),
+        f"TEST.BEST_METRIC {cfg.TEST.BEST_METRIC} needs MODEL.EMA.ENABLED True",
+    )
+    require(
+        solver.MAX_ITER > 0 or solver.EPOCHS > 0,
+        f"SOLVER.EPOCHS is {solver.EPOCHS}: it must be positive",
+    )
+    require(
+        solver.CHECKPOINT_EPOCHS > 0,
+        f"SOLVER.CHECKPOINT_EPOCHS is {solver.CHECKPOINT_EPOCHS}: it must be positive",
+    )
+    _check_zero(cfg)
+
+
+def _check_data(cfg: CfgNode) -> None:
+    data, inputs, mix = cfg.DATASETS, cfg.INPUT, cfg.MIX
+    one_of(cfg, "DATASETS.NAME", CLASSIFICATION_SETS)
+    one_of(cfg, "INPUT.CROP", CROPS)
+    one_of(cfg, "INPUT.AUTO_AUGMENT", AUTO_AUGMENTS)
+    one_of(cfg, "INPUT.INTERPOLATION", INTERPOLATIONS)
+    require(
+        0 <= data.HOLDOUT < 1,
+        f"DATASETS.HOLDOUT is {data.HOLDOUT}: it must be at least 0 and below 1",
+    )
+    for key in ("LIMIT", "CACHE", "HOLDOUT_SEED"):
+        require(data[key] >= 0, f"DATASETS.{key} is {data[key]}: it must not be negative")
+    for key in ("SIZE", "NUM_OPS", "REPEATS"):
+        require(inputs[key] > 0, f"INPUT.{key} is {inputs[key]}: it must be positive")
+    require(
+        inputs.RESIZE_TEST in (-1, 0) or inputs.RESIZE_TEST >= inputs.SIZE,
+        f"INPUT.RESIZE_TEST {inputs.RESIZE_TEST} is less than INPUT.SIZE {inputs.SIZE}: the center "
+        f"crop does not fit, set at least {inputs.SIZE}",
+    )
+    for key in ("SCALE", "RATIO"):
+        require(
+            len(inputs[key]) == 2 and 0 < inputs[key][0] <= inputs[key][1],
+            f"INPUT.{key} is {inputs[key]}: it takes two positive numbers, the smaller one first",
+        )
+    require(inputs.PADDING >= 0, f"INPUT.PADDING is {inputs.PADDING}: it must not be negative")
+    require(0 <= inputs.MAGNITUDE <= 30, f"INPUT.MAGNITUDE is {inputs.MAGNITUDE}: it takes 0 to 30")
+    require(0 <= inputs.ERASING <= 1, f"INPUT.ERASING is {inputs.ERASING}: it takes 0 to 1")
+    for key in ("PROB", "SWITCH_PROB", "SMOOTHING"):
+        require(0 <= mix[key] <= 1, f"MIX.{key} is {mix[key]}: it takes 0 to 1")
+    for key in ("MIXUP_ALPHA", "CUTMIX_ALPHA"):
+        require(mix[key] >= 0, f"MIX.{key} is {mix[key]}: it must not be negative")
+
+
+def _check_zero(cfg: CfgNode) -> None:
+    stage = cfg.DEEPSPEED.zero_optimization.stage
+    key = f"DEEPSPEED.zero_optimization.stage {stage}"
+    require(stage in (0, 1, 2, 3), f"{key}: it takes 0, 1, 2 or 3")
+    for other, is_on in (("EMA.ENABLED", cfg.MODEL.EMA.ENABLED), ("COMPILE", cfg.MODEL.COMPILE)):
+        require(
+            stage < 3 or not is_on,
+            f"{key} leaves no rank with whole weights, which MODEL.{other} needs: set a stage "
+            f"below 3, or MODEL.{other} False",
+        )

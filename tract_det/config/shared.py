@@ -1,0 +1,150 @@
+"""The keys that the configurations of detectors and classifiers share, and their checks."""
+
+import math
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from tract_det.config.machinery import one_of, require
+from tract_det.engine.choices import LAMBDA_SCHEDULES, LR_SCHEDULES, OPTIMIZERS
+
+# Keys of DeepSpeed's that are derived from SOLVER: set in two places, they could contradict.
+DERIVED_DEEPSPEED_KEYS = {
+    "train_batch_size": "SOLVER.IMS_PER_BATCH",
+    "train_micro_batch_size_per_gpu": "SOLVER.IMS_PER_BATCH and SOLVER.ACCUMULATION",
+    "gradient_accumulation_steps": "SOLVER.ACCUMULATION",
+    "gradient_clipping": "SOLVER.CLIP_GRADIENTS",
+    "optimizer": "SOLVER.OPTIMIZER",
+    "scheduler": "SOLVER.LR_SCHEDULER_NAME",
+    "fp16": "SOLVER.AMP.ENABLED (bf16 autocast; a model is never cast to half)",
+    "bf16": "SOLVER.AMP.ENABLED (bf16 autocast; a model is never cast to half)",
+    "torch_autocast": "SOLVER.AMP.ENABLED",
+}
+
+
+def tract_keys() -> dict[str, Any]:
+    """MODEL.TRACT."""
+    return {
+        "ENABLED": False,  # True: the stem (the first layer) learns by TrAct
+        # Damping, in units of standardised pixels (mean 0, variance 1). It is multiplied by the
+        # variance of the model's input; the log shows the effective value.
+        "LAMBDA": 0.1,
+        "RELATIVE": False,  # True: LAMBDA and LAMBDA_END are in units of the patches' mean square
+        "LAMBDA_END": -1.0,  # LAMBDA at the end of a linear or cosine SCHEDULE; -1 = LAMBDA
+        "SCHEDULE": "constant",  # how LAMBDA changes over the steps: constant, linear or cosine
+        "STOP_AT": 0,  # step from which on TrAct is off; SCHEDULE ends there as well; 0 = never
+        # Random patches of each batch and rank to estimate the Gram matrix from; 0 = all, exact.
+        "GRAM_PATCHES": 0,
+        "SYNC": True,  # one Gram matrix over the images of all ranks; False: each rank has its own
+        "STEM": "",  # name of the layer that learns by TrAct; "" = find the first layer
+    }
+
+
+def solver_keys() -> dict[str, Any]:
+    """SOLVER."""
+    return {
+        "OPTIMIZER": "SGD",  # SGD, Adam, AdamW or LAMB
+        "ACCUMULATION": 1,  # micro-batches per step (gradient accumulation)
+        "MOMENTUM": 0.9,  # for SGD
+        "NESTEROV": False,  # for SGD
+        "BETAS": [0.9, 0.999],  # for Adam, AdamW and LAMB
+        "EPS": 1e-8,  # for Adam, AdamW and LAMB
+        "WEIGHT_DECAY": 1e-4,  # of the weights of convolutional and linear layers
+        "WEIGHT_DECAY_NORM": 0.0,  # of the scales and shifts of norms
+        # Separate settings for the weight of the first layer; "" and -1 = as for other weights.
+        "STEM": {"OPTIMIZER": "", "BASE_LR": -1.0, "WEIGHT_DECAY": -1.0, "MOMENTUM": -1.0},
+        "LR_SCHEDULER_NAME": "WarmupMultiStepLR",  # WarmupMultiStepLR (STEPS) or WarmupCosineLR
+        "GAMMA": 0.1,  # factor of the learning rate at each of STEPS (WarmupMultiStepLR)
+        "BASE_LR_END": 0.0,  # learning rate at the end of the cosine (WarmupCosineLR)
+        # Learning rate at the first step of the warm-up, as a fraction of that at its end.
+        "WARMUP_FACTOR": 0.001,
+        # CLIP_VALUE is the upper bound of the norm over all gradients.
+        "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_VALUE": 1.0},
+        "AMP": {"ENABLED": False},  # True: bf16 autocast around the forward pass
+    }
+
+
+def with_run_keys(cfg: CfgNode) -> CfgNode:
+    """Adds the keys outside every section, in place; returns the same node."""
+    cfg.OUTPUT_DIR = "./output"  # folder of the log, weights, checkpoints and results
+    cfg.SEED = 0  # seed of initial weights, data order, augmentation and sampling
+    cfg.LOG_PERIOD = 20  # steps between lines of the log
+    # DeepSpeed's own keys, in its own spelling; those not listed here are passed on to it. `stage`
+    # is that of ZeRO: 0 to 2, for classifiers also 3.
+    cfg.DEEPSPEED = CfgNode({"zero_optimization": CfgNode({"stage": 0}, new_allowed=True)})
+    cfg.DEEPSPEED.set_new_allowed(True)
+    return cfg
+
+
+def check_common(cfg: CfgNode) -> None:
+    """Refuses values out of range and contradictions in the shared keys.
+
+    Raises:
+        UserError: the message names the key.
+    """
+    model, solver = cfg.MODEL, cfg.SOLVER
+    one_of(cfg, "SOLVER.OPTIMIZER", OPTIMIZERS)
+    one_of(cfg, "SOLVER.STEM.OPTIMIZER", ("", *OPTIMIZERS))
+    require(
+        len(solver.BETAS) == 2 and all(0 <= beta < 1 for beta in solver.BETAS),
+        "SOLVER.BETAS takes two numbers, each at least 0 and below 1",
+    )
+    for key in ("MOMENTUM", "EPS", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS"):
+        require(solver[key] >= 0, f"SOLVER.{key} is {solver[key]}: it must not be negative")
+    for key in ("BASE_LR", "WEIGHT_DECAY", "MOMENTUM"):
+        value = solver.STEM[key]
+        require(
+            value == -1 or value >= 0,
+            f"SOLVER.STEM.{key} is {value}: it must be at least 0, or -1 for that of SOLVER.{key}",
+        )
+    require(
+        not solver.NESTEROV or (solver.MOMENTUM > 0 and solver.STEM.MOMENTUM != 0),
+        "SOLVER.NESTEROV True needs a positive SOLVER.MOMENTUM and SOLVER.STEM.MOMENTUM",
+    )
+    require(
+        list(solver.STEPS) == sorted(set(solver.STEPS)),
+        f"SOLVER.STEPS is {list(solver.STEPS)}: it must ascend strictly",
+    )
+    one_of(cfg, "SOLVER.LR_SCHEDULER_NAME", LR_SCHEDULES)
+    one_of(cfg, "MODEL.DEVICE", ("", "cpu", "cuda"))
+    for key, value in (("SEED", cfg.SEED), ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS)):
+        require(value >= 0, f"{key} is {value}: it must not be negative")
+    for key in ("FLIP_PROB", "COLOR_JITTER"):
+        require(0 <= cfg.INPUT[key] <= 1, f"INPUT.{key} is {cfg.INPUT[key]}: it takes 0 to 1")
+    for key in ("IMS_PER_BATCH", "ACCUMULATION", "BASE_LR"):
+        require(solver[key] > 0, f"SOLVER.{key} is {solver[key]}: it must be positive")
+    require(cfg.LOG_PERIOD > 0, f"LOG_PERIOD is {cfg.LOG_PERIOD}: it must be positive")
+    require(
+        cfg.TEST.IMS_PER_BATCH > 0,
+        f"TEST.IMS_PER_BATCH is {cfg.TEST.IMS_PER_BATCH}: it must be positive",
+    )
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        require(len(model[key]) in (0, 3), f"MODEL.{key} takes three numbers (RGB), or []")
+    require(
+        bool(model.PIXEL_MEAN) == bool(model.PIXEL_STD),
+        "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be set together or not at all",
+    )
+    require(all(std > 0 for std in model.PIXEL_STD), "MODEL.PIXEL_STD must be positive")
+    for key, source in DERIVED_DEEPSPEED_KEYS.items():
+        require(key not in cfg.DEEPSPEED, f"DEEPSPEED.{key} is derived: set {source} instead")
+    _check_tract(cfg)
+
+
+def _check_tract(cfg: CfgNode) -> None:
+    tract = cfg.MODEL.TRACT
+    one_of(cfg, "MODEL.TRACT.SCHEDULE", LAMBDA_SCHEDULES)
+    require(
+        tract.LAMBDA > 0 and math.isfinite(tract.LAMBDA),
+        f"MODEL.TRACT.LAMBDA is {tract.LAMBDA}: it must be positive (the paper uses 0.05 to 0.2)",
+    )
+    require(
+        tract.LAMBDA_END == -1 or (tract.LAMBDA_END > 0 and math.isfinite(tract.LAMBDA_END)),
+        f"MODEL.TRACT.LAMBDA_END is {tract.LAMBDA_END}: it must be positive, or -1 for no schedule",
+    )
+    require(
+        (tract.SCHEDULE == "constant") == (tract.LAMBDA_END == -1),
+        f"MODEL.TRACT.SCHEDULE {tract.SCHEDULE} and LAMBDA_END {tract.LAMBDA_END} contradict each "
+        "other: set LAMBDA_END for linear and cosine, and leave it at -1 for constant",
+    )
+    for key in ("STOP_AT", "GRAM_PATCHES"):
+        require(tract[key] >= 0, f"MODEL.TRACT.{key} is {tract[key]}: it must not be negative")

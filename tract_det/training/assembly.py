@@ -1,0 +1,179 @@
+"""What the shared keys describe: optimizer, schedules, TrAct and DeepSpeed's engine."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from tract_det import apply_tract, find_stem, set_lambda, set_micro_batches
+from tract_det.config.machinery import plain
+from tract_det.engine import ds
+from tract_det.engine.optimizer import Rule, StemRule, build_optimizer, parameter_groups
+from tract_det.engine.schedule import lambda_schedule, lr_schedule
+from tract_det.engine.writers import say
+from tract_det.training.task import Plan
+
+LambdaAt = Callable[[int], float | None]
+
+
+def place(cfg: CfgNode, network: nn.Module, device: torch.device) -> nn.Module:
+    """The network on its device, in the config's precision."""
+    if cfg.SOLVER.AMP.ENABLED:
+        ds.autocast_forward(network, device)
+    return network.to(device)
+
+
+def put_tract(cfg: CfgNode, model: nn.Module, input_variance: float) -> None:
+    """Puts TrAct on the model's stem, in place, if the config says so.
+
+    Args:
+        cfg: MODEL.TRACT and SOLVER.ACCUMULATION are read.
+        model: a classifier or detector.
+        input_variance: of what the stem sees, in units of standardised pixels.
+    """
+    tract = cfg.MODEL.TRACT
+    if not tract.ENABLED:
+        return
+    lambda_ = _effective_lambda(cfg, tract.LAMBDA, input_variance)
+    stem = tract.STEM or find_stem(model)
+    apply_tract(
+        model,
+        lambda_,
+        stem=stem,
+        sync=tract.SYNC,
+        relative=tract.RELATIVE,
+        gram_patches=tract.GRAM_PATCHES,
+    )
+    set_micro_batches(model, cfg.SOLVER.ACCUMULATION)
+    unit = "of the patches' mean square" if tract.RELATIVE else "of standardised pixels"
+    effective = "" if tract.RELATIVE else f", {lambda_:g} of this model's"
+    schedule = "" if tract.SCHEDULE == "constant" else f", {tract.SCHEDULE} to {tract.LAMBDA_END:g}"
+    stop = f", off from step {tract.STOP_AT}" if tract.STOP_AT else ""
+    say(f"TrAct on '{stem}', lambda {tract.LAMBDA:g} {unit}{effective}{schedule}{stop}")
+
+
+def _effective_lambda(cfg: CfgNode, lambda_: float, input_variance: float) -> float:
+    return lambda_ if cfg.MODEL.TRACT.RELATIVE else lambda_ * input_variance
+
+
+def build_lambda(cfg: CfgNode, input_variance: float, max_iter: int) -> LambdaAt | None:
+    """TrAct's lambda of a step, in the model's own units; None where TrAct is off."""
+    tract = cfg.MODEL.TRACT
+    if not tract.ENABLED:
+        return None
+    end = None
+    if tract.LAMBDA_END != -1:
+        end = _effective_lambda(cfg, tract.LAMBDA_END, input_variance)
+    return lambda_schedule(
+        lambda_=_effective_lambda(cfg, tract.LAMBDA, input_variance),
+        end=end,
+        kind=tract.SCHEDULE,
+        stop_at=tract.STOP_AT,
+        max_iter=max_iter,
+    )
+
+
+def lambda_hook(model: nn.Module, lambda_at: LambdaAt | None) -> Callable[[int], None] | None:
+    """Sets the model's lambda before a step, whenever it changes."""
+    if lambda_at is None:
+        return None
+    current: list[float | None] = []
+
+    def before_step(iteration: int) -> None:
+        value = lambda_at(iteration)
+        if current != [value]:
+            current[:] = [value]
+            set_lambda(model, value)
+
+    return before_step
+
+
+def _rule(solver: CfgNode, name: str, momentum: float) -> Rule:
+    first, second = solver.BETAS
+    return Rule(name, momentum, solver.NESTEROV, (first, second), solver.EPS)
+
+
+def _stem_rule(solver: CfgNode, stem: str) -> StemRule:
+    """SOLVER.STEM, where "" and -1 stand for the values of SOLVER itself."""
+    settings = solver.STEM
+    momentum = solver.MOMENTUM if settings.MOMENTUM == -1 else settings.MOMENTUM
+    return StemRule(
+        stem,
+        _rule(solver, settings.OPTIMIZER or solver.OPTIMIZER, momentum),
+        1.0 if settings.BASE_LR == -1 else settings.BASE_LR / solver.BASE_LR,
+        None if settings.WEIGHT_DECAY == -1 else settings.WEIGHT_DECAY,
+    )
+
+
+def optimizer_of(
+    cfg: CfgNode, network: nn.Module, stem: str | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of the config.
+
+    Args:
+        cfg: SOLVER and DEEPSPEED are read.
+        network: on its device.
+        stem: the first layer's name, if it is not what `find_stem` finds.
+    """
+    solver, settings = cfg.SOLVER, cfg.SOLVER.STEM
+    stem_rule = None
+    numbers = (settings.BASE_LR, settings.WEIGHT_DECAY, settings.MOMENTUM)
+    if settings.OPTIMIZER or any(number != -1 for number in numbers):
+        stem_rule = _stem_rule(solver, stem or find_stem(network))
+    groups = parameter_groups(
+        network,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        stem=stem_rule,
+    )
+    return build_optimizer(
+        groups,
+        _rule(solver, solver.OPTIMIZER, solver.MOMENTUM),
+        lr=solver.BASE_LR,
+        stem=stem_rule.rule if stem_rule else None,
+        zero_stage=cfg.DEEPSPEED.zero_optimization.stage,
+    )
+
+
+def build_engine(cfg: CfgNode, network: nn.Module, stem: str | None = None) -> Any:
+    """DeepSpeed's engine with the optimizer of the config; arguments as for `optimizer_of`."""
+    solver = cfg.SOLVER
+    config = ds.ds_config(
+        batch_size=solver.IMS_PER_BATCH,
+        accumulation=solver.ACCUMULATION,
+        clip_norm=solver.CLIP_GRADIENTS.CLIP_VALUE if solver.CLIP_GRADIENTS.ENABLED else 0.0,
+        extra=plain(cfg.DEEPSPEED),
+    )
+    return ds.initialize(network, optimizer_of(cfg, network, stem), config)
+
+
+def build_schedule(cfg: CfgNode, plan: Plan) -> Callable[[int], float]:
+    """The learning rate of a step."""
+    solver = cfg.SOLVER
+    is_cosine = solver.LR_SCHEDULER_NAME == "WarmupCosineLR"
+    return lr_schedule(
+        base_lr=solver.BASE_LR,
+        max_iter=plan.max_iter,
+        steps=None if is_cosine else plan.milestones,
+        gamma=solver.GAMMA,
+        end_lr=solver.BASE_LR_END,
+        warmup_iters=plan.warmup_iters,
+        warmup_factor=solver.WARMUP_FACTOR,
+    )
+
+
+def identity(cfg: CfgNode) -> dict[str, Any]:
+    """The shared keys that a resumed run must have in common with the run that stopped."""
+    return {
+        "SEED": cfg.SEED,
+        "SOLVER.IMS_PER_BATCH": cfg.SOLVER.IMS_PER_BATCH,
+        "SOLVER.ACCUMULATION": cfg.SOLVER.ACCUMULATION,
+        "SOLVER.OPTIMIZER": cfg.SOLVER.OPTIMIZER,
+        "SOLVER.STEM": plain(cfg.SOLVER.STEM),
+        "DATALOADER": plain(cfg.DATALOADER) | {"NUM_WORKERS": 0},  # may change
+        "MODEL.TRACT": plain(cfg.MODEL.TRACT),
+        "DEEPSPEED.zero_optimization.stage": cfg.DEEPSPEED.zero_optimization.stage,
+    }

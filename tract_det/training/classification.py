@@ -1,0 +1,334 @@
+"""The classification task: image folders and small known sets, a classifier, top-1 and top-5."""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from tract_det import distributed
+from tract_det.config.machinery import plain
+from tract_det.data.classification import (
+    ClassificationDataset,
+    ClassificationSplit,
+    read_classification,
+)
+from tract_det.data.classification_loaders import (
+    ImageBatches,
+    classification_evaluation_loader,
+    classification_loader,
+)
+from tract_det.data.classification_transforms import Mix, classification_test, classification_train
+from tract_det.engine.ema import Ema
+from tract_det.engine.loop import infer
+from tract_det.engine.writers import say
+from tract_det.errors import UserError
+from tract_det.evaluation.classification import TopK
+from tract_det.evaluation.evaluators import write_json
+from tract_det.modeling.classification_loss import ClassifierWithLoss
+from tract_det.modeling.classifiers import build_classifier, check_image_size
+from tract_det.modeling.loading import load_into_classifier
+from tract_det.modeling.weight_files import Weights, read_weights
+from tract_det.pixels import IMAGENET_MEAN, IMAGENET_STD, input_variance, pixel_statistics
+from tract_det.training.task import BuiltModel, Meta, Plan, Task
+from tract_det.version import __version__
+
+Results = dict[str, Any]
+
+
+# Data
+
+
+def _read(cfg: CfgNode, *, train: bool) -> ClassificationSplit:
+    data = cfg.DATASETS
+    if not data.ROOT:
+        raise UserError("DATASETS.ROOT is empty: name the folder that holds the data set")
+    return read_classification(
+        data.NAME,
+        Path(data.ROOT),
+        train=train,
+        holdout=data.HOLDOUT,
+        seed=data.HOLDOUT_SEED,
+        limit=data.LIMIT if train else 0,
+    )
+
+
+def read_data(cfg: CfgNode) -> tuple[ClassificationSplit, ClassificationSplit]:
+    """The training split and the evaluation split, with the same classes."""
+    return _read(cfg, train=True), _read(cfg, train=False)
+
+
+def read_evaluation_data(cfg: CfgNode, known_classes: Sequence[str] | None) -> ClassificationSplit:
+    """The evaluation split. Its folders name the classes, whatever the weights know."""
+    return _read(cfg, train=False)
+
+
+def make_plan(cfg: CfgNode, images: int) -> Plan:
+    """What the config counts in epochs, in steps over so many training images."""
+    solver = cfg.SOLVER
+
+    def steps(epochs: float) -> int:
+        return max(1, round(epochs * images / solver.IMS_PER_BATCH))
+
+    return Plan(
+        max_iter=solver.MAX_ITER or steps(solver.EPOCHS),
+        milestones=[steps(epochs) for epochs in solver.STEPS],
+        warmup_iters=steps(solver.WARMUP_EPOCHS) if solver.WARMUP_EPOCHS > 0 else 0,
+        eval_period=steps(cfg.TEST.EVAL_EPOCHS) if cfg.TEST.EVAL_EPOCHS > 0 else 0,
+        checkpoint_period=steps(solver.CHECKPOINT_EPOCHS),
+    )
+
+
+def _pixel_options(cfg: CfgNode, meta: Meta) -> dict[str, Any]:
+    """How the transforms turn uint8 pixels into what the model sees."""
+    if cfg.MODEL.STANDARDIZE:
+        return {"mean": meta["pixel_mean"], "std": meta["pixel_std"]}
+    return {
+        "standardize": False,
+        "value_range": cfg.MODEL.VALUE_RANGE,
+        "mean": IMAGENET_MEAN,  # the colour of erased rectangles
+        "std": IMAGENET_STD,
+    }
+
+
+def _dataset(cfg: CfgNode, split: ClassificationSplit, transform: Any) -> ClassificationDataset:
+    data = cfg.DATASETS
+    return ClassificationDataset(split, transform, skip_corrupt=data.SKIP_CORRUPT, cache=data.CACHE)
+
+
+def _is_mixed(cfg: CfgNode) -> bool:
+    """Whether batches are mixed by mixup or CutMix."""
+    return cfg.MIX.PROB > 0 and (cfg.MIX.MIXUP_ALPHA > 0 or cfg.MIX.CUTMIX_ALPHA > 0)
+
+
+def build_loader(cfg: CfgNode, split: ClassificationSplit, meta: Meta, start: int) -> ImageBatches:
+    """This rank's micro-batches from step `start` on."""
+    options, mix = cfg.INPUT, cfg.MIX
+    transform = classification_train(
+        options.SIZE,
+        crop=options.CROP,
+        scale=tuple(options.SCALE),
+        ratio=tuple(options.RATIO),
+        padding=options.PADDING,
+        flip=options.FLIP_PROB,
+        auto_augment=options.AUTO_AUGMENT,
+        magnitude=options.MAGNITUDE,
+        num_ops=options.NUM_OPS,
+        color_jitter=options.COLOR_JITTER,
+        erasing=options.ERASING,
+        interpolation=options.INTERPOLATION,
+        **_pixel_options(cfg, meta),
+    )
+    mixer = Mix(
+        len(split.class_names),
+        mixup_alpha=mix.MIXUP_ALPHA,
+        cutmix_alpha=mix.CUTMIX_ALPHA,
+        prob=mix.PROB,
+        switch_prob=mix.SWITCH_PROB,
+        smoothing=0.0 if cfg.MODEL.LOSS == "bce" else mix.SMOOTHING,
+    )
+    parts = cfg.SOLVER.ACCUMULATION * distributed.world_size()
+    return classification_loader(
+        _dataset(cfg, split, transform),
+        micro_batch=cfg.SOLVER.IMS_PER_BATCH // parts,
+        accumulation=cfg.SOLVER.ACCUMULATION,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        seed=cfg.SEED,
+        start=start,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        mix=mixer if _is_mixed(cfg) else None,
+        repeats=options.REPEATS,
+    )
+
+
+def say_skipped(loader: ImageBatches) -> None:
+    """Says how many corrupt images were replaced. Every rank must call it."""
+    total: Counter[str] = sum(distributed.gather(loader.skipped), Counter())
+    if total:
+        names = ", ".join(sorted(total)[:5]) + (", ..." if len(total) > 5 else "")
+        say(f"{len(total)} corrupt images were replaced, {total.total()} times: {names}")
+
+
+# Model
+
+
+def _pixel_statistics(cfg: CfgNode, weights: Weights | None) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of RGB in [0, 255] that take the pixels to what the model sees.
+
+    Without standardisation, those that take them to [0, VALUE_RANGE].
+    """
+    known = weights.meta if weights else None
+    source = weights.source if weights else ""
+    if cfg.MODEL.STANDARDIZE:
+        return pixel_statistics(known, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, source=source)
+    mean, std = [0.0] * 3, [255.0 / cfg.MODEL.VALUE_RANGE] * 3
+    try:
+        return pixel_statistics(known, mean, std, source=source)
+    except UserError:
+        raise UserError(
+            f"MODEL.WEIGHTS {source} was trained with other pixels than MODEL.STANDARDIZE False "
+            f"with MODEL.VALUE_RANGE {cfg.MODEL.VALUE_RANGE:g} gives: leave both keys out"
+        ) from None
+
+
+def build_model(
+    cfg: CfgNode, weights: Weights | None, class_names: tuple[str, ...], strict: bool
+) -> BuiltModel:
+    """The classifier with its loss and weights; see `task.Task.build_model`."""
+    settings = cfg.MODEL
+    mean, std = _pixel_statistics(cfg, weights)
+    options = {
+        "small_images": settings.SMALL_IMAGES,
+        "norm": settings.NORM,
+        "patch_norm": settings.PATCH_NORM,
+        "image_size": cfg.INPUT.SIZE,
+        "width": settings.WIDTH,
+    }
+    model = build_classifier(
+        settings.NAME,
+        len(class_names),
+        drop_rate=settings.DROP_RATE,
+        drop_path_rate=settings.DROP_PATH_RATE,
+        checkpointing=settings.CHECKPOINTING,
+        **options,
+    )
+    check_image_size(model, settings.NAME, cfg.INPUT.SIZE)
+    report = load_into_classifier(model, weights, class_names, strict=strict) if weights else None
+    meta = {
+        "version": __version__,
+        "model": settings.NAME,
+        "num_classes": len(class_names),
+        "class_names": list(class_names),
+        "pixel_mean": mean,
+        "pixel_std": std,
+        **options,
+    }
+    return BuiltModel(
+        _with_loss(cfg, model),
+        meta,
+        1.0 if settings.PATCH_NORM else input_variance(std),
+        report,
+        inner="model",
+        memory_format=_memory_format(cfg),
+        compiled=settings.COMPILE,
+        ema=_moving_average(cfg),
+    )
+
+
+def _with_loss(cfg: CfgNode, model: nn.Module) -> ClassifierWithLoss:
+    is_bce = cfg.MODEL.LOSS == "bce"
+    # Mixed targets are smooth already, except those that the loss turns into 1 and 0.
+    smoothing = 0.0 if _is_mixed(cfg) and not is_bce else cfg.MIX.SMOOTHING
+    return ClassifierWithLoss(model, smoothing=smoothing, bce=is_bce)
+
+
+def _memory_format(cfg: CfgNode) -> torch.memory_format:
+    return torch.channels_last if cfg.MODEL.CHANNELS_LAST else torch.preserve_format
+
+
+def _moving_average(cfg: CfgNode) -> partial[Ema] | None:
+    settings = cfg.MODEL.EMA
+    if not settings.ENABLED:
+        return None
+    return partial(Ema, decay=settings.DECAY, period=settings.PERIOD, warmup=settings.WARMUP)
+
+
+# Evaluation
+
+
+class ClassificationEvaluation:
+    """Evaluates a classifier on a split; see `task.Evaluation`."""
+
+    def __init__(
+        self, cfg: CfgNode, split: ClassificationSplit, meta: Meta, device: torch.device
+    ) -> None:
+        self.cfg, self.device = cfg, device
+        size, resize = cfg.INPUT.SIZE, cfg.INPUT.RESIZE_TEST
+        transform = classification_test(
+            size,
+            resize=round(size * 256 / 224) if resize == -1 else resize,
+            interpolation=cfg.INPUT.INTERPOLATION,
+            **_pixel_options(cfg, meta),
+        )
+        self.dataset = _dataset(cfg, split, transform)
+
+    def __call__(self, model: nn.Module, average: nn.Module | None) -> dict[str, float]:
+        """`top1`, `top5`, `ema.top1`, `ema.top5`."""
+        return means(self._both(model, average))
+
+    def _both(self, model: nn.Module, average: nn.Module | None) -> Results:
+        """The results, with those of the moving average under `ema`."""
+        results = self._results(model)
+        if average is not None:
+            results["ema"] = self._results(average)
+        return results
+
+    def _results(self, model: nn.Module) -> Results:
+        top = TopK(len(self.dataset))
+        loader = classification_evaluation_loader(
+            self.dataset,
+            batch_size=self.cfg.TEST.IMS_PER_BATCH,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            num_workers=self.cfg.DATALOADER.NUM_WORKERS,
+        )
+        infer(
+            model,
+            loader,
+            device=self.device,
+            consume=lambda labels, ids, logits: top.add(logits, labels, ids),
+            memory_format=_memory_format(self.cfg),
+        )
+        return top.evaluate(skipped=len(loader.skipped))
+
+    def report(self, model: nn.Module, average: nn.Module | None, output: Path) -> dict[str, float]:
+        """Evaluates, prints the figures and writes `results.json`."""
+        results = self._both(model, average)
+        if distributed.is_main():
+            write_json(output / "results.json", results)
+            for name, figures in (("", results), ("moving average: ", results.get("ema"))):
+                if figures:
+                    say(
+                        f"{name}top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} % of "
+                        f"{figures['images']} images"
+                    )
+            say(f"wrote {output / 'results.json'}")
+        return means(results)
+
+
+def means(results: Results) -> dict[str, float]:
+    """The figures by their path: `top1`, `top5`, `ema.top1`, `ema.top5`."""
+    figures = {name: results[name] for name in ("top1", "top5")}
+    if "ema" in results:
+        figures |= {f"ema.{name}": results["ema"][name] for name in ("top1", "top5")}
+    return figures
+
+
+def identity(cfg: CfgNode) -> dict[str, Any]:
+    """A classifier's keys that a resumed run must have in common with the run that stopped."""
+    return {
+        "DATASETS": plain(cfg.DATASETS) | {"ROOT": ""},  # a data set may move
+        "INPUT": plain(cfg.INPUT),
+        "MIX": plain(cfg.MIX),
+        "MODEL.NAME": cfg.MODEL.NAME,
+        "MODEL.EMA": plain(cfg.MODEL.EMA),
+    }
+
+
+TASK = Task(
+    check=lambda cfg: None,
+    read_data=read_data,
+    read_evaluation_data=read_evaluation_data,
+    read_weights=lambda cfg: read_weights(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None,
+    plan=make_plan,
+    build_model=build_model,
+    loader=build_loader,
+    evaluation=ClassificationEvaluation,
+    identity=identity,
+    closing=say_skipped,
+)

@@ -1,0 +1,43 @@
+"""The command line of a run, which is detectron2's: arguments, configuration, then the session."""
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+
+def run_task(
+    task: str, parser: argparse.ArgumentParser, argv: Sequence[str], *, default: str
+) -> int:
+    """Trains or evaluates as the arguments say; returns the exit code.
+
+    Args:
+        task: "detection" or "classification": a module of `tract_det.config` and of this folder.
+        parser: without arguments yet.
+        argv: the arguments.
+        default: the config file where none is named.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    args = _parse(parser, argv, default)
+    cfg = importlib.import_module(f"tract_det.config.{task}").load_cfg(args.config_file, args.opts)
+    # Only now: these import torch, and a mistake in the configuration is to be reported at once.
+    session = importlib.import_module("tract_det.training.session")
+    functions = importlib.import_module(f"tract_det.training.{task}").TASK
+    return session.run(functions, cfg, resume=args.resume, eval_only=args.eval_only)
+
+
+def _parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str], default: str
+) -> argparse.Namespace:
+    parser.add_argument(
+        "--config-file", default=default, metavar="FILE", help="default: configs/%(default)s"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on where OUTPUT_DIR stopped")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
+    # Launchers append one or the other; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override keys of the config"
+    )
+    return parser.parse_args(argv)

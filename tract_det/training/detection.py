@@ -1,0 +1,172 @@
+"""The detection task: data in VOC layout, a Faster R-CNN, mean average precision."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from tract_det import distributed
+from tract_det.config.machinery import plain
+from tract_det.data.detection import VOCDetection, aspect_groups, drop_empty
+from tract_det.data.detection_loaders import detection_evaluation_loader, detection_loader
+from tract_det.data.detection_transforms import detection_train
+from tract_det.data.voc import VOCSplit, read_dataset
+from tract_det.engine.loop import infer
+from tract_det.engine.writers import say
+from tract_det.errors import UserError
+from tract_det.evaluation.evaluators import DetectionEvaluator, format_table, write_json
+from tract_det.training.detectors import build_detector, check_backend, read_detector_weights
+from tract_det.training.task import Meta, Plan, Task
+from tract_det.visualize import Picture, detection_grid
+
+_PICTURES = 16  # in detections.png
+
+Results = dict[str, Any]
+
+
+def _read(cfg: CfgNode, names: Sequence[str], class_names: Sequence[str] | None) -> VOCSplit:
+    root = Path(cfg.DATASETS.ROOT) if cfg.DATASETS.ROOT else None
+    return read_dataset(names, root, class_names)
+
+
+def read_data(cfg: CfgNode) -> tuple[VOCSplit, VOCSplit]:
+    """The training split and the evaluation split, with the same classes."""
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name a split to train on")
+    training = _read(cfg, cfg.DATASETS.TRAIN, cfg.DATASETS.CLASSES or None)
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        training = drop_empty(training, use_difficult=cfg.DATALOADER.USE_DIFFICULT)
+    return training, _read(cfg, cfg.DATASETS.TEST, training.class_names)
+
+
+def read_evaluation_data(cfg: CfgNode, known_classes: Sequence[str] | None) -> VOCSplit:
+    """The evaluation split: with the config's classes, else with those that the weights know."""
+    return _read(cfg, cfg.DATASETS.TEST, cfg.DATASETS.CLASSES or known_classes)
+
+
+def make_plan(cfg: CfgNode, images: int) -> Plan:
+    """The lengths as the config has them: they do not depend on the number of images."""
+    solver = cfg.SOLVER
+    return Plan(
+        max_iter=solver.MAX_ITER,
+        milestones=solver.STEPS,
+        warmup_iters=solver.WARMUP_ITERS,
+        eval_period=cfg.TEST.EVAL_PERIOD,
+        checkpoint_period=solver.CHECKPOINT_PERIOD,
+    )
+
+
+def build_loader(cfg: CfgNode, split: VOCSplit, meta: Meta, start: int) -> Iterable[Any]:
+    """This rank's micro-batches from step `start` on."""
+    transform = detection_train(
+        min_size=cfg.INPUT.MIN_SIZE_TRAIN,
+        max_size=cfg.INPUT.MAX_SIZE_TRAIN,
+        flip=cfg.INPUT.FLIP_PROB,
+        color_jitter=cfg.INPUT.COLOR_JITTER,
+    )
+    parts = cfg.SOLVER.ACCUMULATION * distributed.world_size()
+    return detection_loader(
+        VOCDetection(split, transform, use_difficult=cfg.DATALOADER.USE_DIFFICULT),
+        micro_batch=cfg.SOLVER.IMS_PER_BATCH // parts,
+        accumulation=cfg.SOLVER.ACCUMULATION,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        seed=cfg.SEED,
+        groups=aspect_groups(split) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
+        start=start,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def means(results: Results) -> dict[str, float]:
+    """The figures over all classes, by their path: `voc_07.mAP`, `coco.AP50`, ..."""
+    return {
+        f"{group}.{name}": value
+        for group in ("voc_07", "voc_area", "coco")
+        for name, value in results[group].items()
+        if isinstance(value, float)
+    }
+
+
+class DetectionEvaluation:
+    """Evaluates a detector on a split; see `task.Evaluation`."""
+
+    def __init__(self, cfg: CfgNode, split: VOCSplit, meta: Meta, device: torch.device) -> None:
+        self.cfg, self.split, self.device = cfg, split, device
+        self.dataset = VOCDetection(split)
+
+    def __call__(self, model: nn.Module, average: nn.Module | None) -> dict[str, float]:
+        """The figures over all classes."""
+        return means(self._detect(model).evaluate())
+
+    def _detect(self, model: nn.Module) -> DetectionEvaluator:
+        """The evaluator with this rank's detections."""
+        evaluator = DetectionEvaluator(
+            self.split.annotations, self.split.class_names, rule=self.cfg.TEST.VOC_RULE
+        )
+
+        def consume(targets: list[dict], detections: list[dict[str, torch.Tensor]]) -> None:
+            for target, image in zip(targets, detections, strict=True):
+                labels = image["labels"] - 1  # the model counts the background as 0
+                evaluator.add(target["image_id"], image["boxes"], image["scores"], labels)
+
+        loader = detection_evaluation_loader(
+            self.dataset,
+            batch_size=self.cfg.TEST.IMS_PER_BATCH,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            num_workers=self.cfg.DATALOADER.NUM_WORKERS,
+        )
+        infer(model, loader, device=self.device, consume=consume)
+        return evaluator
+
+    def report(self, model: nn.Module, average: nn.Module | None, output: Path) -> dict[str, float]:
+        """Evaluates, prints the table, and writes results, the challenge's files and pictures."""
+        evaluator = self._detect(model)
+        results = evaluator.evaluate()
+        if distributed.is_main():
+            # "voc_2007_test" is the challenge's split "test".
+            name = re.sub(r"^(voc_\d{4}|shapes)_", "", self.split.name).replace("+", "_")
+            write_json(output / "results.json", results)
+            say(format_table(results))
+            evaluator.write_detections(output / "detections", name)
+            pictures = self._pictures(evaluator)
+            detection_grid(output / "detections.png", pictures, self.split.class_names)
+            say(f"wrote {output / 'results.json'}, detections.png and detections/")
+        return means(results)
+
+    def _pictures(self, evaluator: DetectionEvaluator) -> list[Picture]:
+        """Images spread evenly over the split."""
+        annotations = self.split.annotations
+        step = max(1, len(annotations) // _PICTURES)
+        pictures = []
+        for annotation in annotations[::step][:_PICTURES]:
+            boxes, scores, labels = evaluator.detections[annotation.image_id]
+            pictures.append(Picture(annotation.path, annotation.boxes, boxes, labels, scores))
+        return pictures
+
+
+def identity(cfg: CfgNode) -> dict[str, Any]:
+    """A detector's keys that a resumed run must have in common with the run that stopped."""
+    return {
+        "DATASETS.TRAIN": list(cfg.DATASETS.TRAIN),
+        "MODEL.BACKBONE": plain(cfg.MODEL.BACKBONE),
+        "MODEL.DETECTRON2": plain(cfg.MODEL.DETECTRON2),
+    }
+
+
+TASK = Task(
+    check=check_backend,
+    read_data=read_data,
+    read_evaluation_data=read_evaluation_data,
+    read_weights=read_detector_weights,
+    plan=make_plan,
+    build_model=build_detector,
+    loader=build_loader,
+    evaluation=DetectionEvaluation,
+    identity=identity,
+)

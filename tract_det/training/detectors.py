@@ -1,0 +1,179 @@
+"""Detectors as the config describes them: torchvision's Faster R-CNN, or a model of detectron2."""
+
+import importlib
+import logging
+import warnings
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from tract_det.config.machinery import plain
+from tract_det.errors import UserError
+from tract_det.modeling.faster_rcnn import build_faster_rcnn
+from tract_det.modeling.heads import BoxHeadOptions, ProposalOptions
+from tract_det.modeling.loading import load_into
+from tract_det.modeling.weight_files import Weights, read_weights
+from tract_det.pixels import input_variance, pixel_statistics
+from tract_det.training.task import BuiltModel
+from tract_det.version import __version__
+
+# Stages that a training from weights freezes by default: detectron2's default, and none of ours
+# where detectron2's own file decides.
+_FROZEN_STAGES, _AS_ITS_FILE_SAYS = 2, -1
+
+
+def check_backend(cfg: CfgNode) -> None:
+    """Refuses a detectron2 model where detectron2 is not installed.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if cfg.MODEL.DETECTRON2.CONFIG_FILE:
+        _detectron2_side()
+
+
+def _detectron2_side() -> Any:
+    """`tract_det.d2`.
+
+    Raises:
+        UserError: detectron2 is not installed.
+    """
+    # Warnings that a newer torch gives about detectron2's sources; only detectron2 can mend them.
+    for message in ("torch.meshgrid: in an upcoming", "`torch.jit.script` is deprecated"):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("tract_det.d2")
+    except ModuleNotFoundError as error:
+        if error.name != "detectron2":
+            raise
+        raise UserError(f"MODEL.DETECTRON2.CONFIG_FILE: {error}") from error
+
+
+def read_detector_weights(cfg: CfgNode) -> Weights | None:
+    """MODEL.WEIGHTS; None where it is empty."""
+    if not cfg.MODEL.WEIGHTS:
+        return None
+    if cfg.MODEL.DETECTRON2.CONFIG_FILE:
+        return _detectron2_side().read_weights(cfg.MODEL.WEIGHTS)
+    return read_weights(cfg.MODEL.WEIGHTS)
+
+
+def freeze_at(cfg: CfgNode, weights: Weights | None, *, strict: bool, default: int) -> int:
+    """How many stages are frozen: MODEL.BACKBONE.FREEZE_AT, or a choice where it is -1.
+
+    Args:
+        cfg: MODEL.BACKBONE.FREEZE_AT and MODEL.TRACT.ENABLED are read.
+        weights: MODEL.WEIGHTS.
+        strict: for evaluation. Frozen batch norms compute the same in another order; as many as in
+            the training give the same figures to the last bit.
+        default: what a training from weights without TrAct freezes.
+    """
+    stages = cfg.MODEL.BACKBONE.FREEZE_AT
+    if strict and weights is not None:
+        return weights.meta.get("freeze_at", stages)
+    if stages >= 0:
+        return stages
+    return 0 if cfg.MODEL.TRACT.ENABLED or weights is None else default
+
+
+def build_detector(
+    cfg: CfgNode, weights: Weights | None, class_names: tuple[str, ...], strict: bool
+) -> BuiltModel:
+    """The detector with its weights; see `task.Task.build_model`."""
+    build = _build_detectron2 if cfg.MODEL.DETECTRON2.CONFIG_FILE else _build_torchvision
+    return build(cfg, weights, class_names, strict)
+
+
+def _meta(class_names: tuple[str, ...], **others: Any) -> dict[str, Any]:
+    return {"version": __version__, **others, "class_names": list(class_names)}
+
+
+def _build_torchvision(
+    cfg: CfgNode, weights: Weights | None, class_names: tuple[str, ...], strict: bool
+) -> BuiltModel:
+    if weights is not None and "detectron2" in weights.meta:
+        raise UserError(
+            f"MODEL.WEIGHTS {weights.source} is a detectron2 model's: set MODEL.DETECTRON2 as in "
+            f"its training, CONFIG_FILE {weights.meta['detectron2'].get('CONFIG_FILE')}"
+        )
+    mean, std = pixel_statistics(
+        weights.meta if weights else None,
+        cfg.MODEL.PIXEL_MEAN,
+        cfg.MODEL.PIXEL_STD,
+        source=weights.source if weights else "",
+    )
+    stages = max(0, freeze_at(cfg, weights, strict=strict, default=_FROZEN_STAGES))
+    model = build_faster_rcnn(
+        backbone=cfg.MODEL.BACKBONE.NAME,
+        num_classes=len(class_names),
+        norm=cfg.MODEL.BACKBONE.NORM,
+        freeze_at=stages,
+        fpn_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        pixel_mean=mean,
+        pixel_std=std,
+        min_size=cfg.INPUT.MIN_SIZE_TEST,
+        max_size=cfg.INPUT.MAX_SIZE_TEST,
+        proposals=_proposal_options(cfg),
+        box_head=_box_head_options(cfg),
+    )
+    report = load_into(model, weights, class_names, strict=strict) if weights else None
+    meta = _meta(
+        class_names,
+        backbone=cfg.MODEL.BACKBONE.NAME,
+        norm=cfg.MODEL.BACKBONE.NORM,
+        freeze_at=stages,
+        pixel_mean=mean,
+        pixel_std=std,
+    )
+    return BuiltModel(model, meta, input_variance(std), report)
+
+
+def _proposal_options(cfg: CfgNode) -> ProposalOptions:
+    rpn = cfg.MODEL.RPN
+    return ProposalOptions(
+        anchor_sizes=cfg.MODEL.ANCHOR_GENERATOR.SIZES,
+        aspect_ratios=cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS,
+        pre_nms=(rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
+        post_nms=(rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
+        nms_thresh=rpn.NMS_THRESH,
+        batch_size=rpn.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=rpn.POSITIVE_FRACTION,
+    )
+
+
+def _box_head_options(cfg: CfgNode) -> BoxHeadOptions:
+    roi = cfg.MODEL.ROI_HEADS
+    return BoxHeadOptions(
+        batch_size=roi.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=roi.POSITIVE_FRACTION,
+        fc_dim=cfg.MODEL.ROI_BOX_HEAD.FC_DIM,
+        dropout=cfg.MODEL.ROI_BOX_HEAD.DROPOUT,
+        score_thresh=roi.SCORE_THRESH_TEST,
+        nms_thresh=roi.NMS_THRESH_TEST,
+        detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+    )
+
+
+def _build_detectron2(
+    cfg: CfgNode, weights: Weights | None, class_names: tuple[str, ...], strict: bool
+) -> BuiltModel:
+    d2 = _detectron2_side()
+    settings = plain(cfg.MODEL.DETECTRON2)
+    stages = freeze_at(cfg, weights, strict=strict, default=_AS_ITS_FILE_SAYS)
+    model = d2.build_detector(
+        settings["CONFIG_FILE"],
+        settings["OPTS"],
+        num_classes=len(class_names),
+        freeze_at=None if stages == _AS_ITS_FILE_SAYS else stages,
+        min_size=cfg.INPUT.MIN_SIZE_TEST,
+        max_size=cfg.INPUT.MAX_SIZE_TEST,
+    )
+    statistics = {"pixel_mean": cfg.MODEL.PIXEL_MEAN, "pixel_std": cfg.MODEL.PIXEL_STD}
+    report = None
+    if weights is not None:
+        report = d2.load_into(model, weights, class_names, **statistics, strict=strict)
+    elif cfg.MODEL.PIXEL_MEAN:
+        d2.check_pixels(model, *statistics.values(), "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD are")
+    meta = _meta(class_names, detectron2=settings, freeze_at=stages, **d2.meta_of(model))
+    return BuiltModel(model, meta, input_variance(meta["pixel_std"]), report)

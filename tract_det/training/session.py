@@ -1,0 +1,207 @@
+"""The one spine of every run, of detectors and classifiers: build, then train or evaluate.
+
+    check -> data -> weights -> model (TrAct on its stem) -> engine -> resume -> train -> report
+
+What can be refused is refused early: the configuration before this module is imported, the data
+before weights are downloaded, all of it before OUTPUT_DIR is made.
+"""
+
+import dataclasses
+import json
+import signal
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from tract_det import distributed, tract_diagnostics
+from tract_det.engine import checkpoint, ds
+from tract_det.engine.ema import Ema
+from tract_det.engine.loop import StopSignal, train
+from tract_det.engine.run import Run
+from tract_det.engine.writers import say
+from tract_det.errors import UserError
+from tract_det.files import write_text
+from tract_det.training import assembly
+from tract_det.training.task import BuiltModel, Evaluation, Plan, Split, Task
+
+
+def run(task: Task, cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> int:
+    """Trains, or evaluates MODEL.WEIGHTS; returns the exit code. Every rank must call it.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    task.check(cfg)
+    device = ds.start(cfg.MODEL.DEVICE)
+    torch.manual_seed(cfg.SEED)
+    code = _evaluate(task, cfg, device) if eval_only else _train(task, cfg, device, resume)
+    ds.stop()
+    return code
+
+
+def _train(task: Task, cfg: CfgNode, device: torch.device, resume: bool) -> int:
+    output = Path(cfg.OUTPUT_DIR)
+    if resume:
+        checkpoint.last(output)  # refuses before anything is read
+    training, test = task.read_data(cfg)
+    weights = task.read_weights(cfg)
+    plan = task.plan(cfg, len(training))
+    built = task.build_model(cfg, weights, training.class_names, False)
+    if weights is not None:
+        _write_load_report(output, weights.source, built)
+    assembly.put_tract(cfg, built.model, built.input_variance)
+    engine, ema = prepare(cfg, built, device)
+    evaluation = task.evaluation(cfg, test, built.meta, device)
+    make_output(output)
+    this_run = build_run(task, cfg, plan, built, engine, ema, evaluation)
+    start = _begin(cfg, this_run, built.meta["class_names"], resume=resume)
+    _announce(cfg, plan, training, test, device)
+    loader = task.loader(cfg, training, built.meta, start)
+    report = partial(evaluation.report, output=output)
+    code = _fit(cfg, plan, built, this_run, loader, report, start)
+    task.closing(loader)
+    return code
+
+
+def _evaluate(task: Task, cfg: CfgNode, device: torch.device) -> int:
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError("--eval-only: set MODEL.WEIGHTS, such as OUTPUT_DIR/model_final.pth")
+    # A file says which classes it knows. A download waits until the data are known to be there.
+    weights = task.read_weights(cfg) if Path(cfg.MODEL.WEIGHTS).is_file() else None
+    known_classes = weights.meta.get("class_names") if weights is not None else None
+    test = task.read_evaluation_data(cfg, known_classes)
+    weights = weights or task.read_weights(cfg)
+    assert weights is not None
+    built = task.build_model(cfg, weights, test.class_names, True)
+    say(f"weights {weights.source}: {built.report}")
+    network = assembly.place(cfg, built.network, device).to(memory_format=built.memory_format)
+    evaluation = task.evaluation(cfg, test, built.meta, device)
+    evaluation.report(network, None, Path(cfg.OUTPUT_DIR))
+    return 0
+
+
+def prepare(cfg: CfgNode, built: BuiltModel, device: torch.device) -> tuple[Any, Ema | None]:
+    """DeepSpeed's engine around the network, and the moving average of its weights."""
+    network = assembly.place(cfg, built.network, device)
+    # Copied before DeepSpeed and the compiler put their hooks on the network.
+    ema = built.ema(network) if built.ema is not None else None
+    if built.compiled:
+        built.model.compile()
+    stem = cfg.MODEL.TRACT.STEM or None
+    if stem and built.inner:
+        stem = f"{built.inner}.{stem}"
+    engine = assembly.build_engine(cfg, network, stem)
+    # After DeepSpeed's first broadcast, which takes contiguous tensors; other stages flatten them.
+    if cfg.DEEPSPEED.zero_optimization.stage == 0:
+        for module in (network, *([ema.model] if ema else [])):
+            module.to(memory_format=built.memory_format)
+    return engine, ema
+
+
+def build_run(
+    task: Task,
+    cfg: CfgNode,
+    plan: Plan,
+    built: BuiltModel,
+    engine: Any,
+    ema: Ema | None,
+    evaluation: Evaluation,
+) -> Run:
+    """What happens between the steps."""
+    return Run(
+        engine,
+        Path(cfg.OUTPUT_DIR),
+        max_iter=plan.max_iter,
+        log_period=cfg.LOG_PERIOD,
+        checkpoint_period=plan.checkpoint_period,
+        eval_period=plan.eval_period,
+        evaluate=evaluation,
+        best_metric=cfg.TEST.BEST_METRIC,
+        meta=built.meta,
+        identity=assembly.identity(cfg) | task.identity(cfg),
+        ema=ema,
+        saved_part=lambda network: network.get_submodule(built.inner),
+        diagnostics=lambda: tract_diagnostics(engine.module),
+    )
+
+
+def make_output(output: Path) -> None:
+    """Makes OUTPUT_DIR.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {output} cannot be made: {error.strerror}") from error
+
+
+def _write_load_report(output: Path, source: str, built: BuiltModel) -> None:
+    """Says which tensors came from the weights, and writes all their names."""
+    assert built.report is not None
+    path = output / "weights_report.json"
+    if distributed.is_main():
+        content = {"source": source, **dataclasses.asdict(built.report)}
+        write_text(path, json.dumps(content, indent=2) + "\n")
+    say(f"weights {source}: {built.report}; all names in {path}")
+
+
+def _begin(cfg: CfgNode, this_run: Run, class_names: list[str], *, resume: bool) -> int:
+    """Opens the run's folder and seeds this process; returns the number of steps done before."""
+    torch.manual_seed(cfg.SEED + distributed.rank())  # the ranks' dropout differs
+    start = this_run.start(resume=resume)
+    if distributed.is_main():
+        write_text(this_run.output / "config.yaml", cfg.dump())
+        index = {name: label for label, name in enumerate(class_names)}
+        text = json.dumps({"classes": class_names, "index": index}, indent=2, ensure_ascii=False)
+        write_text(this_run.output / "classes.json", text + "\n")
+    return start
+
+
+def _announce(cfg: CfgNode, plan: Plan, training: Split, test: Split, device: torch.device) -> None:
+    epochs = plan.max_iter * cfg.SOLVER.IMS_PER_BATCH / len(training)
+    say(
+        f"{len(training)} training images ({training.name}), {len(test)} for evaluation "
+        f"({test.name}), {len(training.class_names)} classes; {plan.max_iter} steps of "
+        f"{cfg.SOLVER.IMS_PER_BATCH} images, {epochs:.1f} epochs; "
+        f"{distributed.world_size()} process(es) on {device.type}; output in {cfg.OUTPUT_DIR}"
+    )
+
+
+def _fit(
+    cfg: CfgNode,
+    plan: Plan,
+    built: BuiltModel,
+    this_run: Run,
+    loader: Iterable[Any],
+    report: Callable[[nn.Module, nn.Module | None], Any],
+    start: int,
+) -> int:
+    """Trains to the end, or until a signal stops it; returns the exit code."""
+    lambda_at = assembly.build_lambda(cfg, built.input_variance, plan.max_iter)
+    with StopSignal() as stop:
+        done = train(
+            this_run.engine,
+            loader,
+            start=start,
+            max_iter=plan.max_iter,
+            accumulation=cfg.SOLVER.ACCUMULATION,
+            lr_at=assembly.build_schedule(cfg, plan),
+            after_step=this_run.after_step,
+            stop=stop,
+            before_step=assembly.lambda_hook(this_run.engine.module, lambda_at),
+            memory_format=built.memory_format,
+        )
+        if done < plan.max_iter:
+            this_run.save(done)
+            say(f"stopped after step {done}: the checkpoint is saved, go on with --resume")
+        else:
+            this_run.finish(report)
+        this_run.writers.close()
+    return 0 if done == plan.max_iter else 128 + (stop.number or signal.SIGTERM)

@@ -1,0 +1,114 @@
+"""What a session has to know of a task: a handful of functions of the configuration."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from tract_det.engine.ema import Ema
+from tract_det.engine.run import Means
+from tract_det.modeling.loading import LoadReport
+from tract_det.modeling.weight_files import Weights
+
+Meta = dict[str, Any]
+
+
+class Split(Protocol):
+    """The images of one part of a data set, with their classes."""
+
+    @property
+    def name(self) -> str:
+        """For messages and file names."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """K names."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+
+class Evaluation(Protocol):
+    """Evaluates a model on the evaluation split. Every rank must call it."""
+
+    def __call__(self, model: nn.Module, average: nn.Module | None) -> Means:
+        """The figures by name, of the model and of its moving average where there is one."""
+
+    def report(self, model: nn.Module, average: nn.Module | None, output: Path) -> Means:
+        """The same; also prints the figures and writes `results.json` and its companions."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The lengths of a run, in optimizer steps; a period of 0 means: only at the end."""
+
+    max_iter: int
+    milestones: Sequence[int]
+    warmup_iters: int
+    eval_period: int
+    checkpoint_period: int
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A network with its weights, and what training needs to know of it.
+
+    Attributes:
+        network: `network(images, targets)` gives losses by name, `network(images)` predictions.
+        meta: saved with the weights; `pixel_mean` and `pixel_std` are in it.
+        input_variance: of what the stem sees, in units of standardised pixels.
+        report: which tensors came from MODEL.WEIGHTS; None where there are no weights.
+        inner: the name of the submodule that is the model itself: its weights are saved, and
+            MODEL.TRACT.STEM counts from it. "" = the whole network.
+        memory_format: of the images, and of the weights where ZeRO does not flatten them.
+        compiled: whether `inner` is compiled.
+        ema: makes the moving average of the network, which is on its device by then.
+    """
+
+    network: nn.Module
+    meta: Meta
+    input_variance: float
+    report: LoadReport | None
+    inner: str = ""
+    memory_format: torch.memory_format = torch.preserve_format
+    compiled: bool = False
+    ema: Callable[[nn.Module], Ema] | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The submodule `inner`."""
+        return self.network.get_submodule(self.inner)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The functions by which a detector's session differs from a classifier's.
+
+    Attributes:
+        check: refuses what this machine lacks, before anything is read.
+        read_data: the training split and the evaluation split, with the same classes.
+        read_evaluation_data: the evaluation split, given the classes that the weights know.
+        read_weights: MODEL.WEIGHTS; None where it is empty.
+        plan: the lengths of a run over so many training images.
+        build_model: from the weights and the class names. `strict` (for evaluation): every tensor
+            of the model must be in the weights.
+        loader: this rank's micro-batches from a step on, given the model's meta.
+        evaluation: of the evaluation split, given the model's meta.
+        identity: the task's own keys that a resumed run must share, beyond `assembly.identity`.
+        closing: called with the loader when the training has ended.
+    """
+
+    check: Callable[[CfgNode], None]
+    read_data: Callable[[CfgNode], tuple[Split, Split]]
+    read_evaluation_data: Callable[[CfgNode, Sequence[str] | None], Split]
+    read_weights: Callable[[CfgNode], Weights | None]
+    plan: Callable[[CfgNode, int], Plan]
+    build_model: Callable[[CfgNode, Weights | None, tuple[str, ...], bool], BuiltModel]
+    loader: Callable[[CfgNode, Any, Meta, int], Iterable[Any]]
+    evaluation: Callable[[CfgNode, Any, Meta, torch.device], Evaluation]
+    identity: Callable[[CfgNode], dict[str, Any]]
+    closing: Callable[[Any], None] = lambda loader: None
