@@ -36,9 +36,10 @@ def photo_like(generator, *shape):
 
 def run_python(*args, env=None, timeout=600, cwd=None):
     """Runs Python with these arguments; one thread a process unless `env` says otherwise."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(env or {})}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", MALLOC):
         environment.pop(name, None)
+    environment |= env or {}
     return subprocess.run(
         [sys.executable, *map(str, args)],
         capture_output=True,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from tract_det.engine.choices import OPTIMIZERS
 from tract_det.engine.optimizer import (
-    OPTIMIZERS,
     Rule,
     StemRule,
     TwoRules,
