@@ -1,4 +1,4 @@
-"""TrAct once more, slow and obvious, in float64: what the product is compared with."""
+"""A second TrAct, slow and obvious, in float64, with which the package is compared."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ def patches(
     dilation: tuple[int, int],
     mode: str,
 ) -> Tensor:
-    """All patches of padded images, one after the other: `(N, C, kh, kw)` in float64.
+    """All patches of the padded images, `(N, C, kh, kw)`, in float64.
 
     `padding` is (left, right, top, bottom).
     """
@@ -22,19 +22,19 @@ def patches(
     images = images.double()
     height, width = images.shape[-2:]
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
-    found = []
+    windows = []
     for image in images:
         for top in range(0, height - reach[0] + 1, stride[0]):
             for left in range(0, width - reach[1] + 1, stride[1]):
                 window = image[:, top : top + reach[0], left : left + reach[1]]
-                found.append(window[:, :: dilation[0], :: dilation[1]])
-    return torch.stack(found)
+                windows.append(window[:, :: dilation[0], :: dilation[1]])
+    return torch.stack(windows)
 
 
 def tract_gradient(X: Tensor, dZ: Tensor, lambda_: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`dZ^T X (X^T X / N + lambda_ I)^-1` by an explicit inverse; also `dZ^T X` and the damped G.
+    """`dZ^T X (G + lambda_ I)^-1` by an explicit inverse, `dZ^T X` and `G + lambda_ I`.
 
-    X is `(N, K)`, dZ is `(N, M)`.
+    X is `(N, K)`, dZ is `(N, M)`, and `G` is `X^T X / N`.
     """
     X, dZ = X.double(), dZ.double()
     plain = dZ.T @ X

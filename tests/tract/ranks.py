@@ -1,4 +1,7 @@
-"""Run by test_ranks.py in one or several processes: five steps in every way, weights to a file."""
+"""Run by test_ranks.py in one or several processes: trains five steps in every way.
+
+The weights go to the file that the command line names.
+"""
 
 import copy
 import sys
@@ -35,19 +38,19 @@ def batches():
         yield images, torch.randint(5, (BATCH,), generator=generator)
 
 
-def own(batch, parts):
+def micro_batches(batch, parts):
     """This rank's micro-batches."""
-    cut = [tensor.chunk(parts * distributed.world_size()) for tensor in batch]
-    return list(zip(*cut, strict=True))[distributed.rank() :: distributed.world_size()]
+    chunks = [tensor.chunk(parts * distributed.world_size()) for tensor in batch]
+    return list(zip(*chunks, strict=True))[distributed.rank() :: distributed.world_size()]
 
 
 def plain_loop(model, parts=1):
-    """The loop of a user, with the two lines that accumulation takes."""
+    """A plain training loop with the two lines that gradient accumulation needs."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     set_micro_batches(model, parts)
     for batch in batches():
         optimizer.zero_grad()
-        for images, labels in own(batch, parts):
+        for images, labels in micro_batches(batch, parts):
             (nn.functional.cross_entropy(model(images), labels) / parts).backward()
         optimizer.step()
 
@@ -60,7 +63,7 @@ def deepspeed_loop(model, parts, stage):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     engine = ds.initialize(model, optimizer, config)
     for batch in batches():
-        for images, labels in own(batch, parts):
+        for images, labels in micro_batches(batch, parts):
             engine.backward(nn.functional.cross_entropy(engine(images), labels))
             engine.step()
     if stage == 3:
@@ -73,25 +76,25 @@ def deepspeed_loop(model, parts, stage):
 
 def main(path):
     ds.start("cpu")
-    found = {}
+    weights = {}
     model = build()
     plain_loop(DistributedDataParallel(model) if dist.get_world_size() > 1 else model)
-    found["ddp"] = list(model.parameters())
+    weights["ddp"] = list(model.parameters())
     local = build()
     local[0].tract.sync = False
     plain_loop(DistributedDataParallel(local) if dist.get_world_size() > 1 else local)
-    found["ddp without sync"] = list(local.parameters())
+    weights["ddp without sync"] = list(local.parameters())
     if dist.get_world_size() == 1:
         model = build()
         plain_loop(model, 4)
-        found["accumulation 4"] = list(model.parameters())
+        weights["accumulation 4"] = list(model.parameters())
     for parts in (1, 2, 4):
         for stage in (0, 1, 2, 3):
             if parts == 1 or stage < 3:
                 name = f"zero {stage} accumulation {parts}"
-                found[name] = deepspeed_loop(copy.deepcopy(build()), parts, stage)
+                weights[name] = deepspeed_loop(copy.deepcopy(build()), parts, stage)
     if distributed.is_main():
-        torch.save({k: [p.detach().clone() for p in v] for k, v in found.items()}, path)
+        torch.save({k: [p.detach().clone() for p in v] for k, v in weights.items()}, path)
     ds.stop()
 
 

@@ -1,4 +1,4 @@
-"""The weight gradient is TrAct's, everything else is the framework's."""
+"""The weight gradient is TrAct's, everything else is PyTorch's."""
 
 import pytest
 import torch
@@ -74,8 +74,8 @@ def test_output_input_gradient_and_bias_gradient_are_those_of_conv2d(keywords, s
         out = layer(x)
         out.square().sum().backward()
         results.append((out, x.grad, None if layer.bias is None else layer.bias.grad))
-    for ours, theirs in zip(*results, strict=True):
-        assert ours is theirs or torch.equal(ours, theirs)
+    for result, expected in zip(*results, strict=True):
+        assert result is expected or torch.equal(result, expected)
     assert not torch.allclose(conv.weight.grad, plain.weight.grad)
 
 
@@ -100,17 +100,17 @@ def test_linear_weight_gradient_solves_the_damped_system(shape, generator):
         {"kernel_size": 4, "stride": 4},
     ],
 )
-def test_agrees_with_torch_tract_where_that_one_works(keywords, generator):
+def test_agrees_with_torch_tract_where_that_works(keywords, generator):
     plain = nn.Conv2d(3, 8, **keywords)
-    theirs = torch_tract.TrAct(nn.Conv2d(3, 8, **keywords), l=0.1)
-    theirs.load_state_dict(plain.state_dict())
+    reference = torch_tract.TrAct(nn.Conv2d(3, 8, **keywords), l=0.1)
+    reference.load_state_dict(plain.state_dict())
     images = photo_like(generator, 2, 3, 32, 32)
     ours = tract_conv2d(images, plain.weight, plain.bias, plain.stride, plain.padding, lambda_=0.1)
     dZ = torch.randn(ours.shape, generator=generator)
     ours.backward(dZ)
-    theirs(images).backward(dZ)
-    reference = next(p.grad for p in theirs.parameters() if p.dim() == 4)
-    assert (plain.weight.grad - reference).norm() <= 1e-4 * reference.norm()
+    reference(images).backward(dZ)
+    expected = next(p.grad for p in reference.parameters() if p.dim() == 4)
+    assert (plain.weight.grad - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_large_lambda_recovers_the_plain_direction(generator):
@@ -123,7 +123,7 @@ def test_large_lambda_recovers_the_plain_direction(generator):
 
 
 def test_small_lambda_whitens_the_input(generator):
-    # As lambda vanishes, a linear change of the input's basis changes nothing but the basis.
+    # As lambda vanishes, another basis of the input gives the same gradient in that basis.
     X = torch.randn(200, 6, generator=generator)
     A = torch.eye(6) + 0.3 * torch.randn(6, 6, generator=generator)
     dZ = torch.randn(200, 4, generator=generator)
@@ -215,7 +215,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch(k, generator):
     conv(images).square().mean().backward()
     whole, conv.weight.grad = conv.weight.grad, None
     set_micro_batches(conv, k)
-    for _ in range(2):  # the second step begins with nothing left of the first
+    for _ in range(2):  # the second step starts without the sums of the first
         conv.weight.grad = None
         for i, part in enumerate(images.chunk(k)):
             (conv(part).square().mean() / k).backward()
@@ -254,7 +254,7 @@ def test_a_padded_batch_gives_the_gradient_of_the_unpadded_images(generator):
     [
         (geometry(7, stride=2, padding=3), [(30, 41), (48, 29), (2, 3)]),
         (geometry(3, padding=1), [(31, 17), (48, 48)]),
-        (geometry(16, stride=16), [(33, 47), (10, 20)]),  # smaller than a patch, even
+        (geometry(16, stride=16), [(33, 47), (10, 20)]),  # even smaller than a patch
         (geometry(2, stride=5), [(23, 22)]),
     ],
     ids=_name,
@@ -262,7 +262,7 @@ def test_a_padded_batch_gives_the_gradient_of_the_unpadded_images(generator):
 def test_windows_at_the_edges_of_padded_images_count_where_they_are_learnt_from(
     keywords, sizes, generator
 ):
-    """`dZ` is nowhere zero: the oracle has every window of the canvas that sees a pixel."""
+    """`dZ` is zero nowhere, and the oracle uses every window of the canvas that sees a pixel."""
     conv = TrActConv2d(**keywords)
     batch = torch.zeros(len(sizes), 3, 48, 48)
     for image, (height, width) in zip(batch, sizes, strict=True):
@@ -272,9 +272,9 @@ def test_windows_at_the_edges_of_padded_images_count_where_they_are_learnt_from(
     dZ = torch.randn(out.shape, generator=generator)
     out.backward(dZ)
     X = F.unfold(batch, conv.kernel_size, 1, conv.padding, conv.stride).mT.flatten(0, 1)
-    seen = X.abs().sum(1) > 0
-    rows = dZ.movedim(1, -1).flatten(0, 2)[seen]
-    expected, _, _ = tract_gradient(X[seen], rows, conv.lambda_)
+    touches = X.abs().sum(1) > 0
+    rows = dZ.movedim(1, -1).flatten(0, 2)[touches]
+    expected, _, _ = tract_gradient(X[touches], rows, conv.lambda_)
     ours = conv.weight.grad.flatten(1).double()
     assert (ours - expected).norm() <= 1e-5 * expected.norm()
 
@@ -313,7 +313,7 @@ def test_activation_checkpointing_changes_nothing(generator):
     ids=_name,
 )
 def test_small_batches_of_smooth_photographs_learn_as_in_float64(keywords, size, generator):
-    """The gradient itself, not its residual: the solve magnifies what float32 leaves in it."""
+    """The gradient itself, not its residual: the solve magnifies the rounding of float32."""
     conv = TrActConv2d(**keywords)
     images = photo_like(generator, 1, 3, *size)
     images = F.avg_pool2d(images, 5, 1, 2) + 2  # not centred either

@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
+from tests.tract.meta import meta
 from tract_det import (
     TrActConv2d,
     TrActError,
@@ -58,9 +59,9 @@ def test_the_table_has_every_family_of_torchvision():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_stem_of_every_torchvision_family_is_found(name):
     try:
-        with torch.device("meta"):
+        with meta():
             model = build(name)
-    except NotImplementedError:  # reads numbers back from tensors while it is built
+    except NotImplementedError:  # it reads values of tensors while it is built
         model = build(name)
     assert find_stem(model) == FAMILIES[name]
 
@@ -84,7 +85,7 @@ def test_parameters_keys_and_outputs_are_the_same_to_the_bit(name):
 )
 def test_the_backbone_inside_a_torchvision_detector(name):
     detection = getattr(torchvision.models.detection, name)
-    with torch.device("meta"):
+    with meta():
         model = detection(weights=None, weights_backbone=None)
     stem = "backbone.features.0" if "vgg" in name else "backbone.body.conv1"
     apply_tract(model)
@@ -121,14 +122,14 @@ def test_linear_stem():
 
 def test_hooks_stay():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
-    seen = []
-    model[0].register_forward_hook(lambda *_: seen.append(1))
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
     apply_tract(model)(torch.randn(1, 3, 8, 8))
-    assert seen == [1]
+    assert calls == [1]
 
 
 class OwnConv(nn.Conv2d):
-    """A convolution that does more: what a rebuild would lose."""
+    """A convolution with an activation, which a plain TrActConv2d would lose."""
 
     def forward(self, input):
         return super().forward(input).relu()
@@ -147,7 +148,7 @@ class OwnConv(nn.Conv2d):
     ],
     ids=["frozen", "no-layer", "lstm", "norm-first", "subclass", "lambda", "missing"],
 )
-def test_what_cannot_work_is_refused_by_name(model, keywords, message):
+def test_a_layer_that_cannot_learn_by_tract_is_refused_by_name(model, keywords, message):
     before = str(model)
     with pytest.raises(TrActError, match=message):
         apply_tract(model, **keywords)

@@ -19,8 +19,8 @@ WAYS = ["ddp"] + [
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """The weights after five steps, by the number of processes and the way."""
-    found = {}
+    """The weights after five steps, by number of processes and way of training."""
+    by_ranks = {}
     for ranks in (1, 2, 4):
         path = tmp_path_factory.mktemp("ranks") / f"{ranks}.pth"
         with socket.socket() as free:
@@ -31,14 +31,14 @@ def weights(tmp_path_factory):
             launch = ["-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port", port]
         done = run_python(*launch, SCRIPT, path)
         assert done.returncode == 0, done.stderr[-3000:]
-        found[ranks] = torch.load(path, weights_only=True)
-    return found
+        by_ranks[ranks] = torch.load(path, weights_only=True)
+    return by_ranks
 
 
-def distance(found, expected):
+def distance(weights, expected):
     return max(
         float((a - b).norm() / b.norm().clamp(min=1e-3))
-        for a, b in zip(found, expected, strict=True)
+        for a, b in zip(weights, expected, strict=True)
     )
 
 

@@ -1,4 +1,4 @@
-"""Settings, schedules, diagnostics and copies of TrAct layers, and what a change of scale does."""
+"""Settings, schedules, diagnostics and copies of TrAct layers, and changes of scale."""
 
 import copy
 
@@ -43,7 +43,7 @@ def test_relative_lambda_is_in_units_of_the_mean_square_that_the_layer_sees(gene
 
 @pytest.mark.parametrize("images", [torch.zeros(2, 3, 8, 8), torch.zeros(0, 3, 8, 8)])
 @pytest.mark.parametrize("relative", [True, False])
-def test_a_black_or_empty_batch_teaches_nothing(images, relative):
+def test_a_black_or_empty_batch_gives_a_zero_gradient(images, relative):
     assert torch.equal(gradient(stem(relative=relative), images), torch.zeros(6, 3, 3, 3))
 
 
@@ -121,14 +121,16 @@ def test_a_linear_layer_solves_the_smaller_system(N, relative, generator, monkey
     lambda_ = 0.1 * float(X.square().mean()) if relative else 0.1
     expected, _, damped = tract_gradient(X, dZ, lambda_)
     torch.testing.assert_close(layer[0].weight.grad.double(), expected, rtol=1e-4, atol=1e-4)
-    found = tract_diagnostics(layer)
-    assert found["tract_condition"] == pytest.approx(float(torch.linalg.cond(damped)), rel=1e-5)
+    diagnostics = tract_diagnostics(layer)
+    assert diagnostics["tract_condition"] == pytest.approx(
+        float(torch.linalg.cond(damped)), rel=1e-5
+    )
 
 
 def test_diagnostics_are_those_of_the_last_gradient(generator):
     model, images = stem(0.2), photo_like(generator, 2, 3, 16, 16)
     assert tract_diagnostics(model) == {}
-    found = gradient(model, images)
+    grad = gradient(model, images)
     out = model(images)
     expected, plain, damped = conv_gradient(model[0], images, 2 * out.detach(), 0.2)
     assert tract_diagnostics(model) == pytest.approx(
@@ -140,7 +142,7 @@ def test_diagnostics_are_those_of_the_last_gradient(generator):
         },
         rel=1e-5,
     )
-    assert tract_diagnostics(model)["stem_grad_norm"] == pytest.approx(float(found.norm()))
+    assert tract_diagnostics(model)["stem_grad_norm"] == pytest.approx(float(grad.norm()))
     two = nn.Sequential(model, stem())
     gradient(two[1], images)
     assert {key.partition("/")[2] for key in tract_diagnostics(two)} == {"0.0", "1.0"}
@@ -166,26 +168,26 @@ def test_a_compiled_model_follows_schedule_and_micro_batches_without_being_compi
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model, images = stem(), photo_like(generator, 4, 3, 8, 8)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    found = []
+    gradients = []
     for lambda_ in (0.1, 0.2, 0.3):
         set_lambda(model, lambda_)
         model.zero_grad()
         compiled(images).square().sum().backward()
-        found.append(model[0].weight.grad.clone())
+        gradients.append(model[0].weight.grad.clone())
     assert counter.frame_count == 1
-    for lambda_, ours in zip((0.1, 0.2, 0.3), found, strict=True):
-        torch.testing.assert_close(ours, gradient(stem(lambda_), images))
+    for lambda_, grad in zip((0.1, 0.2, 0.3), gradients, strict=True):
+        torch.testing.assert_close(grad, gradient(stem(lambda_), images))
     set_micro_batches(model, 2)
     model.zero_grad()
     for part in images.chunk(2):
         compiled(part).square().sum().backward()
-    torch.testing.assert_close(model[0].weight.grad, found[-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model[0].weight.grad, gradients[-1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_copy_has_the_settings_and_not_the_state(generator):
     model, images = stem(0.2, relative=True, gram_patches=50), photo_like(generator, 4, 3, 8, 8)
     set_micro_batches(model, 2)
-    model(images).sum().backward()  # a step half done
+    model(images).sum().backward()  # the first of two micro-batches
     twin = copy.deepcopy(model)
     assert str(twin) == str(model) and "lambda_=0.2 * trace(G) / K, gram_patches=50" in str(twin)
     assert twin[0].tract.pending.passes == 0 and model[0].tract.pending.passes == 1
@@ -198,10 +200,11 @@ def test_an_estimated_gram_matrix_comes_closer_with_more_patches(generator):
     exact, errors = gradient(stem(), images), []
     for patches in (64, 4096):
         torch.manual_seed(0)
-        found = torch.stack([gradient(stem(gram_patches=patches), images) for _ in range(5)])
-        errors.append(float((found - exact).norm() / exact.norm() / 5**0.5))
+        estimates = torch.stack([gradient(stem(gram_patches=patches), images) for _ in range(5)])
+        errors.append(float((estimates - exact).norm() / exact.norm() / 5**0.5))
     assert errors[1] < 0.25 * errors[0]
-    assert torch.equal(gradient(stem(gram_patches=10**6), images), exact)  # all there are: exact
+    # More patches than there are: exact.
+    assert torch.equal(gradient(stem(gram_patches=10**6), images), exact)
     with pytest.raises(TrActError, match="gram_patches is -1"):
         stem(gram_patches=-1)
 
@@ -221,30 +224,30 @@ def test_fp16_and_its_loss_scale(generator):
     exact = gradient(model, images)
     model.zero_grad()
     (1024 * model.half()(images.half()).float().square().sum() / 2**16).backward()
-    found = model[0].weight.grad.float() * 64
+    grad = model[0].weight.grad.float() * 64
     assert model[0].weight.grad.dtype == torch.float16
-    assert (found - exact).norm() <= 0.02 * exact.norm()
+    assert (grad - exact).norm() <= 0.02 * exact.norm()
 
 
 def test_the_gradient_of_a_layer_in_channels_last(generator):
     model, images = stem(), photo_like(generator, 2, 3, 16, 16)
     exact = gradient(model, images)
     model = model.to(memory_format=torch.channels_last)
-    found = gradient(model, images.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(found, exact)
+    grad = gradient(model, images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(grad, exact)
     assert model(images).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_input_of_a_linear_layer_gets_the_frameworks_gradient(generator):
+def test_the_input_of_a_linear_layer_gets_pytorchs_gradient(generator):
     layer, plain = TrActLinear(6, 4), nn.Linear(6, 4)
     plain.load_state_dict(layer.state_dict())
-    found = []
+    results = []
     for module in (layer, plain):
         X = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
         module(X).square().sum().backward()
-        found.append((X.grad, module.bias.grad))
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        results.append((X.grad, module.bias.grad))
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected)
 
 
 def test_woodbury_stays_float64_where_the_smaller_system_is_large(generator):
@@ -257,7 +260,7 @@ def test_woodbury_stays_float64_where_the_smaller_system_is_large(generator):
     assert (layer.weight.grad.double() @ damped - plain).norm() <= 1e-5 * plain.norm()
 
 
-def test_a_linear_layer_with_few_rows_makes_nothing_of_the_size_of_its_gram_matrix(generator):
+def test_a_linear_layer_with_few_rows_allocates_nothing_of_the_size_of_its_gram_matrix(generator):
     layer = TrActLinear(20000, 2)  # K^2 numbers would be 3 GB
     layer(torch.randn(3, 20000, generator=generator)).sum().backward()
     assert layer.tract.last.total.shape == (1, 3, 3)
@@ -265,7 +268,7 @@ def test_a_linear_layer_with_few_rows_makes_nothing_of_the_size_of_its_gram_matr
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_no_rows_teach_a_linear_layer_nothing(relative):
+def test_no_rows_give_a_linear_layer_a_zero_gradient(relative):
     layer = apply_tract(nn.Sequential(nn.Linear(6, 2)), relative=relative)
     layer(torch.zeros(0, 6)).sum().backward()
     assert torch.equal(layer[0].weight.grad, torch.zeros(2, 6))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests import reference
+from tests.tract.meta import meta
 from tract_det import (
     TrActConv2d,
     TrActError,
@@ -80,7 +81,7 @@ SMALL = [
     ("vit_tiny_r_s16_p8_224", {"depth": 1, "img_size": 64}, 64),
 ]
 
-# Model class, what its configuration is given, stem.
+# Model class, arguments of its configuration, stem.
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 VIT = {**SIZES, "intermediate_size": 32, "image_size": 32, "patch_size": 8}
 STAGES = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
@@ -113,7 +114,7 @@ HUGGING_FACE = [
 
 def on_meta(name, **keywords):
     timm = pytest.importorskip("timm")
-    with torch.device("meta"):
+    with meta():
         return timm.create_model(name, **keywords).eval()
 
 
@@ -145,7 +146,7 @@ def first_called(model, *args, **keywords):
 
 
 def photographs(batch, size):
-    """Standardised, and neighbouring pixels alike."""
+    """Standardised images whose neighbouring pixels correlate."""
     coarse = torch.randn(batch, 3, size // 4, size // 4)
     images = F.interpolate(coarse, (size, size), mode="bilinear") + 0.3 * torch.randn(
         batch, 3, size, size
@@ -154,7 +155,7 @@ def photographs(batch, size):
 
 
 def effective(stem):
-    """The float64 weight that meets the pixels, from a float64 leaf; and what is around it."""
+    """A float64 leaf with the values of the weight, and the weight that reaches the convolution."""
     leaf = stem.weight.detach().double().requires_grad_()
     if "Std" not in type(stem).__name__ and "Standard" not in type(stem).__name__:
         return leaf, leaf
@@ -167,7 +168,7 @@ def effective(stem):
 
 
 def padded(stem, images):
-    """The images as they reach the convolution's own padding."""
+    """The images as they reach the convolution."""
     if "Same" in type(stem).__name__:
         from timm.layers.padding import pad_same
 
@@ -176,23 +177,23 @@ def padded(stem, images):
 
 
 def learn(model, stem, run):
-    """Runs forward and backward; returns the outputs, and the stem's input and `dZ`."""
-    seen = {}
+    """Runs forward and backward; returns the outputs, the stem's input and its `dZ`."""
+    captured = {}
 
     def keep(module, inputs, output):
-        seen.update(input=inputs[0].detach())
-        output.register_hook(lambda dZ: seen.update(dZ=dZ))
+        captured.update(input=inputs[0].detach())
+        output.register_hook(lambda dZ: captured.update(dZ=dZ))
 
     hook = stem.register_forward_hook(keep)
     outputs = run(model)
     hook.remove()
     torch.manual_seed(1)
     (outputs * torch.randn_like(outputs)).sum().backward()
-    return outputs.detach(), seen["input"], seen["dZ"]
+    return outputs.detach(), captured["input"], captured["dZ"]
 
 
 def check_stem(model, name, run):
-    """With TrAct the same outputs, parameters and keys, and the oracle's gradient of the stem."""
+    """With TrAct, outputs, parameters and keys stay, and the stem gets the oracle's gradient."""
     model.eval()
     before, keys = run(model).detach(), list(model.state_dict())
     parameters = list(model.parameters())
@@ -223,11 +224,11 @@ def test_the_stem_of_a_timm_family_is_the_layer_that_sees_the_pixels(name):
     model = on_meta(name)
     assert find_stem(model) == TIMM[name]
     images = torch.empty(1, *model.pretrained_cfg["input_size"], device="meta")
-    with torch.device("meta"):
-        called, seen = first_called(model, images)
-    assert called == TIMM[name] and seen.numel() >= images.numel()
+    with meta():
+        called, input = first_called(model, images)
+    assert called == TIMM[name] and input.numel() >= images.numel()
     assert isinstance(apply_tract(model).get_submodule(TIMM[name]), TrActLayer)
-    del model.pretrained_cfg  # the order says the same
+    del model.pretrained_cfg  # the order of the modules leads to the same layer
     assert find_stem(model) == TIMM[name]
 
 
@@ -243,7 +244,7 @@ def test_several_layers_that_see_the_pixels_are_all_named(name):
         assert type(model.get_submodule(stem)) is TrActConv2d
 
 
-def test_a_timm_model_that_says_it_has_no_first_layer_is_refused():
+def test_a_timm_model_that_declares_no_first_layer_is_refused():
     with pytest.raises(TrActError, match=r"no single layer of CSATv2.*stem="):
         find_stem(on_meta("csatv2"))
 
@@ -269,15 +270,15 @@ def test_several_stems_inside_a_timm_feature_extractor():
         find_stem(on_meta("fastvit_t8", features_only=True))
 
 
-def test_what_a_timm_model_says_counts_inside_a_model_and_not_beyond():
+def test_the_declaration_of_a_timm_model_counts_within_it_and_not_beyond():
     model = on_meta("resnet18")
     assert find_stem(nn.Sequential(nn.Identity(), model)) == "1.conv1"
-    with torch.device("meta"):
+    with meta():
         assert find_stem(nn.Sequential(nn.Conv2d(3, 3, 1), model)) == "0"
 
 
 class Declared(nn.Module):
-    """Registers its head first, and says which layer comes first."""
+    """Registers its head first, but declares which layer comes first."""
 
     def __init__(self, first_conv):
         super().__init__()
@@ -289,7 +290,7 @@ class Declared(nn.Module):
     ("first_conv", "stem"),
     [("stem", "stem"), (("stem",), "stem"), (None, "head"), ("gone", "head")],
 )
-def test_the_declared_layer_goes_before_the_order_where_there_is_one(first_conv, stem):
+def test_a_declared_layer_takes_precedence_over_the_order_of_modules(first_conv, stem):
     assert find_stem(Declared(first_conv)) == stem
 
 
@@ -318,9 +319,9 @@ def test_a_hugging_face_model_keeps_its_outputs_and_learns_as_the_oracle(name, k
     model_class = getattr(transformers, name)
     model = model_class(model_class.config_class(**keywords)).eval()
     images = photographs(2, 32)
-    called, seen = first_called(model, pixel_values=images)
+    called, input = first_called(model, pixel_values=images)
     assert find_stem(model) == called == stem
-    assert seen.shape[-1] >= 32
+    assert input.shape[-1] >= 32
     check_stem(model, stem, lambda model: model(pixel_values=images)[0])
 
 
@@ -333,14 +334,14 @@ def test_the_backbone_inside_a_hugging_face_detector():
         backbone_config=backbone,
         backbone=None,
     )
-    with torch.device("meta"):
+    with meta():
         model = transformers.DetrForObjectDetection(config)
     assert find_stem(model).endswith("model.embedder.embedder.convolution")
 
 
-def test_a_text_tower_is_no_stem_and_the_convolution_is_named():
+def test_a_text_tower_is_refused_and_the_convolution_is_named():
     transformers = pytest.importorskip("transformers")
-    with torch.device("meta"):
+    with meta():
         model = transformers.CLIPModel(transformers.CLIPConfig())
     with pytest.raises(TrActError, match=r"Embedding.*'vision_model\.embeddings\.patch_embedding'"):
         find_stem(model)
