@@ -14,6 +14,8 @@ FORMS = [
     ("resnet18", "layer1", 4),
     ("timm:seresnet18", "layer1", 4),
     ("timm:resnetv2_18", "stages.0", 4),
+    ("timm:resnext101_32x4d", "layer1", 4),
+    ("timm:mobilenetv1_100", "blocks.0", 2),
     ("densenet121", "features.denseblock1", 4),
     ("googlenet", "inception3b", 8),
     ("shufflenet_v2_x0_5", "maxpool", 4),

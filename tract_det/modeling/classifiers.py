@@ -13,16 +13,17 @@ import timm.layers
 import torch
 import torchvision
 from torch import nn
+from torchvision.models import ResNet
 
 from tract_det.errors import UserError
 from tract_det.modeling.checkpointing import checkpoint_activations, checkpoint_timm
 from tract_det.modeling.choices import CLASSIFIER_NORMS
+from tract_det.modeling.cifar_models import CIFAR_MODELS, build_cifar_model
 from tract_det.modeling.patch_norm import add_patch_norm
 from tract_det.modeling.resnets import STEM_WIDTH, build_resnet
-from tract_det.modeling.small_images import make_small
+from tract_det.modeling.small_images import make_small, small_patch
 
 _TIMM = "timm:"
-_SMALL_GRID = 8  # patches along each side of a small image, as in ViTs for CIFAR
 
 
 def build_classifier(
@@ -30,6 +31,7 @@ def build_classifier(
     num_classes: int,
     *,
     small_images: bool = False,
+    small_pool: bool = False,
     norm: str = "BN",
     patch_norm: str = "",
     drop_rate: float = 0.0,
@@ -42,16 +44,19 @@ def build_classifier(
 
     Args:
         name: one of torchvision's classifiers ("vgg16_bn", "resnet18", "vit_b_16", ...);
-            "resnet10", with one basic block in each stage; or "timm:NAME" for one of timm's.
+            "resnet10", with one basic block in each stage; one of `CIFAR_MODELS`, which need
+            `small_images`; or "timm:NAME" for one of timm's.
         num_classes: of the head.
         small_images: the form for images of CIFAR's size. Convolutional models: a 3x3/1 stem under
             its usual name, without the pooling near it (`make_small`). VGGs: features averaged to
             1 x 1, and one `nn.Linear(512, num_classes)`. timm's ViTs: a grid of 8 x 8 patches,
             whatever patch size the name says.
+        small_pool: `small_images` keeps the 3x3/2 max-pooling of torchvision's ResNets, as the
+            CIFAR-10 code of TrAct's authors does.
         norm: one of `choices.CLASSIFIER_NORMS`: "BN" keeps what the model has; "SyncBN" or "GN"
             replaces its batch norms.
         patch_norm: one of `choices.PATCH_NORMS`, for ViTs (`add_patch_norm`).
-        drop_rate: dropout. In torchvision's models it sets every `nn.Dropout`, also to the default
+        drop_rate: dropout. In all models but timm's it sets every `nn.Dropout`, also to the default
             of 0: ask for the 0.5 that a VGG was published with.
         drop_path_rate: stochastic depth, in timm's models.
         image_size: height and width of the images in pixels, for models whose shape depends on it.
@@ -69,18 +74,31 @@ def build_classifier(
     else:
         if drop_path_rate:
             raise UserError(
-                f"MODEL.DROP_PATH_RATE is {drop_path_rate}, which torchvision's {name} does not "
-                "take: set 0, or MODEL.NAME to a model of timm's"
+                f"MODEL.DROP_PATH_RATE is {drop_path_rate}, which {name} does not take: "
+                "set 0, or MODEL.NAME to a model of timm's"
             )
-        model = _torchvision_model(name, num_classes, image_size, width)
-        if small_images:
-            make_small(model, name, num_classes)
+        if name in CIFAR_MODELS:
+            _refuse_width(name, width)
+            if not small_images:
+                raise UserError(f"MODEL.NAME {name} needs MODEL.SMALL_IMAGES True")
+            model = build_cifar_model(name, num_classes, image_size, small_pool=small_pool)
+        else:
+            model = _torchvision_model(name, num_classes, image_size, width)
+            if small_images:
+                make_small(model, name, num_classes, small_pool=small_pool)
         _set_dropout(model, name, drop_rate)
+    if small_pool and not (small_images and isinstance(model, ResNet)):
+        raise UserError(
+            "MODEL.SMALL_POOL True needs MODEL.SMALL_IMAGES True and one of torchvision's ResNets, "
+            f"not {name}: set it False"
+        )
     model = _with_norm(model, name, norm)
     if patch_norm:
         add_patch_norm(model, patch_norm, name)
     if checkpointing:
-        (checkpoint_timm if is_timm else checkpoint_activations)(model, name)
+        # Some of CIFAR_MODELS are of timm's classes.
+        by_timm = is_timm or hasattr(model, "set_grad_checkpointing")
+        (checkpoint_timm if by_timm else checkpoint_activations)(model, name)
     return model
 
 
@@ -122,9 +140,7 @@ def _unknown(name: str, known: list[str], prefix: str = "") -> UserError:
 
 def _refuse_width(name: str, width: int) -> None:
     if width != STEM_WIDTH:
-        raise UserError(
-            f"MODEL.WIDTH is {width}, but {name} is not a ResNet of torchvision: set {STEM_WIDTH}"
-        )
+        raise UserError(f"MODEL.WIDTH is {width}, but {name} has a fixed width: set {STEM_WIDTH}")
 
 
 def _timm_model(
@@ -140,7 +156,7 @@ def _timm_model(
         raise _unknown(key, timm.list_models(), _TIMM)
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": image_size}
     if small_images:
-        options["patch_size"] = max(1, image_size // _SMALL_GRID)
+        options["patch_size"] = small_patch(image_size)
     if drop_rate:
         options["drop_rate"] = drop_rate
     if drop_path_rate:
@@ -167,7 +183,11 @@ def _timm_model(
 
 
 def _torchvision_model(name: str, num_classes: int, image_size: int, width: int) -> nn.Module:
-    known = [*torchvision.models.list_models(module=torchvision.models), "resnet10"]
+    known = [
+        *torchvision.models.list_models(module=torchvision.models),
+        "resnet10",
+        *CIFAR_MODELS,
+    ]
     if name not in known:
         raise _unknown(name, known)
     if "resne" in name:

@@ -6,6 +6,7 @@ trains by. The rest of each model, and all names, are the library's.
 
 from typing import NamedTuple
 
+from timm.models.efficientnet import EfficientNet
 from timm.models.inception_resnet_v2 import InceptionResnetV2
 from timm.models.inception_v4 import InceptionV4
 from timm.models.resnet import ResNet as TimmResNet
@@ -25,6 +26,8 @@ from torchvision.models import (
 
 from tract_det.errors import UserError
 from tract_det.modeling.resnets import init_conv
+
+_GRID = 8  # patches along each side of a small image, as in ViTs for CIFAR
 
 
 class _Form(NamedTuple):
@@ -50,6 +53,7 @@ _FORMS: dict[type[nn.Module], _Form] = {
     ShuffleNetV2: _Form("conv1.0", skipped=("maxpool",)),
     MobileNetV2: _Form("features.0.0", whole=("features.14.conv.1.0",)),
     SqueezeNet: _Form("features.0"),
+    EfficientNet: _Form("conv_stem"),  # timm's MobileNets are of this class too
     Xception: _Form("conv1", whole=("conv2",)),
     Inception3: _Form(
         "Conv2d_1a_3x3.conv",
@@ -73,13 +77,19 @@ _FORMS: dict[type[nn.Module], _Form] = {
 }
 
 
-def make_small(model: nn.Module, name: str, num_classes: int) -> None:
+def small_patch(image_size: int) -> int:
+    """The side in pixels of one of the 8 x 8 patches of a small image."""
+    return max(1, image_size // _GRID)
+
+
+def make_small(model: nn.Module, name: str, num_classes: int, *, small_pool: bool = False) -> None:
     """Gives a model its form for small images, in place.
 
     Args:
         model: with random weights.
         name: as the user wrote it, for messages.
         num_classes: of the head.
+        small_pool: keep the max-pooling after a ResNet's stem, and halve the size there.
 
     Raises:
         UserError: the model has no such form.
@@ -100,7 +110,7 @@ def make_small(model: nn.Module, name: str, num_classes: int) -> None:
     _replace(model, form.stem, _small_stem(model.get_submodule(form.stem)))
     for layer in form.whole:
         _keep_size(model.get_submodule(layer))
-    for layer in form.skipped:
+    for layer in () if small_pool else form.skipped:
         _replace(model, layer, nn.Identity())
 
 
