@@ -204,6 +204,8 @@ SMALL = REPO / "configs/CIFAR/cpu_small.yaml"
         (["INPUT.PADDING", "-1"], "INPUT.PADDING is -1: it must not be negative"),
         (["INPUT.FLIP_PROB", "1.5"], "INPUT.FLIP_PROB is 1.5: it takes 0 to 1"),
         (["INPUT.AUTO_AUGMENT", "augmix"], "INPUT.AUTO_AUGMENT is 'augmix': it takes one of"),
+        (["INPUT.ROTATION", "-15"], "INPUT.ROTATION is -15.0: it takes 0 to 180"),
+        (["INPUT.ROTATION", "181"], "INPUT.ROTATION is 181.0: it takes 0 to 180"),
         (["INPUT.MAGNITUDE", "31"], "INPUT.MAGNITUDE is 31: it takes 0 to 30"),
         (["INPUT.NUM_OPS", "0"], "INPUT.NUM_OPS is 0: it must be positive"),
         (["INPUT.COLOR_JITTER", "2"], "INPUT.COLOR_JITTER is 2.0: it takes 0 to 1"),

@@ -55,6 +55,8 @@ EVERYTHING = [
     {"auto_augment": "randaugment", "magnitude": 15, "num_ops": 3},
     {"auto_augment": "trivialaugment", "interpolation": "bicubic"},
     {"auto_augment": "three_augment"},
+    {"crop": "pad", "rotation": 15.0},
+    {"auto_augment": "autoaugment_cifar10"},
     {"color_jitter": 0.4, "erasing": 1.0},
     {"erasing": 1.0, **RAW},
     {"standardize": False, "flip": 0.0},
@@ -143,6 +145,47 @@ def test_flipping_mirrors_left_and_right(flip):
     transform = classification_train(40, crop="none", flip=flip, **RAW)
     image = pixels(40, 40)
     assert torch.equal(transform(image), (image.flip(-1) if flip else image).float())
+
+
+def test_rotations_reach_the_angle_to_both_sides_and_leave_black_corners():
+    transform = classification_train(63, crop="none", flip=0.0, rotation=15.0, **RAW)
+    image = torch.zeros(3, 63, 63, dtype=torch.uint8)
+    image[:, 31, 31:] = 255  # a clock's hand, from the center to the right
+    angles = []
+    for seed in range(200):
+        rows, columns = torch.nonzero(draw(transform, image, seed)[0], as_tuple=True)
+        tip = columns.argmax()
+        angles.append(float(torch.rad2deg(torch.atan2(31.0 - rows[tip], columns[tip] - 31.0))))
+    assert -16 < min(angles) < -13 and 13 < max(angles) < 16
+    white = draw(transform, torch.full_like(image, 255), seed=1)
+    assert set(white.unique().tolist()) == {0, 255} and white[0, 0, 0] == 0
+
+
+def test_rotations_follow_the_flip():
+    image = pixels(32, 32)
+    transform = classification_train(32, crop="none", rotation=15.0, **RAW)
+    reference = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomRotation(15)])
+    for seed in range(5):
+        assert torch.equal(draw(transform, image, seed), draw(reference, image, seed).float())
+
+
+def test_without_rotation_no_random_number_is_drawn():
+    options = {"crop": "none", "flip": 0.0, "rotation": 0.0}
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    classification_train(40, **options)(pixels(40, 40))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_autoaugment_follows_the_flip_with_cifars_policy_and_fills_with_grey():
+    image = pixels(32, 32)
+    transform = classification_train(32, crop="none", auto_augment="autoaugment_cifar10", **RAW)
+    policy = v2.AutoAugment(
+        v2.AutoAugmentPolicy.CIFAR10, v2.InterpolationMode.BILINEAR, fill=[128.0] * 3
+    )
+    reference = v2.Compose([v2.RandomHorizontalFlip(), policy])
+    for seed in range(40):
+        assert torch.equal(draw(transform, image, seed), draw(reference, image, seed).float())
 
 
 def test_standardised_pixels_are_those_of_v2():

@@ -12,7 +12,7 @@ from tests.training.runs import log, results, run_here, weights
 from tract_det.cli import call
 from tract_det.config.classification import load_cfg
 from tract_det.errors import UserError
-from tract_det.training.classification import make_plan
+from tract_det.training.classification import identity, make_plan
 
 
 def train(root, output, *flags, **changes):
@@ -66,6 +66,7 @@ def test_the_weights_are_torchvisions_and_know_classes_pixels_and_form(trained):
     meta = content["meta"]
     assert meta["model"] == "resnet10" and meta["num_classes"] == 4 and meta["width"] == 16
     assert meta["class_names"] == ["ant", "bee", "cat", "dog"] and meta["small_images"]
+    assert meta["small_pool"] is False
     assert meta["pixel_std"] == pytest.approx([58.395, 57.12, 57.375])
     assert {"conv1.weight", "bn1.running_mean", "layer4.0.conv1.weight", "fc.bias"} <= set(
         content["model"]
@@ -105,6 +106,29 @@ def test_tract_changes_the_first_update_of_the_stem_alone_and_stops_where_it_sho
     plain, ours = weights(tmp_path / "plain"), weights(tmp_path / "ours")
     assert [key for key in plain if not torch.equal(plain[key], ours[key])] == ["conv1.weight"]
     assert list(log(tmp_path / "stopped", "tract_lambda")) == [1]
+
+
+def test_rotations_policies_and_the_small_pool_reach_the_run(folder, tmp_path):
+    for name, changes in (
+        ("plain", {}),
+        ("rotated", {"INPUT__ROTATION": 90}),
+        ("policy", {"INPUT__AUTO_AUGMENT": "autoaugment_cifar10"}),
+        ("pooled", {"MODEL__SMALL_POOL": True}),
+    ):
+        train(folder, tmp_path / name, SOLVER__MAX_ITER=1, **changes)
+    losses = {log(tmp_path / name)[1] for name in ("plain", "rotated", "policy", "pooled")}
+    assert len(losses) == 4
+    meta = torch.load(tmp_path / "pooled/model_final.pth", weights_only=True)["meta"]
+    assert meta["small_pool"] is True
+
+
+def test_a_resumed_run_shares_its_rotation_and_small_pool():
+    before, rotated, pooled = (
+        identity(load_cfg("CIFAR/cpu_small.yaml", pairs))
+        for pairs in ([], ["INPUT.ROTATION", "15"], ["MODEL.SMALL_POOL", "True"])
+    )
+    assert before["INPUT.ROTATION"] == 0 and "ROTATION" not in before["INPUT"]
+    assert before not in (rotated, pooled)
 
 
 @pytest.mark.slow

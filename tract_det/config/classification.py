@@ -21,7 +21,8 @@ def _model() -> CfgNode:
     return CfgNode(
         {
             # One of torchvision's classifiers; "resnet10", with one basic block per stage; or one
-            # of timm's, as "timm:<name>".
+            # of timm's, as "timm:<name>". Networks for CIFAR, with SMALL_IMAGES: vit_cifar,
+            # resnext152_32x4d, wide_resnet40_10, inception_resnet_v2_cifar, shufflenet_g3.
             "NAME": "resnet50",
             # "" = random weights. Otherwise the name of torchvision's weights, such as
             # "ResNet50_Weights.IMAGENET1K_V2", or a file: a classifier in the form of torchvision,
@@ -44,6 +45,9 @@ def _model() -> CfgNode:
             # without pooling (ResNets, DenseNets, Inceptions, ...: modeling/small_images.py lists
             # them), a classifier of one linear layer (VGGs), or 8 x 8 patches (timm's ViTs).
             "SMALL_IMAGES": False,
+            # True, with SMALL_IMAGES: keep the 3x3/2 max-pooling after the stem of a ResNet of
+            # torchvision, as the TrAct authors' CIFAR-10 code does.
+            "SMALL_POOL": False,
             # For ViTs: "" = none, layer_norm = LayerNorm of each raw patch, dual = DualPatchNorm.
             "PATCH_NORM": "",
             "WIDTH": 64,  # channels of a ResNet's stem
@@ -80,7 +84,10 @@ def _data() -> dict[str, Any]:
             "RATIO": [0.75, 1.3333333333],
             "PADDING": 4,  # for pad and simple, pixels
             "FLIP_PROB": 0.5,  # probability of a horizontal flip
-            "AUTO_AUGMENT": "",  # "" = none, randaugment, trivialaugment, three_augment (DeiT-III)
+            # Largest angle of a random rotation to either side, degrees, 0 to 180; 0 = off.
+            "ROTATION": 0.0,
+            # "" = none, randaugment, trivialaugment, three_augment (DeiT-III), autoaugment_cifar10.
+            "AUTO_AUGMENT": "",
             "MAGNITUDE": 9,  # strength of RandAugment's operations, 0 to 30
             "NUM_OPS": 2,  # number of RandAugment's operations per image
             # Brightness, contrast and saturation change by up to this fraction, 0 to 1. 0 = off,
@@ -240,6 +247,7 @@ def _check_data(cfg: CfgNode) -> None:
             f"INPUT.{key} is {inputs[key]}: it takes two positive numbers, the smaller one first",
         )
     require(inputs.PADDING >= 0, f"INPUT.PADDING is {inputs.PADDING}: it must not be negative")
+    require(0 <= inputs.ROTATION <= 180, f"INPUT.ROTATION is {inputs.ROTATION}: it takes 0 to 180")
     require(0 <= inputs.MAGNITUDE <= 30, f"INPUT.MAGNITUDE is {inputs.MAGNITUDE}: it takes 0 to 30")
     require(0 <= inputs.ERASING <= 1, f"INPUT.ERASING is {inputs.ERASING}: it takes 0 to 1")
     for key in ("PROB", "SWITCH_PROB", "SMOOTHING"):

@@ -27,6 +27,7 @@ def classification_train(
     ratio: Sequence[float] = (3 / 4, 4 / 3),
     padding: int = 4,
     flip: float = 0.5,
+    rotation: float = 0.0,
     auto_augment: str = "",
     magnitude: int = 9,
     num_ops: int = 2,
@@ -38,7 +39,7 @@ def classification_train(
     value_range: float = 1.0,
     standardize: bool = True,
 ) -> v2.Transform:
-    """Crop, flip, automatic augmentation, colour jitter, scaling, erasing: in this order.
+    """Crop, flip, rotation, automatic augmentation, colour jitter, scaling, erasing: in this order.
 
     Args:
         size: S, side of the result in pixels.
@@ -49,8 +50,10 @@ def classification_train(
         ratio: `random_resized`: smallest and largest width / height.
         padding: `pad` and `simple`: pixels on each side.
         flip: Probability of a horizontal flip.
+        rotation: Largest angle of a rotation to either side in degrees; corners become black.
         auto_augment: `randaugment`; `trivialaugment` (the wide variant); `three_augment`: one of
-            greyscale, solarize and blur, equally often (DeiT-III, arXiv 2204.07118); "": none.
+            greyscale, solarize and blur, equally often (DeiT-III, arXiv 2204.07118);
+            `autoaugment_cifar10`: AutoAugment's policy for CIFAR-10 (arXiv 1805.09501); "": none.
         magnitude: RandAugment: strength of its operations, 0 to 30.
         num_ops: RandAugment: operations on each image.
         color_jitter: Brightness, contrast and saturation are scaled by a factor of 1 +- this; 0
@@ -66,6 +69,8 @@ def classification_train(
     steps: list[nn.Module] = [_crop(crop, size, scale, ratio, padding, mode)]
     if flip:
         steps.append(v2.RandomHorizontalFlip(flip))
+    if rotation:
+        steps.append(v2.RandomRotation(rotation))
     steps += _auto_augment(auto_augment, magnitude, num_ops)
     if jitter := color_jitter or (0.3 if auto_augment == "three_augment" else 0.0):
         steps.append(v2.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter))
@@ -217,6 +222,9 @@ def _auto_augment(name: str, magnitude: int, num_ops: int) -> list[nn.Module]:
         return [v2.RandAugment(num_ops, magnitude, interpolation=bilinear)]
     if name == "trivialaugment":
         return [v2.TrivialAugmentWide(interpolation=bilinear)]
+    if name == "autoaugment_cifar10":
+        # Grey beyond the edges, as in https://github.com/omihub777/ViT-CIFAR.
+        return [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, bilinear, fill=128)]
     if name == "three_augment":
         solarize = v2.RandomSolarize(threshold=128, p=1.0)
         return [v2.RandomChoice([v2.Grayscale(num_output_channels=3), solarize, Blur()])]

@@ -115,6 +115,7 @@ def build_loader(cfg: CfgNode, split: ClassificationSplit, meta: Meta, start: in
         ratio=tuple(options.RATIO),
         padding=options.PADDING,
         flip=options.FLIP_PROB,
+        rotation=options.ROTATION,
         auto_augment=options.AUTO_AUGMENT,
         magnitude=options.MAGNITUDE,
         num_ops=options.NUM_OPS,
@@ -184,6 +185,7 @@ def build_model(
     mean, std = _pixel_statistics(cfg, weights)
     options = {
         "small_images": settings.SMALL_IMAGES,
+        "small_pool": settings.SMALL_POOL,
         "norm": settings.NORM,
         "patch_norm": settings.PATCH_NORM,
         "image_size": cfg.INPUT.SIZE,
@@ -313,9 +315,11 @@ def identity(cfg: CfgNode) -> dict[str, Any]:
     """A classifier's keys that a resumed run must have in common with the run that stopped."""
     return {
         "DATASETS": plain(cfg.DATASETS) | {"ROOT": ""},  # a data set may move
-        "INPUT": plain(cfg.INPUT),
+        "INPUT": {key: value for key, value in plain(cfg.INPUT).items() if key != "ROTATION"},
+        "INPUT.ROTATION": cfg.INPUT.ROTATION,  # apart, so that runs from before this key resume
         "MIX": plain(cfg.MIX),
         "MODEL.NAME": cfg.MODEL.NAME,
+        "MODEL.SMALL_POOL": cfg.MODEL.SMALL_POOL,  # which no shape of a weight tells
         "MODEL.EMA": plain(cfg.MODEL.EMA),
     }
 
