@@ -4,7 +4,7 @@
     python benchmarks/train.py --config-file FILE --rounds 8 --steps 10 KEY VALUE ...
     python benchmarks/train.py --config-file configs/detectron2/FILE KEY VALUE ...
     python benchmarks/train.py --classifier --config-file \
-        configs/ImageNet-Classification/resnet50_90ep.yaml DATASETS.ROOT path/to/images
+        configs/ImageNet-Classification/resnet50.yaml DATASETS.ROOT path/to/images
 
 Both train the same model on the same data with the same number of reader processes and threads, in
 turns, so that a disturbance of the machine meets both; the medians of the rounds are compared.
@@ -186,7 +186,8 @@ def detectron2_loop(
 
     model = d2.as_detectron2(model)
     if cfg.MODEL.TRACT.ENABLED:
-        d2.apply_tract(model, cfg.MODEL.TRACT.LAMBDA)  # also passes the padding on to TrAct
+        tract = cfg.MODEL.TRACT
+        d2.apply_tract(model, tract.LAMBDA, unit=tract.UNIT)  # also passes the padding on to TrAct
     recipe = get_cfg()
     recipe.SOLVER.BASE_LR, recipe.SOLVER.WEIGHT_DECAY = cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY
     recipe.SOLVER.WARMUP_ITERS, recipe.SOLVER.STEPS = 0, ()
@@ -248,14 +249,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--classifier", action="store_true", help="pretraining, not detection")
     parser.add_argument("--config-file", metavar="FILE")
+    parser.add_argument("--arm", default="", metavar="NAME", help="frozen, plain or tract")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=10, help="of each loop in a round")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = parser.parse_args(argv)
     if args.classifier:
-        cfg = classification_config.load_cfg(args.config_file or "CIFAR/cpu_small.yaml", args.opts)
+        cfg = classification_config.load_cfg(
+            args.config_file or "CIFAR/cpu_small.yaml", args.opts, args.arm
+        )
     else:
-        cfg = detection_config.load_cfg(args.config_file or "quickstart/shapes.yaml", args.opts)
+        cfg = detection_config.load_cfg(
+            args.config_file or "quickstart/shapes.yaml", args.opts, args.arm
+        )
     device = ds.start(cfg.MODEL.DEVICE)
     torch.manual_seed(cfg.SEED)
     engine, batches, bare = (classifier if args.classifier else detector)(cfg, device)

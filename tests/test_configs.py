@@ -1,32 +1,34 @@
 """Every config file loads, builds and says how to run it."""
 
-import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from fvcore.common.config import CfgNode
 
 from tests.conftest import REPO
 from tract_det.config import classification, detection
 from tract_det.config.detection import load_cfg
-from tract_det.config.machinery import find_config
+from tract_det.config.files import find_config
 from tract_det.config.shared import DERIVED_DEEPSPEED_KEYS
 from tract_det.errors import UserError
 from tract_det.modeling.weight_files import Weights
-from tract_det.training.detectors import build_detector, freeze_at
+from tract_det.training.assembly import freeze_at
+from tract_det.training.detectors import build_detector
 
-FOLDERS = {
-    "train_net.py": ("BCCD-Detection", "PascalVOC-Detection", "detectron2", "quickstart"),
-    "pretrain_net.py": ("CIFAR", "ImageNet-Classification", "Transfer"),
-}
-FILES = {
-    tool: sorted(path for name in names for path in (REPO / "configs" / name).glob("*.yaml"))
-    for tool, names in FOLDERS.items()
-}
-CONFIGS = FILES["train_net.py"]  # detection
-RECIPES = FILES["pretrain_net.py"]  # classification
+CLASSIFIERS = ("CIFAR", "ImageNet-Classification", "Transfer")
+DETECTORS = ("BCCD-Detection", "PascalVOC-Detection", "detectron2", "quickstart")
+
+
+def files(folders):
+    """The experiments in these folders, which are not bases of others alone."""
+    paths = [path for name in folders for path in (REPO / "configs" / name).glob("*.yaml")]
+    return sorted(path for path in paths if not path.name.startswith("Base-"))
+
+
+CONFIGS = files(DETECTORS)
+RECIPES = files(CLASSIFIERS)
+ARMS = sorted((REPO / "configs/arms").glob("*.yaml"))
 QUICK = REPO / "configs/quickstart/shapes.yaml"
 
 
@@ -35,29 +37,46 @@ def loader(path):
     return load_cfg if path in CONFIGS else classification.load_cfg
 
 
-def test_none_is_forgotten():
-    assert sorted(CONFIGS + RECIPES) == sorted((REPO / "configs").rglob("*.yaml"))
+def test_there_are_fewer_than_60_files_and_none_is_forgotten():
+    every = {path.relative_to(REPO / "configs") for path in (REPO / "configs").rglob("*.yaml")}
+    bases = {path for path in every if path.name.startswith("Base-")}
+    others = {path for path in every if path.parts[0] in ("arms", "schedules", "paper.yaml")}
+    detectron2s = {path for path in every if path.parts[0] == "detectron2" and len(path.parts) > 2}
+    known = {path.relative_to(REPO / "configs") for path in CONFIGS + RECIPES}
+    assert every == known | bases | others | detectron2s
+    assert len(every) < 60
 
 
 @pytest.mark.parametrize("path", CONFIGS + RECIPES, ids=lambda p: p.stem)
-def test_a_config_loads_and_opens_with_its_command(path):
-    cfg = loader(path)(path)
-    command = path.read_text().splitlines()[0]
-    words = shlex.split(command.removeprefix("# "))
+def test_a_config_opens_with_its_command_and_says_what_it_is_in_three_lines(path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    words = shlex.split(header[0].removeprefix("# "))
     tool = "train_net.py" if path in CONFIGS else "pretrain_net.py"
     assert words[0] in ("python", "deepspeed") and f"tools/{tool}" in words
+    assert 2 <= len(header) <= 3 and all(line.isascii() for line in header)
     if path != QUICK:  # the default
         assert words[words.index("--config-file") + 1] == str(path.relative_to(REPO))
-    if "quickstart" not in str(path):
-        assert f"output/{path.parent.name}/{path.stem}" == cfg.OUTPUT_DIR
+        arm = words[words.index("--arm") + 1]
+        pairs = words[words.index("--arm") + 2 :]
+        assert (arm == "tract") == loader(path)(path, pairs, arm).MODEL.TRACT.ENABLED
+
+
+@pytest.mark.parametrize("path", CONFIGS + RECIPES, ids=lambda p: p.stem)
+def test_a_run_is_named_after_its_config_and_its_arm(path):
+    name = path.relative_to(REPO / "configs").with_suffix("")
+    declared = "tract" if path == QUICK else "plain"
+    assert f"output/{name}/{declared}" == loader(path)(path).OUTPUT_DIR
+    assert f"output/{name}/frozen" == loader(path)(path, arm="frozen").OUTPUT_DIR
+    assert loader(path)(path, ["OUTPUT_DIR", "here"], "tract").OUTPUT_DIR == "here"
 
 
 OWN = [p for p in CONFIGS if p.parent.name != "detectron2"]  # the others need detectron2: tests/d2
 
 
+@pytest.mark.parametrize("arm", ["frozen", "plain", "tract"])
 @pytest.mark.parametrize("path", OWN, ids=lambda p: p.stem)
-def test_a_config_builds_its_model(path):
-    cfg = load_cfg(path)
+def test_a_config_builds_the_model_of_its_arm(path, arm):
+    cfg = load_cfg(path, arm=arm)
     weights = Weights("made up", {}, {}) if cfg.MODEL.WEIGHTS else None
     stages = freeze_at(cfg, weights, strict=False, default=2)
     cfg.defrost()
@@ -67,22 +86,8 @@ def test_a_config_builds_its_model(path):
     stem = built.network.backbone.get_parameter(
         "body.conv1.weight" if "resnet" in cfg.MODEL.BACKBONE.NAME else "features.0.weight"
     )
-    assert stem.requires_grad == ("_frozen" not in path.stem and not path.stem.startswith("Base"))
+    assert stem.requires_grad == (arm != "frozen") and (arm == "tract") == cfg.MODEL.TRACT.ENABLED
     assert built.meta["class_names"] == ["a", "b"]
-
-
-TRACT = [p for p in CONFIGS + RECIPES if "_tract" in p.stem and "_from_tract" not in p.stem]
-
-
-@pytest.mark.parametrize("path", TRACT, ids=lambda p: p.stem)
-def test_a_tract_config_differs_from_its_control_by_tract_alone(path):
-    control = path.with_name(re.sub(r"_tract(_lambda[\d.]+(?=_))?", "", path.name))
-    ours, theirs = loader(path)(path), loader(path)(control)
-    assert ours.MODEL.TRACT.ENABLED and not theirs.MODEL.TRACT.ENABLED
-    for cfg in (ours, theirs):
-        cfg.defrost()
-        cfg.MODEL.TRACT, cfg.OUTPUT_DIR = CfgNode(), ""
-    assert ours == theirs
 
 
 @pytest.mark.parametrize(
@@ -99,6 +104,8 @@ def test_a_tract_config_differs_from_its_control_by_tract_alone(path):
         (["MODEL.BACKBONE.NAME", "resnet9"], "MODEL.BACKBONE.NAME is 'resnet9': it takes one of"),
         (["MODEL.TRACT.LAMBDA", "0"], "MODEL.TRACT.LAMBDA is 0.0"),
         (["MODEL.BACKBONE.FREEZE_AT", "2"], "freezes the stem .* set MODEL.BACKBONE.FREEZE_AT 0"),
+        (["MODEL.TRACT.RELATIVE", "True"], "RELATIVE' is no more: set MODEL.TRACT.UNIT trace"),
+        (["MODEL.TRACT.UNIT", "pixels"], "MODEL.TRACT.UNIT is 'pixels': it takes one of standard"),
         (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH is 0"),
         (["MODEL.PIXEL_MEAN", "[1,2]"], "MODEL.PIXEL_MEAN takes three numbers"),
         (["MODEL.PIXEL_MEAN", "[1,2,3]"], "must be set together"),
@@ -188,6 +195,8 @@ SMALL = REPO / "configs/CIFAR/cpu_small.yaml"
     [
         (["SOLVER.EPOCH", "1"], "did you mean 'SOLVER.EPOCHS'"),
         (["SOLVER.EPOCHS", "0"], "SOLVER.EPOCHS is 0.0"),
+        (["SOLVER.STEPS", "[0.5, 30]"], r"SOLVER.STEPS is \[0.5, 30\]: it takes either fractions"),
+        (["SOLVER.STEPS", "[0, 0.5]"], "it takes either fractions"),
         (["SOLVER.STEM.OPTIMIZER", "sgd"], "SOLVER.STEM.OPTIMIZER is 'sgd': it takes one of"),
         (["SOLVER.BETAS", "0.9"], "SOLVER.BETAS takes two numbers"),
         (["MODEL.NORM", "FrozenBN"], "MODEL.NORM is 'FrozenBN'"),

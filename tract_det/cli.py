@@ -24,6 +24,7 @@ VERBS = {
     "evaluate": "average precision of detections in the VOC challenge's files",
     "convert": "convert weights between torchvision, timm and detectron2",
     "visualize": "draw the curves and stem filters of training runs",
+    "paper": "list the paper's experiments, print or run the command of one",
     "bench": "measure what TrAct, the trainer and the data loading cost here",
 }
 

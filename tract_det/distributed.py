@@ -10,6 +10,11 @@ from torch import nn
 T = TypeVar("T")
 
 
+def gpus() -> int:
+    """The number of GPUs of this machine."""
+    return torch.cuda.device_count()
+
+
 def is_initialized() -> bool:
     """Whether a process group exists."""
     return dist.is_available() and dist.is_initialized()

@@ -11,6 +11,12 @@ from tract_det.errors import UserError
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
+# Standard deviation of the training images of data sets that come as they are.
+DATA_STD = {
+    "cifar10": (62.985, 62.0925, 66.708),
+    "cifar100": (68.1615, 65.382, 70.4055),
+}
+
 
 def pixel_statistics(
     known: Mapping[str, Any] | None,
@@ -51,16 +57,29 @@ def pixel_statistics(
     return list(IMAGENET_MEAN), list(IMAGENET_STD)
 
 
-def input_variance(std: Sequence[float]) -> float:
-    """The variance of a model's input, relative to input standardised with ImageNet's statistics.
+def input_variance(std: Sequence[float], data_std: Sequence[float] = IMAGENET_STD) -> float:
+    """The variance of a model's input, which is 1 if it is standardised by the data's statistics.
 
-    TrAct's `lambda_` is meant for inputs of variance 1 and has to grow with this number: 1 for
-    ImageNet's statistics, about 3,300 for weights from Caffe, whose standard deviation is 1.
+    TrAct's `lambda_` is meant for inputs of variance 1 and has to grow with this number: about
+    3,300 for weights from Caffe, whose standard deviation is 1.
 
     Args:
-        std: `MODEL.PIXEL_STD`, of RGB in [0, 255].
+        std: `MODEL.PIXEL_STD`, which the pixels are divided by, of RGB in [0, 255].
+        data_std: the data's own.
     """
-    return sum((a / b) ** 2 for a, b in zip(IMAGENET_STD, std, strict=True)) / 3
+    return sum((a / b) ** 2 for a, b in zip(data_std, std, strict=True)) / 3
+
+
+def lambda_in_unit(lambda_: float, unit: str, variance: float) -> float:
+    """TrAct's `lambda_` as the layer takes it, with `relative` where the unit is "trace".
+
+    Args:
+        lambda_: in the unit.
+        unit: "standardised", of pixels standardised by the data's own statistics; "input", of the
+            layer's input; "trace", of the input's mean square `trace(G) / K`.
+        variance: of the layer's input, as `input_variance` gives it.
+    """
+    return lambda_ * variance if unit == "standardised" else lambda_
 
 
 def same_statistics(a: Sequence[float], b: Sequence[float]) -> bool:

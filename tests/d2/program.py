@@ -29,7 +29,8 @@ def create_ddp_model(model, **keywords):
 def configure(output, classes, *pairs):
     cfg = get_cfg()
     add_tract_config(cfg)
-    cfg.merge_from_file(config_file("BCCD-Detection/faster_rcnn_R_18_FPN_tract.yaml"))
+    cfg.merge_from_file(config_file("BCCD-Detection/faster_rcnn_R_18_FPN.yaml"))
+    cfg.merge_from_file(config_file("arms/tract.yaml"))
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("program_train",), ("program_test",)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.RESNETS.NORM = "FrozenBN"

@@ -15,29 +15,27 @@ from tract_det.errors import UserError
 from tract_det.training.assembly import put_tract
 from tract_det.training.detectors import build_detector
 
-FOLDER = REPO / "tract_det/d2/configs"
-CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+FOLDER = REPO / "configs/detectron2"
+CONFIGS = sorted(FOLDER.glob("*-Detection/faster_rcnn_*.yaml"))
 NAMES = [path.relative_to(FOLDER).as_posix() for path in CONFIGS]
+ARMS = {"frozen": (2, False), "plain": (0, False), "tract": (0, True)}
 
 
-def load(name):
+def load(name, *overlays):
     cfg = get_cfg()
     add_tract_config(cfg)
-    cfg.merge_from_file(config_file(name))
+    for file in (name, *overlays):
+        cfg.merge_from_file(config_file(file))
     return cfg
 
 
-def test_there_are_three_arms_of_four_models_on_two_training_sets_and_their_bases():
-    arms = [f"{arm}{years}" for arm in ("", "_tract", "_frozen") for years in ("", "_0712")]
-    models = ("VGG_16", "VGG_16_BN", "R_50_FPN", "R_50_C4")
-    expected = {f"faster_rcnn_{model}{arm}" for model in models for arm in arms}
-    expected |= {f"Base-{model}" for model in (*models, "R_50")}
-    expected |= {"faster_rcnn_R_18_FPN", "faster_rcnn_R_18_FPN_tract"}  # for BCCD
-    assert {path.stem for path in CONFIGS} == expected
+def test_there_are_four_models_for_voc_and_one_for_bccd():
+    models = {"VGG_16", "VGG_16_BN", "R_50_FPN", "R_50_C4", "R_18_FPN"}
+    assert {path.stem for path in CONFIGS} == {f"faster_rcnn_{model}" for model in models}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_command_in_a_configs_first_lines_works(name):
+def test_the_program_in_a_configs_first_lines_works(name):
     header = Path(config_file(name)).read_text().splitlines()
     cfg = get_cfg()
     exec(
@@ -45,34 +43,44 @@ def test_the_command_in_a_configs_first_lines_works(name):
         {"cfg": cfg, "add_tract_config": add_tract_config, "config_file": config_file},
     )
     assert f"output/detectron2/{name.removesuffix('.yaml')}" == cfg.OUTPUT_DIR
+    assert cfg.MODEL.TRACT.ENABLED and cfg.MODEL.BACKBONE.FREEZE_AT == 0
     gpus = int(re.search(r"--num-gpus (\d)", header[0])[1])
     assert cfg.SOLVER.IMS_PER_BATCH % gpus == 0
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "PascalVOC-Detection/Base-R_50.yaml"])
-def test_a_config_builds_its_model(name):
-    cfg = load(name)
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_an_arm_sets_its_keys_alone_and_the_config_builds_its_model(name, arm):
+    cfg, before = load(name, f"arms/{arm}.yaml"), load(name)
+    assert ARMS[arm] == (cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.TRACT.ENABLED)
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
         model = build_model(cfg)
     weight = next(p for k, p in model.named_parameters() if re.search(r"features\.0\.|stem\.", k))
-    assert weight.requires_grad == ("_frozen" not in name and "Base" not in name)
+    assert weight.requires_grad == (arm != "frozen")
+    assert any(hasattr(module, "tract") for module in model.modules()) == (arm == "tract")
+    for each in (cfg, before):
+        each.MODEL.BACKBONE.FREEZE_AT, each.MODEL.TRACT.ENABLED, each.MODEL.DEVICE = 0, False, ""
+    assert cfg == before
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if "_tract" in n])
-def test_a_tract_config_differs_from_its_control_by_tract_alone(name):
-    tract, control = load(name), load(name.replace("_tract", ""))
-    assert tract.MODEL.TRACT.ENABLED and not control.MODEL.TRACT.ENABLED
-    for cfg in (tract, control):
-        cfg.MODEL.TRACT.ENABLED, cfg.OUTPUT_DIR = False, ""
-    assert tract == control
+@pytest.mark.parametrize(("schedule", "steps"), [("R_50", 18000), ("VGG_16", 110000)])
+def test_a_schedule_changes_the_training_set_and_the_length_alone(schedule, steps):
+    name = next(name for name in NAMES if schedule in name)
+    cfg, before = load(name, f"schedules/{schedule}_0712.yaml"), load(name)
+    assert list(cfg.DATASETS.TRAIN) == ["voc_2007_trainval", "voc_2012_trainval"]
+    assert steps == cfg.SOLVER.MAX_ITER and max(cfg.SOLVER.STEPS) < steps
+    for each in (cfg, before):
+        each.DATASETS.TRAIN, each.SOLVER.MAX_ITER, each.SOLVER.STEPS = (), 0, ()
+    assert cfg == before
 
 
 SHARED = {
     "DATASETS": ("TRAIN", "TEST"),
     "DATALOADER": ("ASPECT_RATIO_GROUPING",),
     "INPUT": ("MIN_SIZE_TRAIN", "MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"),
-    "MODEL.TRACT": ("ENABLED", "LAMBDA"),
+    "MODEL.BACKBONE": ("FREEZE_AT",),
+    "MODEL.TRACT": ("ENABLED", "LAMBDA", "UNIT"),
     "MODEL.RPN": (
         *(f"{when}_NMS_TOPK_{split}" for when in ("PRE", "POST") for split in ("TRAIN", "TEST")),
         *("NMS_THRESH", "BATCH_SIZE_PER_IMAGE", "POSITIVE_FRACTION"),
@@ -107,8 +115,6 @@ def test_a_config_has_the_recipe_of_its_twin_in_configs(name):
                 yield f"{place}.{key}", plain
 
     assert dict(shared(d2_cfg)) == dict(shared(twin))
-    if "Base" not in name:  # the twin of a base has -1, the default
-        assert d2_cfg.MODEL.BACKBONE.FREEZE_AT == twin.MODEL.BACKBONE.FREEZE_AT
     anchors = d2_cfg.MODEL.ANCHOR_GENERATOR
     assert [size for level in anchors.SIZES for size in level] == twin.MODEL.ANCHOR_GENERATOR.SIZES
     assert anchors.ASPECT_RATIOS == [twin.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS]
@@ -121,28 +127,37 @@ def test_a_config_has_the_recipe_of_its_twin_in_configs(name):
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(UserError, match=r"no config 'VGG_16_tract\.yaml': did you mean '.*VGG_16"):
-        config_file("VGG_16_tract.yaml")
+    with pytest.raises(
+        UserError, match=r"did you mean 'PascalVOC-Detection/faster_rcnn_VGG_16\.yaml'\?"
+    ):
+        config_file("PascalVOC-Detection/faster_rcnn_VGG16.yaml")
+    with pytest.raises(UserError, match=r"R_50_C4\.yaml', and after it 'arms/tract\.yaml'\?"):
+        config_file("PascalVOC-Detection/faster_rcnn_R_50_C4_tract.yaml")
     with pytest.raises(UserError, match=r"did you mean"):
         config_file("")
+
+
+def test_the_key_of_an_earlier_version_is_refused_by_what_says_it_now():
+    with pytest.raises(KeyError, match=r"RELATIVE.*UNIT trace"):
+        load(NAMES[0]).merge_from_list(["MODEL.TRACT.RELATIVE", True])
 
 
 TRAINER_CONFIGS = sorted((REPO / "configs/detectron2").glob("*.yaml"))
 
 
+@pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("path", TRAINER_CONFIGS, ids=lambda p: p.stem)
-def test_a_config_of_this_projects_trainer_builds_its_detectron2_model(path):
-    cfg = load_cfg(path)
+def test_a_config_of_this_projects_trainer_builds_its_detectron2_model(path, arm):
+    cfg = load_cfg(path, arm=arm)
     cfg.defrost()
     cfg.MODEL.WEIGHTS = ""
-    cfg.MODEL.BACKBONE.FREEZE_AT = max(0, cfg.MODEL.BACKBONE.FREEZE_AT)
     built = build_detector(cfg, None, ("a", "b"), False)
     put_tract(cfg, built.model, built.input_variance)
     weight = next(
         p for k, p in built.network.named_parameters() if re.search(r"features\.0\.|stem\.", k)
     )
-    assert weight.requires_grad == ("_frozen" not in path.stem)
-    assert any(hasattr(m, "tract") for m in built.network.modules()) == ("_tract" in path.stem)
+    assert weight.requires_grad == (arm != "frozen")
+    assert any(hasattr(m, "tract") for m in built.network.modules()) == (arm == "tract")
     assert built.meta["detectron2"]["CONFIG_FILE"] in NAMES
 
 

@@ -70,7 +70,6 @@ def test_an_invalid_file_is_refused(name, content, message, tmp_path, monkeypatc
         ),
         (R_18, ["MODEL.TRACT.ENABLED", True], "set MODEL.TRACT.ENABLED in this config, not in"),
         (R_18, ["MODEL.TRACT.LAMBDA", 0.2], "set MODEL.TRACT.ENABLED in this config, not in"),
-        (R_18.replace(".", "_tract."), [], "set MODEL.TRACT.ENABLED in this config, not in"),
         (R_18, ["INPUT.FORMAT", "YUV-BT.601"], "is YUV-BT.601: the images are RGB"),
         (
             "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py",
@@ -90,6 +89,12 @@ def test_an_invalid_file_is_refused(name, content, message, tmp_path, monkeypatc
 )
 def test_settings_that_contradict_this_config_or_the_data_are_refused(name, opts, message):
     assert message in refusal(name, opts)
+
+
+def test_a_file_that_puts_tract_on_its_model_is_refused(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"_BASE_: {config_file(R_18)}\nMODEL: {{TRACT: {{ENABLED: True}}}}\n")
+    assert "set MODEL.TRACT.ENABLED in this config, not in" in refusal(str(path), [])
 
 
 def test_a_file_may_have_a_base_of_detectron2s_that_runs_code(tmp_path):

@@ -40,10 +40,8 @@ def test_without_detectron2_the_trainer_says_so_in_one_line(tmp_path):
     (tmp_path / "detectron2.py").write_text(
         "raise ModuleNotFoundError('No module named detectron2', name='detectron2')"
     )
-    config = "configs/detectron2/faster_rcnn_R_18_FPN_tract.yaml"
-    process = run_python(
-        "tools/train_net.py", "--config-file", config, env={"PYTHONPATH": str(tmp_path)}
-    )
+    arguments = ["--config-file", "configs/detectron2/faster_rcnn_R_18_FPN.yaml", "--arm", "tract"]
+    process = run_python("tools/train_net.py", *arguments, env={"PYTHONPATH": str(tmp_path)})
     assert process.returncode == 1
     expected = "error: MODEL.DETECTRON2.CONFIG_FILE: tract_det.d2 needs detectron2, which is not"
     assert process.stderr.startswith(expected) and process.stderr.count("\n") == 1

@@ -26,7 +26,7 @@ from tract_det.errors import UserError
 from tract_det.training.detectors import build_detector
 
 TOOL = REPO / "tools/train_net.py"
-CONFIG = "configs/detectron2/faster_rcnn_R_18_FPN_tract.yaml"
+CONFIG = "configs/detectron2/faster_rcnn_R_18_FPN.yaml"
 MODEL = [
     *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32),
     *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 40, "MODEL.RPN.POST_NMS_TOPK_TEST", 20),
@@ -51,7 +51,7 @@ def options(root, output, *flags, **changes):
     options = {"MODEL.DETECTRON2.OPTS": MODEL, "OUTPUT_DIR": output, **CHANGES, **changes}
     options["DATASETS.ROOT"] = root
     pairs = [str(part) for pair in options.items() for part in pair]
-    return "--config-file", CONFIG, *flags, *pairs
+    return "--config-file", CONFIG, "--arm", "tract", *flags, *pairs
 
 
 def run(root, output, *flags, **changes):

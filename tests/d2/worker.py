@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
     cfg = get_cfg()
     add_tract_config(cfg)
-    cfg.merge_from_file(config_file("BCCD-Detection/faster_rcnn_R_18_FPN_tract.yaml"))
+    cfg.merge_from_file(config_file("BCCD-Detection/faster_rcnn_R_18_FPN.yaml"))
+    cfg.merge_from_file(config_file("arms/tract.yaml"))
     cfg.MODEL.DEVICE = "cpu"
     launch(main, 2, dist_url="auto", args=(cfg, sys.argv[1]))

@@ -12,7 +12,7 @@ from tract_det.modeling.classifiers import build_classifier
 # Stem, millions of parameters with 100 classes, and the sizes of the feature maps.
 SHAPES = {
     "vit_cifar": ("patch_embed.proj", 6.3, [8]),
-    "resnext152_32x4d": ("conv1", 58.1, [32, 16, 8, 4]),
+    "resnext152_cifar": ("conv1", 57.0, [32, 16, 8, 4]),
     "wide_resnet40_10": ("stem.conv", 55.9, [32, 16, 8]),
     "inception_resnet_v2_cifar": ("conv2d_1a.conv", 32.4, [32, 15, 7]),
     "shufflenet_g3": ("conv1.0", 1.0, [32, 16, 8, 4]),
@@ -99,7 +99,7 @@ def test_stochastic_depth_grows_linearly_from_the_first_block_to_the_last(name):
     assert rates == pytest.approx(torch.linspace(0, 0.5, len(blocks)).tolist())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet10", "wide_resnet50_2", "resnext152_32x4d"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet10", "wide_resnet50_2", "resnext152_cifar"])
 def test_a_small_pool_halves_the_size_after_the_stem_and_changes_no_key(name):
     with torch.device("meta"):
         without, pooled = build(name), build(name, small_pool=True)

@@ -17,7 +17,7 @@ FORMS = [
     ("timm:resnext101_32x4d", "layer1", 4),
     ("timm:mobilenetv1_100", "blocks.0", 2),
     ("densenet121", "features.denseblock1", 4),
-    ("googlenet", "inception3b", 8),
+    ("googlenet", "conv3", 4),
     ("shufflenet_v2_x0_5", "maxpool", 4),
     ("mobilenet_v2", "features.1", 4),
     ("squeezenet1_0", "features.1", 4),

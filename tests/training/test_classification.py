@@ -12,7 +12,7 @@ from tests.training.runs import log, results, run_here, weights
 from tract_det.cli import call
 from tract_det.config.classification import load_cfg
 from tract_det.errors import UserError
-from tract_det.training.classification import identity, make_plan
+from tract_det.training.classification import build_model, identity, make_plan
 
 
 def train(root, output, *flags, **changes):
@@ -131,6 +131,24 @@ def test_a_resumed_run_shares_its_rotation_and_small_pool():
     assert before not in (rotated, pooled)
 
 
+def test_a_frozen_stem_stays_and_its_weights_evaluate_to_the_same_counts(folder, tmp_path):
+    train(
+        folder, tmp_path / "out", "--arm", "frozen", MODEL__NORM="BN", MODEL__TRACT__ENABLED=False,
+        SOLVER__MAX_ITER=2,
+    )  # fmt: skip
+    frozen = weights(tmp_path / "out")
+    cfg = load_cfg(tmp_path / "out/config.yaml")
+    torch.manual_seed(0)
+    start = build_model(cfg, None, ("ant", "bee", "cat", "dog"), False).model.state_dict()
+    is_still = {key: torch.equal(value, start[key]) for key, value in frozen.items()}
+    assert all(is_still[key] == key.startswith(("conv1", "bn1", "layer1")) for key in is_still)
+    train(
+        folder, tmp_path / "again", "--eval-only", MODEL__NORM="BN", MODEL__TRACT__ENABLED=False,
+        MODEL__WEIGHTS=tmp_path / "out/model_final.pth",
+    )  # fmt: skip
+    assert results(tmp_path / "again") == results(tmp_path / "out")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
 def test_a_compiled_run_is_the_eager_one_but_for_rounding(folder, tmp_path, monkeypatch):
@@ -236,7 +254,10 @@ def test_what_cannot_work_is_refused_by_name(folder, tmp_path, flags, changes, m
 
 
 def test_epochs_are_counted_in_images():
-    plan = make_plan(load_cfg("ImageNet-Classification/resnet50_30ep.yaml"), 1_281_167)
+    cfg = load_cfg("ImageNet-Classification/resnet50.yaml", ["SOLVER.EPOCHS", "30"])
+    plan = make_plan(cfg, 1_281_167)
     assert plan.max_iter == round(30 * 1_281_167 / 256) == 150_137
     assert plan.milestones == [50_046, 100_091] and plan.warmup_iters == 0
     assert plan.eval_period == plan.checkpoint_period == 5005
+    epochs = ["SOLVER.EPOCHS", "30", "SOLVER.STEPS", "[10, 20]"]
+    assert make_plan(load_cfg("ImageNet-Classification/resnet50.yaml", epochs), 1_281_167) == plan

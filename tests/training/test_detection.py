@@ -25,7 +25,7 @@ from tract_det.engine.checkpoint import save_weights
 from tract_det.errors import UserError
 from tract_det.modeling.classifiers import build_classifier
 from tract_det.modeling.weight_files import Weights
-from tract_det.training.detectors import freeze_at
+from tract_det.training.assembly import freeze_at
 
 TOOL = REPO / "tools/train_net.py"
 

@@ -1,29 +1,50 @@
-"""Every recipe builds its model and optimizer, and takes two steps on tiny made data."""
+"""Each different recipe and model of the paper takes two steps on tiny made data."""
 
 import gc
 import math
-import re
 
 import pytest
 import torch
 
 from tests.test_configs import RECIPES
 from tests.training.image_folder import write_image_folder
+from tests.training.runs import log, run_here, weights
 from tract_det import find_stem, tract_diagnostics
-from tract_det.config.classification import load_cfg
+from tract_det.config.classification import load_cfg as classification_cfg
+from tract_det.config.detection import load_cfg as detection_cfg
+from tract_det.config.paper import read_rows
 from tract_det.engine import ds
 from tract_det.engine.loop import StopSignal, train
 from tract_det.training import assembly, classification, session
+from tract_det.training.detectors import build_detector
 
 pytestmark = pytest.mark.slow
 
 
 def runs():
-    """Every recipe with each model that it is for: those of the loop in its command."""
+    """Every recipe file, and each row of the paper whose model or recipe is another one."""
     for path in RECIPES:
-        loop = re.search(r"^# for model in (.+); do$", path.read_text(), re.MULTILINE)
-        for name in loop.group(1).split() if loop else [""]:
-            yield pytest.param(path, name, id=f"{path.stem}-{name}" if name else path.stem)
+        yield pytest.param(classification_cfg(path, arm="tract"), id=path.stem)
+    seen = set()
+    for row in read_rows().values():
+        if row.verb == "train" or row.not_carried:
+            continue
+        cfg = classification_cfg(row.config, row.arguments()[4:], row.arm)
+        key = shortened(cfg.clone()).dump()
+        if (row.arm == "tract" and key not in seen) or cfg.MODEL.PATCH_NORM:
+            seen.add(key)
+            yield pytest.param(cfg, id=row.name)
+
+
+def shortened(cfg):
+    """Without what two steps do not show: lengths, rates, lambda, data, where weights come from."""
+    cfg.defrost()
+    cfg.DATASETS.NAME, cfg.DATASETS.ROOT, cfg.DATALOADER.NUM_WORKERS = "imagefolder", "", 0
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = "", "cpu", ""
+    cfg.MODEL.TRACT.LAMBDA = 0.1
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.EPOCHS = 2, 2, 1.0
+    cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_EPOCHS, cfg.SOLVER.BASE_LR = [], 0.0, 1e-3
+    return cfg
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +55,8 @@ def take(tmp_path_factory):
     known = {}
 
     def two_steps(cfg):
-        cfg.defrost()
-        cfg.DATASETS.NAME, cfg.DATASETS.ROOT = "imagefolder", str(folder)
-        cfg.DATALOADER.NUM_WORKERS = 0
-        cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = "", "cpu", ""
-        cfg.MODEL.TRACT.LAMBDA = 0.1
-        cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.EPOCHS = 2, 2, 1.0
-        cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_EPOCHS = [], 0.0
+        cfg = shortened(cfg)
+        cfg.DATASETS.ROOT = str(folder)
         key = cfg.dump()
         if key not in known:
             known[key] = _two_steps(cfg)
@@ -71,10 +87,30 @@ def _two_steps(cfg):
     return [step.losses["loss"] for step in steps], moved, stem, tract_diagnostics(built.network)
 
 
-@pytest.mark.parametrize(("path", "name"), [*runs()])
-def test_a_recipe_builds_its_model_and_optimizer_and_takes_two_steps(path, name, take):
-    cfg = load_cfg(path, ["MODEL.NAME", name] if name else [])
-    losses, moved, stem, diagnostics = take(cfg)
+@pytest.mark.parametrize("cfg", [*runs()])
+def test_a_recipe_builds_its_model_and_optimizer_and_takes_two_steps(cfg, take):
+    losses, moved, stem, diagnostics = take(cfg.clone())
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
     assert len(moved) > 1 and stem in {*moved, ""}
     assert bool(diagnostics) == cfg.MODEL.TRACT.ENABLED
+
+
+@pytest.mark.parametrize("arm", ["frozen", "plain", "tract"])
+def test_the_detectors_of_the_paper_take_two_steps_and_only_the_frozen_stem_stays(
+    arm, voc_tree, tmp_path
+):
+    """From random weights on images of 64 pixels."""
+    row = read_rows()[f"voc2007/vgg16/{arm}"]
+    changes = {
+        "MODEL.WEIGHTS": "", "DATASETS.ROOT": voc_tree, "DATASETS.TRAIN": "train",
+        "DATASETS.TEST": "test", "DATALOADER.NUM_WORKERS": 0, "INPUT.MIN_SIZE_TRAIN": "[64]",
+        "INPUT.MIN_SIZE_TEST": 64, "SOLVER.MAX_ITER": 2, "SOLVER.WARMUP_ITERS": 0,
+        "TEST.EVAL_PERIOD": 0, "LOG_PERIOD": 1, "OUTPUT_DIR": tmp_path,
+    }  # fmt: skip
+    run_here("train", *row.arguments(), *(part for pair in changes.items() for part in pair))
+    assert all(math.isfinite(loss) for loss in log(tmp_path).values())
+    torch.manual_seed(0)
+    stem = weights(tmp_path)["backbone.features.0.weight"]
+    cfg = detection_cfg(row.config, ["MODEL.WEIGHTS", ""], arm)
+    start = build_detector(cfg, None, ("box", "disc"), False).network
+    assert torch.equal(stem, start.backbone.features[0].weight) == (arm == "frozen")

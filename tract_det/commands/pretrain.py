@@ -1,19 +1,21 @@
 """Trains an image classifier, with or without TrAct, and reports its top-1 and top-5.
 
     tract-det pretrain DATASETS.ROOT path/to/cifar10           # 10,000 images, minutes on a CPU
-    tract-det pretrain --config-file CIFAR/cpu_small_tract.yaml DATASETS.ROOT path/to/cifar10
+    tract-det pretrain --config-file CIFAR/cpu_small.yaml --arm tract DATASETS.ROOT path/to/cifar10
     tract-det pretrain --config-file FILE --resume             # goes on where OUTPUT_DIR stopped
     tract-det pretrain --config-file FILE --eval-only MODEL.WEIGHTS output/model_final.pth
     deepspeed --num_gpus 8 --module tract_det.cli pretrain --config-file FILE
     torchrun --nproc-per-node 8 -m tract_det.cli pretrain --config-file FILE
 
-In a checkout, `tools/pretrain_net.py` is the same program. Config files inherit with `_BASE_`; `KEY
-VALUE` pairs at the end override them. The keys needed most:
+In a checkout, `tools/pretrain_net.py` is the same program. Config files inherit with `_BASE_`; a
+second --config-file overrides the first, an arm both, and `KEY VALUE` pairs at the end override all
+but the arm. The arms: `plain`, nothing frozen, TrAct off; `tract`, TrAct on the stem; `frozen`, the
+stem and the first stage frozen. The keys needed most:
 
     DATASETS.NAME, .ROOT                     imagefolder, cifar10, ...; the folder that holds it
     MODEL.NAME                               a classifier of torchvision, or timm:NAME
     MODEL.WEIGHTS                            start from, or evaluate, these weights
-    MODEL.TRACT.ENABLED, .LAMBDA             TrAct on the stem
+    MODEL.TRACT.LAMBDA, .UNIT                damping of TrAct
     SOLVER.EPOCHS, .BASE_LR                  length, learning rate
     SOLVER.IMS_PER_BATCH, .ACCUMULATION      images per step over all ranks, micro-batches per step
     SOLVER.AMP.ENABLED                       bf16 autocast

@@ -66,6 +66,9 @@ def _model() -> CfgNode:
                 "WARMUP": False,  # True: a smaller decay at the start
             },
             "TRACT": tract_keys(),
+            # Number of frozen stages: 0 = none, 1 = the stem, 2 = also the first stage or block,
+            # ..., 5; -1 = 0.
+            "BACKBONE": {"FREEZE_AT": -1},
         }
     )
 
@@ -141,7 +144,9 @@ def _solver() -> dict[str, Any]:
             "WEIGHT_DECAY_BIAS": 1e-4,
             "EPOCHS": 90.0,  # length of the training
             "MAX_ITER": 0,  # length of the training in steps, instead of EPOCHS; 0 = as EPOCHS says
-            "STEPS": [30.0, 60.0],  # epochs at which the learning rate is multiplied by GAMMA
+            # When the learning rate is multiplied by GAMMA: fractions of the training, or epochs if
+            # they are 1 and above.
+            "STEPS": [1 / 3, 2 / 3],
             "WARMUP_EPOCHS": 0.0,  # epochs of linear growth of the learning rate; 0 = no warm-up
             "CHECKPOINT_EPOCHS": 1.0,  # epochs between checkpoints for --resume
         },
@@ -162,14 +167,13 @@ def get_cfg() -> CfgNode:
     return with_run_keys(cfg)
 
 
-def load_cfg(config_file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
-    """The defaults, changed by the file with its bases, then by `KEY VALUE` pairs; frozen.
-
-    Raises:
-        UserError: an unknown key, a value of the wrong type or out of range, or a contradiction;
-            the message names the file or key.
-    """
-    return load(get_cfg(), validate, config_file, overrides)
+def load_cfg(
+    config_files: str | Path | Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    arm: str = "",
+) -> CfgNode:
+    """The configuration that files, an arm and `KEY VALUE` pairs make; see `machinery.load`."""
+    return load(get_cfg(), validate, config_files, overrides, arm)
 
 
 def validate(cfg: CfgNode) -> None:
@@ -214,6 +218,11 @@ def validate(cfg: CfgNode) -> None:
     require(
         solver.MAX_ITER > 0 or solver.EPOCHS > 0,
         f"SOLVER.EPOCHS is {solver.EPOCHS}: it must be positive",
+    )
+    require(
+        all(step > 0 for step in solver.STEPS) and len({step < 1 for step in solver.STEPS}) < 2,
+        f"SOLVER.STEPS is {list(solver.STEPS)}: it takes either fractions of the training (above 0 "
+        "and below 1) or epochs",
     )
     require(
         solver.CHECKPOINT_EPOCHS > 0,

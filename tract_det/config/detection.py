@@ -42,7 +42,7 @@ def _model() -> CfgNode:
             # ANCHOR_GENERATOR, RPN, ROI_HEADS, ROI_BOX_HEAD and TEST.DETECTIONS_PER_IMAGE.
             "DETECTRON2": {
                 # Its configuration, .yaml or LazyConfig .py: a path, or a name in
-                # tract_det/d2/configs or in detectron2's model zoo. "" = torchvision's model.
+                # configs/detectron2 or in detectron2's model zoo. "" = torchvision's model.
                 "CONFIG_FILE": "",
                 # Changes to it: [KEY, VALUE, ...] for a .yaml; [key=value, ...], relative to
                 # `model`, for a .py.
@@ -149,14 +149,13 @@ def get_cfg() -> CfgNode:
     return with_run_keys(cfg)
 
 
-def load_cfg(config_file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
-    """The defaults, changed by the file with its bases, then by `KEY VALUE` pairs; frozen.
-
-    Raises:
-        UserError: an unknown key, a value of the wrong type or out of range, or a contradiction;
-            the message names the file or key.
-    """
-    return load(get_cfg(), validate, config_file, overrides)
+def load_cfg(
+    config_files: str | Path | Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    arm: str = "",
+) -> CfgNode:
+    """The configuration that files, an arm and `KEY VALUE` pairs make; see `machinery.load`."""
+    return load(get_cfg(), validate, config_files, overrides, arm)
 
 
 def validate(cfg: CfgNode) -> None:
@@ -165,7 +164,7 @@ def validate(cfg: CfgNode) -> None:
     Raises:
         UserError: the message names the key.
     """
-    model, solver = cfg.MODEL, cfg.SOLVER
+    solver = cfg.SOLVER
     check_common(cfg)
     one_of(cfg, "MODEL.BACKBONE.NAME", BACKBONES)
     one_of(cfg, "MODEL.BACKBONE.NORM", DETECTOR_NORMS)
@@ -184,15 +183,6 @@ def validate(cfg: CfgNode) -> None:
     for key in ("MAX_ITER", "CHECKPOINT_PERIOD"):
         require(solver[key] > 0, f"SOLVER.{key} is {solver[key]}: it must be positive")
     require(bool(cfg.DATASETS.TEST), "DATASETS.TEST is empty: name a split to evaluate on")
-    require(
-        -1 <= model.BACKBONE.FREEZE_AT <= 5,
-        f"MODEL.BACKBONE.FREEZE_AT is {model.BACKBONE.FREEZE_AT}: it takes -1 (the default) to 5",
-    )
-    require(
-        not (model.TRACT.ENABLED and model.BACKBONE.FREEZE_AT > 0),
-        f"MODEL.BACKBONE.FREEZE_AT {model.BACKBONE.FREEZE_AT} freezes the stem that MODEL.TRACT "
-        "trains: set MODEL.BACKBONE.FREEZE_AT 0",
-    )
     _check_detectron2(cfg)
     stage = cfg.DEEPSPEED.zero_optimization.stage
     require(

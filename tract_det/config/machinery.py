@@ -1,4 +1,4 @@
-"""How a configuration is read: files that inherit with `_BASE_`, then `KEY VALUE` overrides.
+"""How a configuration is read: files that inherit with `_BASE_`, an arm, `KEY VALUE` overrides.
 
 It is fvcore's CfgNode, with detectron2's key names where they exist. Unknown keys and wrong types
 are errors that name the key and the nearest known one. Nothing here imports torch, so that a
@@ -14,76 +14,90 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
+from tract_det.config import arms
+from tract_det.config.files import find_configs, flat, read_config, run_name
 from tract_det.errors import UserError
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-
-
-def find_config(name: str | Path) -> Path:
-    """The config file of this name, in the working directory or else in the installed package.
-
-    Args:
-        name: a path, or a path below `configs/` such as "CIFAR/cpu_small.yaml", with or without
-            the leading "configs/".
-
-    Raises:
-        UserError: there is no such file; the message suggests the nearest name.
-    """
-    for path in (Path(name), CONFIGS.parent / name, CONFIGS / name):
-        if path.is_file():
-            return path
-    known = [f"configs/{path.relative_to(CONFIGS)}" for path in CONFIGS.rglob("*.yaml")]
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    hint = f": did you mean {close[0]}?" if close else ""
-    raise UserError(f"config file {name} does not exist{hint}")
+# Keys of earlier versions, and what says the same now.
+_REPLACED = {"MODEL.TRACT.RELATIVE": "MODEL.TRACT.UNIT trace"}
 
 
 def load(
     cfg: CfgNode,
     check: Callable[[CfgNode], None],
-    config_file: str | Path,
+    config_files: str | Path | Sequence[str | Path],
     overrides: Sequence[str] = (),
+    arm: str = "",
 ) -> CfgNode:
-    """The defaults, changed by the file with its bases, then by `KEY VALUE` pairs; frozen.
+    """The defaults, changed by files with their bases, an arm and `KEY VALUE` pairs; frozen.
 
     Args:
         cfg: the defaults; changed in place.
         check: raises UserError for values out of range and contradictions.
-        config_file: as for `find_config`.
+        config_files: one or several, of which later ones override; as for `files.find_config`.
         overrides: key, value, key, value, ...
+        arm: a file of `configs/arms`, by its name. "" = the one that a config file declares by ARM,
+            over which the keys in the files themselves win.
 
     Raises:
-        UserError: an unknown key, a value of the wrong type, or whatever `check` refuses; the
-            message names the file or key.
+        UserError: an unknown key or arm, a value of the wrong type, a key that contradicts the
+            arm, or whatever `check` refuses; the message names the file, key or arm.
     """
-    config_file = find_config(config_file)
-    try:
-        loaded = CfgNode.load_yaml_with_base(str(config_file))
-    except (OSError, yaml.YAMLError, AssertionError, TypeError, AttributeError) as error:
-        message = " ".join(str(error).split())
-        raise UserError(f"config file {config_file} cannot be read: {message}") from error
-    if not isinstance(loaded, Mapping):
-        raise UserError(f"config file {config_file} cannot be read: it holds no keys")
-    _merge(cfg, loaded, where=f"{config_file}: ")
-    _merge(cfg, pairs_to_tree(overrides), where="")
+    paths, old_arms = _find_all(config_files)
+    pairs = pairs_to_tree(overrides)
+    overlays = [path for path in paths if arms.is_arm(path)]
+    asked = [arm, pairs.get("ARM", ""), *old_arms, *(path.stem for path in overlays)]
+    chosen = arms.the_one(asked)
+    paths = [path for path in paths if path not in overlays]
+    require(bool(paths), f"arm {chosen} is laid over a config: name that by --config-file as well")
+    defaults = cfg.clone()
+    stated: dict[str, tuple[Any, str]] = {}
+    for path in paths:
+        tree = read_config(path)
+        _merge(cfg, tree, where=f"{path}: ")
+        stated |= {key: (value_at(cfg, key), str(path)) for key in flat(tree)}
+    declared = arms.read(cfg.ARM) if cfg.ARM else {}
+    if chosen:
+        values = arms.read(chosen)
+        usual = {key: (value_at(defaults, key), declared.get(key)) for key in values}
+        arms.refuse_contradictions(chosen, typed=flat(pairs), stated=stated, usual=usual)
+    else:
+        values = {key: value for key, value in declared.items() if key not in stated}
+    _merge(cfg, _tree(values), where="")
+    _merge(cfg, pairs, where="")
+    is_another = any(value_at(cfg, key) != value for key, value in declared.items())
+    cfg.ARM = chosen or ("" if is_another else cfg.ARM)
+    cfg.OUTPUT_DIR = cfg.OUTPUT_DIR or str(Path("output", run_name(paths), cfg.ARM))
     check(cfg)
     cfg.freeze()
     return cfg
+
+
+def _find_all(config_files: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+    """All files that are named, and the arms in the names of earlier versions."""
+    names = [config_files] if isinstance(config_files, str | Path) else config_files
+    resolved = [find_configs(name) for name in names]
+    return [path for files, _ in resolved for path in files], [arm for _, arm in resolved]
 
 
 def pairs_to_tree(pairs: Sequence[str]) -> CfgNode:
     """`["A.B", "1"]` becomes `{"A": {"B": 1}}`."""
     if len(pairs) % 2:
         raise UserError(f"overrides are KEY VALUE pairs: '{pairs[-1]}' has no value")
+    return _tree({key: _decode(text) for key, text in zip(pairs[::2], pairs[1::2], strict=True)})
+
+
+def _tree(values: Mapping[str, Any]) -> CfgNode:
+    """The inverse of `flat`."""
     tree: dict[str, Any] = {}
-    for key, text in zip(pairs[::2], pairs[1::2], strict=True):
+    for key, value in values.items():
         node = tree
         *parents, leaf = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise UserError(f"override '{key}': '{parent}' is a value, not a section")
-        node[leaf] = _decode(text)
+        node[leaf] = value
     return CfgNode(tree)
 
 
@@ -117,6 +131,8 @@ def _merge_node(
             if not node.is_new_allowed():
                 leaves = _leaves(value, f"{full}.") if isinstance(value, Mapping) else ()
                 full = max(leaves, key=len, default=full)  # the name of the section may be misspelt
+                if full in _REPLACED:
+                    raise UserError(f"{where}'{full}' is no more: set {_REPLACED[full]} instead")
                 raise UserError(f"{where}unknown key '{full}'{_nearest(full, known)}")
             node[key] = CfgNode(value, new_allowed=True) if isinstance(value, Mapping) else value
         elif isinstance(node[key], CfgNode):

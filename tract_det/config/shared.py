@@ -7,6 +7,7 @@ from fvcore.common.config import CfgNode
 
 from tract_det.config.machinery import one_of, require
 from tract_det.engine.choices import LAMBDA_SCHEDULES, LR_SCHEDULES, OPTIMIZERS
+from tract_det.modeling.choices import LAMBDA_UNITS
 
 # Keys of DeepSpeed's that are derived from SOLVER: set in two places, they could contradict.
 DERIVED_DEEPSPEED_KEYS = {
@@ -26,10 +27,12 @@ def tract_keys() -> dict[str, Any]:
     """MODEL.TRACT."""
     return {
         "ENABLED": False,  # True: the stem (the first layer) learns by TrAct
-        # Damping, in units of standardised pixels (mean 0, variance 1). It is multiplied by the
-        # variance of the model's input; the log shows the effective value.
-        "LAMBDA": 0.1,
-        "RELATIVE": False,  # True: LAMBDA and LAMBDA_END are in units of the patches' mean square
+        "LAMBDA": 0.1,  # damping; the log shows the effective value
+        # Unit of LAMBDA and LAMBDA_END. standardised = of pixels standardised by the data's own
+        # statistics (ImageNet's, where the data set has none of its own): LAMBDA is multiplied by
+        # the variance of what the stem sees in this unit. input = the number as the stem uses it,
+        # as in the paper. trace = of the mean square of what the stem sees, trace(G) / K.
+        "UNIT": "standardised",
         "LAMBDA_END": -1.0,  # LAMBDA at the end of a linear or cosine SCHEDULE; -1 = LAMBDA
         "SCHEDULE": "constant",  # how LAMBDA changes over the steps: constant, linear or cosine
         "STOP_AT": 0,  # step from which on TrAct is off; SCHEDULE ends there as well; 0 = never
@@ -66,7 +69,11 @@ def solver_keys() -> dict[str, Any]:
 
 def with_run_keys(cfg: CfgNode) -> CfgNode:
     """Adds the keys outside every section, in place; returns the same node."""
-    cfg.OUTPUT_DIR = "./output"  # folder of the log, weights, checkpoints and results
+    # The arm of a comparison, a file of configs/arms: frozen, plain or tract. --arm sets it, or a
+    # config file, in which the keys of an arm win over the arm. "" = none.
+    cfg.ARM = ""
+    # Folder of the log, weights, checkpoints and results; "" = output/<config>/<arm>.
+    cfg.OUTPUT_DIR = ""
     cfg.SEED = 0  # seed of initial weights, data order, augmentation and sampling
     cfg.LOG_PERIOD = 20  # steps between lines of the log
     # DeepSpeed's own keys, in its own spelling; those not listed here are passed on to it. `stage`
@@ -133,6 +140,17 @@ def check_common(cfg: CfgNode) -> None:
 def _check_tract(cfg: CfgNode) -> None:
     tract = cfg.MODEL.TRACT
     one_of(cfg, "MODEL.TRACT.SCHEDULE", LAMBDA_SCHEDULES)
+    one_of(cfg, "MODEL.TRACT.UNIT", LAMBDA_UNITS)
+    freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
+    require(
+        -1 <= freeze_at <= 5,
+        f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}: it takes -1 (the default) to 5",
+    )
+    require(
+        not (tract.ENABLED and freeze_at > 0),
+        f"MODEL.BACKBONE.FREEZE_AT {freeze_at} freezes the stem that MODEL.TRACT trains: set "
+        "MODEL.BACKBONE.FREEZE_AT 0",
+    )
     require(
         tract.LAMBDA > 0 and math.isfinite(tract.LAMBDA),
         f"MODEL.TRACT.LAMBDA is {tract.LAMBDA}: it must be positive (the paper uses 0.05 to 0.2)",

@@ -14,8 +14,10 @@ from tract_det.tract import TrActError
 
 _TRACT = {
     "ENABLED": False,
-    "LAMBDA": 0.1,  # damping, in units of standardised pixels, whatever PIXEL_STD is
-    "RELATIVE": False,  # True: LAMBDA is in units of the patches' mean square instead
+    "LAMBDA": 0.1,  # damping
+    # Unit of LAMBDA: standardised = of standardised pixels, whatever PIXEL_STD is; input = the
+    # number as the stem uses it; trace = of the mean square of what the stem sees, trace(G) / K.
+    "UNIT": "standardised",
     "GRAM_PATCHES": 0,  # patches of each batch and rank to estimate the Gram matrix from; 0 = all
     "SYNC": True,  # one Gram matrix over the images of all ranks; False: each rank has its own
     "STEM": "",  # name of the layer that learns by TrAct; "" = the first layer of the backbone
@@ -48,6 +50,8 @@ def add_tract_config(cfg: CfgNode) -> None:
                 "cfg.freeze(), or cfg.defrost() first"
             )
         cfg.MODEL[name] = CfgNode(copy.deepcopy(defaults) | node)
+    if "MODEL.TRACT.RELATIVE" not in cfg.__dict__[CfgNode.RENAMED_KEYS]:
+        cfg.register_renamed_key("MODEL.TRACT.RELATIVE", "MODEL.TRACT.UNIT", "True is UNIT trace")
 
 
 class _Registry(Registry):
@@ -83,7 +87,7 @@ class _Builder:
             tract.LAMBDA,
             stem=tract.STEM or None,
             sync=tract.SYNC,
-            relative=tract.RELATIVE,
+            unit=tract.UNIT,
             gram_patches=tract.GRAM_PATCHES,
             pixel_std=cfg.MODEL.PIXEL_STD,
             pixel_format=cfg.INPUT.FORMAT,

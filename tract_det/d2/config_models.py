@@ -14,6 +14,7 @@ from detectron2.modeling.roi_heads import RROIHeads
 from torch import nn
 
 from tract_det.d2.config import add_tract_config
+from tract_det.d2.config_files import FOLDER
 from tract_det.d2.detector import as_detector
 from tract_det.errors import UserError
 
@@ -26,12 +27,12 @@ def find_config(name: str) -> Path:
     """The path of a detectron2 configuration file.
 
     Args:
-        name: a path; or a path below this package's `d2/configs`, or below detectron2's model zoo.
+        name: a path; or a path below `configs/detectron2`, or below detectron2's model zoo.
 
     Raises:
         UserError: there is no such file, or its suffix is neither .yaml nor .py.
     """
-    places = [Path(name), Path(__file__).parent / "configs" / name, _ZOO / name]
+    places = [Path(name), FOLDER / name, _ZOO / name]
     for path in places:
         if path.is_file() and path.suffix not in (".yaml", ".yml", ".py"):
             raise UserError(f"{_FILE} {path} has another suffix: name a .yaml or a LazyConfig .py")
@@ -110,7 +111,7 @@ def _from_yacs(
     if tract_defaults != cfg.MODEL.TRACT:
         raise UserError(
             f"{_FILE} {path} or its OPTS set MODEL.TRACT: set MODEL.TRACT.ENABLED in this config, "
-            "not in MODEL.DETECTRON2, and name a file without it (without _tract in its name)"
+            "not in MODEL.DETECTRON2, and name a file without it"
         )
     for node in ("ROI_HEADS", "RETINANET"):
         cfg.MODEL[node].NUM_CLASSES = num_classes

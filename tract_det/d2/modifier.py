@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from tract_det import tract
+from tract_det.modeling.choices import LAMBDA_UNITS
 from tract_det.pixels import input_variance
 from tract_det.tract import TrActError, find_stem, set_image_sizes
 
@@ -21,7 +22,7 @@ def apply_tract(
     *,
     stem: str | Sequence[str] | None = None,
     sync: bool = True,
-    relative: bool = False,
+    unit: str = "standardised",
     gram_patches: int = 0,
     pixel_std: Sequence[float] | None = None,
     pixel_format: str | None = None,
@@ -37,11 +38,12 @@ def apply_tract(
     Args:
         model: a meta-architecture, which takes detectron2's list of dicts. With a backbone alone,
             the padding is unknown and `pixel_std` must be set.
-        lambda_: damping, in units of standardised pixels; with `relative`, of `trace(G) / K`.
+        lambda_: damping, in this unit.
         stem: the layer's name, if `find_stem` does not find it; several names if several layers
             see the pixels.
         sync: learn from the batch over all ranks; see `tract_det.apply_tract`.
-        relative: see `tract_det.apply_tract`.
+        unit: "standardised", of pixels standardised by ImageNet's statistics; "input", of the
+            model's own pixels; "trace", of the mean square of what the stem sees, `trace(G) / K`.
         gram_patches: see `tract_det.apply_tract`.
         pixel_std: the divisor of the images, which are in [0, 255]; None = the model's own.
         pixel_format: "RGB" or "BGR", the order of `pixel_std`; None = the model's `input_format`.
@@ -50,11 +52,15 @@ def apply_tract(
         The same model.
 
     Raises:
-        TrActError: as `tract_det.apply_tract`; or the stem does not take the images' channels; or
-            `pixel_std` is unknown.
+        TrActError: as `tract_det.apply_tract`; or there is no such unit; or the stem does not take
+            the images' channels; or `pixel_std` is unknown.
     """
+    if unit not in LAMBDA_UNITS:
+        raise TrActError(
+            f"unit (MODEL.TRACT.UNIT) is '{unit}': it takes one of {', '.join(LAMBDA_UNITS)}"
+        )
     variance = 1.0
-    if not relative:
+    if unit == "standardised":
         std = _pixel_std(model, pixel_std)
         variance = _variance(std, pixel_format or getattr(model, "input_format", None))
     stem = find_stem(model) if stem is None else stem
@@ -65,13 +71,16 @@ def apply_tract(
         lambda_ * variance,
         stem=stem,
         sync=sync,
-        relative=relative,
+        relative=unit == "trace",
         gram_patches=gram_patches,
     )
     _hook(model)
-    unit = "the patches' mean square" if relative else "standardised pixels"
-    effective = "" if relative else f", {lambda_ * variance:g} in this model's units"
-    _LOG.info("TrAct on %s, lambda %g in units of %s%s", stem, lambda_, unit, effective)
+    units = {
+        "standardised": f"standardised pixels, {lambda_ * variance:g} of this model's",
+        "input": "this model's pixels",
+        "trace": "the patches' mean square",
+    }
+    _LOG.info("TrAct on %s, lambda %g of %s", stem, lambda_, units[unit])
     return model
 
 
@@ -85,7 +94,7 @@ def _pixel_std(model: nn.Module, std: Sequence[float] | None) -> list[float]:
     if not isinstance(buffer, Tensor) or buffer.is_meta:
         raise TrActError(
             f"{type(model).__name__} has no pixel_std, which lambda_ is scaled by: set "
-            "pixel_std=[...] (MODEL.PIXEL_STD) or relative=True"
+            "pixel_std=[...] (MODEL.PIXEL_STD), or unit='trace'"
         )
     return buffer.flatten().tolist()
 

@@ -12,5 +12,6 @@ DETECTOR_NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
 CLASSIFIER_NORMS = ("BN", "SyncBN", "GN")
 PATCH_NORMS = ("", "layer_norm", "dual")  # of ViTs; "" = none
 LOSSES = ("ce", "bce")  # of classifiers: softmax or binary cross-entropy
+LAMBDA_UNITS = ("standardised", "input", "trace")  # of TrAct's lambda; see `pixels.lambda_in_unit`
 FORMS = ("torchvision", "timm", "detectron2")  # libraries whose names tensors can have
 CHANNELS = ("RGB", "BGR")

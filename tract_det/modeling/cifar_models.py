@@ -24,7 +24,7 @@ _GROUPS = 3  # of ShuffleNet's 1x1 convolutions
 
 
 def _resnext152(num_classes: int) -> nn.Module:
-    layers = [3, 8, 36, 3]  # ResNet-152's; that repository has 4 blocks in its second stage
+    layers = [3, 4, 36, 3]  # ResNet-152 has 8 blocks in its second stage
     return ResNet(Bottleneck, layers, num_classes, groups=32, width_per_group=4)
 
 
@@ -97,7 +97,7 @@ def _shufflenet_g3(num_classes: int) -> nn.Module:
 
 
 _CONVOLUTIONAL: dict[str, Callable[[int], nn.Module]] = {
-    "resnext152_32x4d": _resnext152,
+    "resnext152_cifar": _resnext152,
     "wide_resnet40_10": _wide_resnet40_10,
     "inception_resnet_v2_cifar": _inception_resnet_v2,
     "shufflenet_g3": _shufflenet_g3,

@@ -49,7 +49,7 @@ _FORMS: dict[type[nn.Module], _Form] = {
     TimmResNet: _Form("conv1", skipped=("maxpool",)),
     ResNetV2: _Form("stem.conv", skipped=("stem.pool",)),
     DenseNet: _Form("features.conv0", skipped=("features.pool0",)),
-    GoogLeNet: _Form("conv1.conv", skipped=("maxpool1", "maxpool2")),
+    GoogLeNet: _Form("conv1.conv", skipped=("maxpool1",)),
     ShuffleNetV2: _Form("conv1.0", skipped=("maxpool",)),
     MobileNetV2: _Form("features.0.0", whole=("features.14.conv.1.0",)),
     SqueezeNet: _Form("features.0"),

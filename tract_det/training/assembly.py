@@ -1,6 +1,7 @@
 """What the shared keys describe: optimizer, schedules, TrAct and DeepSpeed's engine."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from tract_det.engine import ds
 from tract_det.engine.optimizer import Rule, StemRule, build_optimizer, parameter_groups
 from tract_det.engine.schedule import lambda_schedule, lr_schedule
 from tract_det.engine.writers import say
+from tract_det.modeling.weight_files import Weights
+from tract_det.pixels import lambda_in_unit
 from tract_det.training.task import Plan
 
 LambdaAt = Callable[[int], float | None]
@@ -23,6 +26,24 @@ def place(cfg: CfgNode, network: nn.Module, device: torch.device) -> nn.Module:
     if cfg.SOLVER.AMP.ENABLED:
         ds.autocast_forward(network, device)
     return network.to(device)
+
+
+def freeze_at(cfg: CfgNode, weights: Weights | None, *, strict: bool, default: int) -> int:
+    """How many stages are frozen: MODEL.BACKBONE.FREEZE_AT, or a choice where it is -1.
+
+    Args:
+        cfg: MODEL.BACKBONE.FREEZE_AT and MODEL.TRACT.ENABLED are read.
+        weights: MODEL.WEIGHTS.
+        strict: for evaluation. Frozen batch norms compute the same in another order; as many as in
+            the training give the same figures to the last bit.
+        default: what a training from weights without TrAct freezes.
+    """
+    stages = cfg.MODEL.BACKBONE.FREEZE_AT
+    if strict and weights is not None:
+        return weights.meta.get("freeze_at", stages)
+    if stages >= 0:
+        return stages
+    return 0 if cfg.MODEL.TRACT.ENABLED or weights is None else default
 
 
 def put_tract(cfg: CfgNode, model: nn.Module, input_variance: float) -> None:
@@ -36,26 +57,25 @@ def put_tract(cfg: CfgNode, model: nn.Module, input_variance: float) -> None:
     tract = cfg.MODEL.TRACT
     if not tract.ENABLED:
         return
-    lambda_ = _effective_lambda(cfg, tract.LAMBDA, input_variance)
+    lambda_ = lambda_in_unit(tract.LAMBDA, tract.UNIT, input_variance)
     stem = tract.STEM or find_stem(model)
     apply_tract(
         model,
         lambda_,
         stem=stem,
         sync=tract.SYNC,
-        relative=tract.RELATIVE,
+        relative=tract.UNIT == "trace",
         gram_patches=tract.GRAM_PATCHES,
     )
     set_micro_batches(model, cfg.SOLVER.ACCUMULATION)
-    unit = "of the patches' mean square" if tract.RELATIVE else "of standardised pixels"
-    effective = "" if tract.RELATIVE else f", {lambda_:g} of this model's"
+    units = {
+        "standardised": f"of standardised pixels, {lambda_:g} of this model's",
+        "input": "of this model's pixels",
+        "trace": "of the patches' mean square",
+    }
     schedule = "" if tract.SCHEDULE == "constant" else f", {tract.SCHEDULE} to {tract.LAMBDA_END:g}"
     stop = f", off from step {tract.STOP_AT}" if tract.STOP_AT else ""
-    say(f"TrAct on '{stem}', lambda {tract.LAMBDA:g} {unit}{effective}{schedule}{stop}")
-
-
-def _effective_lambda(cfg: CfgNode, lambda_: float, input_variance: float) -> float:
-    return lambda_ if cfg.MODEL.TRACT.RELATIVE else lambda_ * input_variance
+    say(f"TrAct on '{stem}', lambda {tract.LAMBDA:g} {units[tract.UNIT]}{schedule}{stop}")
 
 
 def build_lambda(cfg: CfgNode, input_variance: float, max_iter: int) -> LambdaAt | None:
@@ -63,12 +83,10 @@ def build_lambda(cfg: CfgNode, input_variance: float, max_iter: int) -> LambdaAt
     tract = cfg.MODEL.TRACT
     if not tract.ENABLED:
         return None
-    end = None
-    if tract.LAMBDA_END != -1:
-        end = _effective_lambda(cfg, tract.LAMBDA_END, input_variance)
+    in_unit = partial(lambda_in_unit, unit=tract.UNIT, variance=input_variance)
     return lambda_schedule(
-        lambda_=_effective_lambda(cfg, tract.LAMBDA, input_variance),
-        end=end,
+        lambda_=in_unit(tract.LAMBDA),
+        end=None if tract.LAMBDA_END == -1 else in_unit(tract.LAMBDA_END),
         kind=tract.SCHEDULE,
         stop_at=tract.STOP_AT,
         max_iter=max_iter,

@@ -31,9 +31,17 @@ from tract_det.evaluation.classification import TopK
 from tract_det.evaluation.evaluators import write_json
 from tract_det.modeling.classification_loss import ClassifierWithLoss
 from tract_det.modeling.classifiers import build_classifier, check_image_size
+from tract_det.modeling.freezing import freeze_stages
 from tract_det.modeling.loading import load_into_classifier
 from tract_det.modeling.weight_files import Weights, read_weights
-from tract_det.pixels import IMAGENET_MEAN, IMAGENET_STD, input_variance, pixel_statistics
+from tract_det.pixels import (
+    DATA_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    input_variance,
+    pixel_statistics,
+)
+from tract_det.training import assembly
 from tract_det.training.task import BuiltModel, Meta, Plan, Task
 from tract_det.version import __version__
 
@@ -74,9 +82,10 @@ def make_plan(cfg: CfgNode, images: int) -> Plan:
     def steps(epochs: float) -> int:
         return max(1, round(epochs * images / solver.IMS_PER_BATCH))
 
+    max_iter = solver.MAX_ITER or steps(solver.EPOCHS)
     return Plan(
-        max_iter=solver.MAX_ITER or steps(solver.EPOCHS),
-        milestones=[steps(epochs) for epochs in solver.STEPS],
+        max_iter=max_iter,
+        milestones=[round(at * max_iter) if at < 1 else steps(at) for at in solver.STEPS],
         warmup_iters=steps(solver.WARMUP_EPOCHS) if solver.WARMUP_EPOCHS > 0 else 0,
         eval_period=steps(cfg.TEST.EVAL_EPOCHS) if cfg.TEST.EVAL_EPOCHS > 0 else 0,
         checkpoint_period=steps(solver.CHECKPOINT_EPOCHS),
@@ -200,6 +209,8 @@ def build_model(
         **options,
     )
     check_image_size(model, settings.NAME, cfg.INPUT.SIZE)
+    stages = max(0, assembly.freeze_at(cfg, weights, strict=strict, default=0))
+    freeze_stages(model, stages, settings.NAME)
     report = load_into_classifier(model, weights, class_names, strict=strict) if weights else None
     meta = {
         "version": __version__,
@@ -208,18 +219,26 @@ def build_model(
         "class_names": list(class_names),
         "pixel_mean": mean,
         "pixel_std": std,
+        "freeze_at": stages,
         **options,
     }
     return BuiltModel(
         _with_loss(cfg, model),
         meta,
-        1.0 if settings.PATCH_NORM else input_variance(std),
+        _stem_variance(cfg, std),
         report,
         inner="model",
         memory_format=_memory_format(cfg),
         compiled=settings.COMPILE,
         ema=_moving_average(cfg),
     )
+
+
+def _stem_variance(cfg: CfgNode, std: Sequence[float]) -> float:
+    """The variance of what the stem sees, in units of pixels that the data standardise."""
+    if cfg.MODEL.PATCH_NORM:
+        return 1.0
+    return input_variance(std, DATA_STD.get(cfg.DATASETS.NAME, IMAGENET_STD))
 
 
 def _with_loss(cfg: CfgNode, model: nn.Module) -> ClassifierWithLoss:
@@ -320,6 +339,7 @@ def identity(cfg: CfgNode) -> dict[str, Any]:
         "MIX": plain(cfg.MIX),
         "MODEL.NAME": cfg.MODEL.NAME,
         "MODEL.SMALL_POOL": cfg.MODEL.SMALL_POOL,  # which no shape of a weight tells
+        "MODEL.BACKBONE": plain(cfg.MODEL.BACKBONE),
         "MODEL.EMA": plain(cfg.MODEL.EMA),
     }
 

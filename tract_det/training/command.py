@@ -4,6 +4,9 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
+from tract_det.config.arms import names as arms
+from tract_det.config.arms import the_one
+
 
 def run_task(
     task: str, parser: argparse.ArgumentParser, argv: Sequence[str], *, default: str
@@ -20,7 +23,8 @@ def run_task(
         UserError: for anything that the user can mend.
     """
     args = _parse(parser, argv, default)
-    cfg = importlib.import_module(f"tract_det.config.{task}").load_cfg(args.config_file, args.opts)
+    load_cfg = importlib.import_module(f"tract_det.config.{task}").load_cfg
+    cfg = load_cfg(args.config_file or default, args.opts, the_one(args.arm))
     # Only now: these import torch, and a mistake in the configuration is to be reported at once.
     session = importlib.import_module("tract_det.training.session")
     functions = importlib.import_module(f"tract_det.training.{task}").TASK
@@ -31,7 +35,17 @@ def _parse(
     parser: argparse.ArgumentParser, argv: Sequence[str], default: str
 ) -> argparse.Namespace:
     parser.add_argument(
-        "--config-file", default=default, metavar="FILE", help="default: configs/%(default)s"
+        "--config-file",
+        action="append",
+        metavar="FILE",
+        help=f"may be given several times, later ones override; default: configs/{default}",
+    )
+    parser.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"lay configs/arms/NAME.yaml over the config: {', '.join(arms())}",
     )
     parser.add_argument("--resume", action="store_true", help="go on where OUTPUT_DIR stopped")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")

@@ -14,6 +14,7 @@ from tract_det.modeling.heads import BoxHeadOptions, ProposalOptions
 from tract_det.modeling.loading import load_into
 from tract_det.modeling.weight_files import Weights, read_weights
 from tract_det.pixels import input_variance, pixel_statistics
+from tract_det.training.assembly import freeze_at
 from tract_det.training.task import BuiltModel
 from tract_det.version import __version__
 
@@ -57,24 +58,6 @@ def read_detector_weights(cfg: CfgNode) -> Weights | None:
     if cfg.MODEL.DETECTRON2.CONFIG_FILE:
         return _detectron2_side().read_weights(cfg.MODEL.WEIGHTS)
     return read_weights(cfg.MODEL.WEIGHTS)
-
-
-def freeze_at(cfg: CfgNode, weights: Weights | None, *, strict: bool, default: int) -> int:
-    """How many stages are frozen: MODEL.BACKBONE.FREEZE_AT, or a choice where it is -1.
-
-    Args:
-        cfg: MODEL.BACKBONE.FREEZE_AT and MODEL.TRACT.ENABLED are read.
-        weights: MODEL.WEIGHTS.
-        strict: for evaluation. Frozen batch norms compute the same in another order; as many as in
-            the training give the same figures to the last bit.
-        default: what a training from weights without TrAct freezes.
-    """
-    stages = cfg.MODEL.BACKBONE.FREEZE_AT
-    if strict and weights is not None:
-        return weights.meta.get("freeze_at", stages)
-    if stages >= 0:
-        return stages
-    return 0 if cfg.MODEL.TRACT.ENABLED or weights is None else default
 
 
 def build_detector(

@@ -1,0 +1,156 @@
+"""An arm is a few keys laid over any experiment; what it would undo is refused."""
+
+import pytest
+
+from tests.conftest import REPO
+from tract_det.cli import call
+from tract_det.config import arms, classification
+from tract_det.config.detection import get_cfg, load_cfg
+from tract_det.config.machinery import value_at
+from tract_det.errors import UserError
+
+VOC = "PascalVOC-Detection/faster_rcnn_VGG_16.yaml"
+SMALL = "CIFAR/cpu_small.yaml"
+QUICK = "quickstart/shapes.yaml"
+LISTING = "the arms are frozen, plain, tract$"
+
+
+def state(cfg):
+    return cfg.ARM, cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.TRACT.ENABLED
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("load", [load_cfg, classification.load_cfg])
+@pytest.mark.parametrize(
+    ("arm", "expected"),
+    [("frozen", (2, False)), ("plain", (0, False)), ("tract", (0, True))],
+)
+def test_an_arm_sets_its_keys_and_nothing_else(load, arm, expected):
+    path = VOC if load is load_cfg else SMALL
+    cfg, before = load(path, arm=arm), load(path)
+    assert state(cfg) == (arm, *expected)
+    for changed in (cfg, before):
+        changed.defrost()
+        changed.MODEL.BACKBONE.FREEZE_AT, changed.MODEL.TRACT.ENABLED = 0, False
+        changed.ARM = changed.OUTPUT_DIR = ""
+    assert cfg == before
+
+
+def test_an_arm_as_a_config_file_or_as_a_key_is_the_same_arm():
+    expected = load_cfg(QUICK, arm="plain")
+    assert load_cfg([QUICK, "arms/plain.yaml"]) == expected
+    assert load_cfg([QUICK, REPO / "configs/arms/plain.yaml"], arm="plain") == expected
+    assert load_cfg(QUICK, ["ARM", "plain"]) == expected
+
+
+def test_a_later_config_file_overrides_and_both_name_the_run(tmp_path):
+    mine = write(tmp_path / "mine.yaml", "SOLVER: {MAX_ITER: 7, BASE_LR: 0.5}")
+    cfg = load_cfg([VOC, mine], ["SOLVER.BASE_LR", "0.1"], "tract")
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.SOLVER.STEPS) == (7, 0.1, [50000])
+    assert cfg.OUTPUT_DIR == "output/PascalVOC-Detection/faster_rcnn_VGG_16+mine/tract"
+    assert load_cfg(mine).OUTPUT_DIR == "output/mine"
+
+
+def test_an_unknown_arm_and_two_arms_are_refused_with_those_there_are():
+    with pytest.raises(UserError, match=f"arm tracked: there is no such arm; {LISTING}"):
+        load_cfg(VOC, arm="tracked")
+    for ask in (
+        lambda: load_cfg(VOC, ["ARM", "plain"], "tract"),
+        lambda: load_cfg([VOC, "arms/plain.yaml"], arm="tract"),
+        lambda: load_cfg([VOC, "arms/plain.yaml", "arms/tract.yaml"]),
+        lambda: arms.the_one(["tract", "plain", "tract"]),
+    ):
+        with pytest.raises(UserError, match=f"plain and tract are asked for.*{LISTING}"):
+            ask()
+    assert arms.the_one(["tract", "tract"]) == "tract"
+    with pytest.raises(UserError, match="arm tract is laid over a config: name that"):
+        load_cfg("arms/tract.yaml")
+
+
+@pytest.mark.parametrize("verb", ["train", "pretrain"])
+def test_the_command_line_takes_one_arm(verb, tmp_path):
+    for flags in (["--arm", "traact"], ["--arm", "plain", "--arm", "tract"]):
+        with pytest.raises(UserError, match=LISTING):
+            call(verb, [*flags, "OUTPUT_DIR", str(tmp_path)])
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("load", [load_cfg, classification.load_cfg])
+def test_a_key_on_the_command_line_that_contradicts_the_arm_is_refused(load):
+    path = VOC if load is load_cfg else SMALL
+    for arm, key, value in (
+        ("plain", "MODEL.TRACT.ENABLED", "True"),
+        ("tract", "MODEL.TRACT.ENABLED", "False"),
+        ("frozen", "MODEL.BACKBONE.FREEZE_AT", "0"),
+    ):
+        with pytest.raises(UserError, match=f"arm {arm} sets {key} .* sets it {value}.*{LISTING}"):
+            load(path, [key, value], arm)
+    assert load(path, ["MODEL.TRACT.ENABLED", "True"], "tract").MODEL.TRACT.ENABLED
+
+
+def test_a_key_in_a_file_that_contradicts_the_arm_is_refused_by_the_files_name(tmp_path):
+    for key, arm in (
+        ("MODEL: {BACKBONE: {FREEZE_AT: 3}}", "frozen"),
+        ("MODEL: {BACKBONE: {FREEZE_AT: 2}}", "tract"),
+        ("MODEL: {TRACT: {ENABLED: True}}", "plain"),
+    ):
+        mine = write(tmp_path / "mine.yaml", f"_BASE_: {REPO / 'configs' / VOC}\n{key}")
+        with pytest.raises(
+            UserError, match=rf"mine\.yaml sets it .*: leave the key out.*{LISTING}"
+        ):
+            load_cfg(mine, arm=arm)
+
+
+def test_a_default_that_a_file_spells_out_contradicts_no_arm(tmp_path):
+    text = "MODEL: {TRACT: {ENABLED: False}, BACKBONE: {FREEZE_AT: -1}}"
+    cfg = load_cfg(write(tmp_path / "mine.yaml", text), arm="tract")
+    assert state(cfg) == ("tract", 0, True)
+
+
+@pytest.mark.parametrize("arm", ["frozen", "plain", "tract"])
+def test_the_config_that_a_run_leaves_behind_takes_every_arm(tmp_path, arm):
+    left = write(tmp_path / "config.yaml", load_cfg(VOC, arm="frozen").dump())
+    assert state(load_cfg(left, arm=arm)) == state(load_cfg(VOC, arm=arm))
+    assert load_cfg(left).OUTPUT_DIR == "output/PascalVOC-Detection/faster_rcnn_VGG_16/frozen"
+
+
+def test_what_a_file_or_the_command_line_sets_wins_over_the_arm_that_the_file_declares(tmp_path):
+    assert state(load_cfg(VOC)) == ("plain", 0, False)
+    assert state(load_cfg(VOC, ["MODEL.TRACT.ENABLED", "True"])) == ("", 0, True)
+    assert f"output/{VOC[:-5]}" == load_cfg(VOC, ["MODEL.TRACT.ENABLED", "True"]).OUTPUT_DIR
+    text = f"_BASE_: {REPO / 'configs' / VOC}\nMODEL: {{BACKBONE: {{FREEZE_AT: 2}}}}"
+    assert state(load_cfg(write(tmp_path / "mine.yaml", text))) == ("", 2, False)
+
+
+def test_every_arm_knows_its_keys_by_both_configurations():
+    for name in arms.names():
+        for key in arms.read(name):
+            value_at(get_cfg(), key)
+            value_at(classification.get_cfg(), key)
+
+
+@pytest.mark.parametrize(
+    ("old", "files", "arm"),
+    [
+        ("PascalVOC-Detection/faster_rcnn_VGG_16_tract.yaml", [VOC], "tract"),
+        (
+            "configs/PascalVOC-Detection/faster_rcnn_VGG_16_frozen_0712.yaml",
+            [VOC, "schedules/VGG_16_0712.yaml"],
+            "frozen",
+        ),
+        (
+            "detectron2/faster_rcnn_R_50_C4_0712.yaml",
+            ["detectron2/faster_rcnn_R_50_C4.yaml", "schedules/R_50_0712.yaml"],
+            "",
+        ),
+    ],
+)
+def test_the_name_of_a_file_before_there_were_arms_is_read_as_what_it_is_now(old, files, arm):
+    with pytest.warns(UserWarning, match=f"{old} is now: --config-file .*{arm}"):
+        assert load_cfg(old) == load_cfg(files, arm=arm)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=LISTING):
+        load_cfg("BCCD-Detection/faster_rcnn_R_18_FPN_tract.yaml", arm="plain")

@@ -1,0 +1,97 @@
+"""Lists the experiments of the TrAct paper, prints their commands, and runs them.
+
+    tract-det paper                              # the experiments, their rows and numbers
+    tract-det paper cifar100                     # the rows of one
+    tract-det paper cifar100/ResNet18/tract-200  # the command of a row
+    tract-det paper cifar100/ResNet18/tract-200 DATASETS.ROOT path/to/cifar100 SEED 1
+    tract-det paper cifar100/ResNet18/tract-200 --run DATASETS.ROOT path/to/cifar100
+
+`KEY VALUE` pairs are appended to the command. A row of several GPUs is started by `deepspeed` on as
+many as there are. The rows are in `configs/paper.yaml`, each with its table or figure.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+
+from tract_det.config.paper import Row, find_rows
+from tract_det.errors import UserError
+
+_MODULE = "tract_det.cli"
+
+
+def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Lists, prints or runs; returns the exit code."""
+    parser.add_argument("row", nargs="?", default="", metavar="ROW", help="EXPERIMENT/ROW/VARIANT")
+    parser.add_argument("--run", action="store_true", help="run the row's command")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="appended")
+    args = parser.parse_args(argv)
+    if "--run" in args.opts:  # argparse leaves everything after ROW to the pairs
+        args.opts.remove("--run")
+        args.run = True
+    rows = find_rows(args.row)
+    if rows[0].name != args.row:
+        if args.run:
+            raise UserError(f"--run takes one row, such as {rows[0].name}")
+        print(_listing(rows))
+        return 0
+    row = rows[0]
+    if row.not_carried:
+        raise UserError(f"{row.name} is not carried: {row.not_carried} (paper: {row.paper})")
+    processes = _processes(row)
+    print(f"# {row.what}\n# {row.source}: {_number(row)}")
+    if row.differs:
+        print(f"# the model differs from the paper's: {row.differs}")
+    print(shlex.join([*_shown(row, processes), row.verb, *row.arguments(), *args.opts]), flush=True)
+    if not args.run:
+        return 0
+    command = [*_launch(processes), row.verb, *row.arguments(), *args.opts]
+    return subprocess.run(command, check=False).returncode
+
+
+def _number(row: Row) -> str:
+    return f"{row.paper} {row.unit}".strip()
+
+
+def _listing(rows: Sequence[Row]) -> str:
+    """A line for each EXPERIMENT/ROW: its variants, with the numbers that the paper prints."""
+    groups = [list(group) for _, group in groupby(rows, key=lambda row: row.group)]
+    width = max(len(members[0].group) for members in groups)
+    lines, what = [], ""
+    for members in groups:
+        first = members[0]
+        if first.what != what:
+            what = first.what
+            unit = first.unit or first.paper
+            lines += ["", f"{first.source}: {what}", f"  the paper prints: {unit}"]
+        variants = [row.variant + (f" {row.paper}" if row.unit else "") for row in members]
+        line = f"  {first.group:{width}}  {', '.join(variants)}"
+        lines.append(line + (f"; not carried: {first.not_carried}" if first.not_carried else ""))
+    return "\n".join(lines[1:])
+
+
+def _processes(row: Row) -> int:
+    """As many as the recipe has GPUs, if they are here; one on a CPU."""
+    if row.gpus == 1:
+        return 1
+    from tract_det import distributed  # imports torch
+
+    return max(1, min(row.gpus, distributed.gpus()))
+
+
+def _shown(row: Row, processes: int) -> list[str]:
+    if processes == 1:
+        return ["tract-det"]
+    return ["deepspeed", "--num_gpus", str(processes), "--module", _MODULE]
+
+
+def _launch(processes: int) -> list[str]:
+    if processes == 1:
+        return [sys.executable, "-m", _MODULE]
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return [*launcher, "--num_gpus", str(processes), "--module", _MODULE]
