@@ -238,8 +238,9 @@ def test_freeze_at_freezes_the_same_layers_as_with_torchvisions_vgg(freeze_at, n
 
 
 def test_tract_on_a_frozen_vgg_is_refused_with_the_key_to_set():
+    frozen = ("MODEL.BACKBONE.FREEZE_AT", 2, "MODEL.TRACT.ENABLED", True)
     with pytest.raises(TrActError, match=r"FREEZE_AT 2 .* set MODEL\.BACKBONE\.FREEZE_AT 0"):
-        build(config("faster_rcnn_VGG_16_frozen", "MODEL.TRACT.ENABLED", True))
+        build(config("faster_rcnn_VGG_16", *frozen))
     with pytest.raises(TrActError, match=r"'features\.0' is frozen"):
         apply_tract(VGG(11, freeze_at=1), pixel_std=IMAGENET_STD)
 

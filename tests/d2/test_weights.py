@@ -17,7 +17,7 @@ from tract_det.modeling.weight_files import read_weights as read_ours
 from tract_det.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 CLASSES = ("a", "b")
-R_50 = "PascalVOC-Detection/Base-R_50_FPN.yaml"
+R_50 = "PascalVOC-Detection/faster_rcnn_R_50_FPN.yaml"
 ZOO = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 BGR = ["MODEL.PIXEL_MEAN", [103.53, 116.28, 123.675], "MODEL.PIXEL_STD", [57.375, 57.12, 58.395]]
 BGR += ["INPUT.FORMAT", "BGR", "MODEL.RESNETS.STRIDE_IN_1X1", False]
@@ -229,7 +229,7 @@ def test_pixels_that_the_user_states_are_refused_unless_they_are_the_models(stri
         ("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml", True),
         ("COCO-Detection/faster_rcnn_R_50_DC5_1x.yaml", True),
         ("BCCD-Detection/faster_rcnn_R_18_FPN.yaml", None),
-        ("PascalVOC-Detection/Base-VGG_16.yaml", None),
+        ("PascalVOC-Detection/faster_rcnn_VGG_16.yaml", None),
     ],
 )
 def test_meta_of_states_where_bottlenecks_stride(name, strides):
@@ -283,7 +283,7 @@ def test_a_failed_download_is_reported():
 def test_a_vggs_fully_connected_layers_enter_its_head(tmp_path):
     vgg = torchvision.models.vgg16(weights=None, init_weights=False)
     torch.save(vgg.state_dict(), tmp_path / "vgg16.pth")
-    model = detector("PascalVOC-Detection/Base-VGG_16.yaml")
+    model = detector("PascalVOC-Detection/faster_rcnn_VGG_16.yaml")
     report = load_into(model, read_weights(str(tmp_path / "vgg16.pth")), CLASSES, **STATISTICS)
     assert report.left == ["fc8.bias", "fc8.weight"] and len(report.used) == 2 * (13 + 2)
     assert torch.equal(model.roi_heads.box_head.fc7.weight, vgg.classifier[3].weight)
