@@ -149,8 +149,14 @@ def test_every_arm_knows_its_keys_by_both_configurations():
         ),
     ],
 )
-def test_the_name_of_a_file_before_there_were_arms_is_read_as_what_it_is_now(old, files, arm):
+def test_the_name_of_a_file_before_there_were_arms_is_read_as_what_it_is_now(
+    old, files, arm, tmp_path
+):
     with pytest.warns(UserWarning, match=f"{old} is now: --config-file .*{arm}"):
         assert load_cfg(old) == load_cfg(files, arm=arm)
+    mine = write(tmp_path / "mine.yaml", f"_BASE_: {REPO / 'configs' / old}")
+    if "configs" not in old:
+        with pytest.raises(UserError, match=rf"_BASE_ .* does not exist: it is now .*{files[-1]}"):
+            load_cfg(mine)
     with pytest.warns(UserWarning), pytest.raises(UserError, match=LISTING):
         load_cfg("BCCD-Detection/faster_rcnn_R_18_FPN_tract.yaml", arm="plain")

@@ -147,7 +147,8 @@ def test_deepspeeds_own_keys_pass_through():
     [
         ("SOLVR: {BASE_LR: 1}", "unknown key 'SOLVR.BASE_LR': did you mean 'SOLVER.BASE_LR'"),
         ("SOLVER: {BASE_LR: [", "cannot be read"),
-        ("_BASE_: nowhere.yaml", "cannot be read"),
+        ("_BASE_: nowhere.yaml", r"its _BASE_ .*nowhere\.yaml does not exist$"),
+        ("MODEL: {1: {2: 3}}", r"unknown key 'MODEL\.1\.2'"),
         ("SOLVER: 3", "'SOLVER' is a section"),
         ("", "cannot be read"),
         ("- a", "cannot be read"),

@@ -130,6 +130,8 @@ def test_a_row_that_is_not_there_not_carried_or_not_one_is_refused():
         find_rows("voc/vgg16")
     with pytest.raises(UserError, match=r"NASNet/plain-200 is not carried: .*paper: 77\.76"):
         call("paper", ["cifar100/NASNet/plain-200"])
+    with pytest.raises(UserError, match="'SEED' has no value"):
+        call("paper", ["voc2007/vgg16/plain", "SEED"])
     with pytest.raises(UserError, match="--run takes one row, such as transfer/cifar10/plain"):
         call("paper", ["transfer", "--run"])
 

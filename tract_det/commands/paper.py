@@ -33,6 +33,8 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     if "--run" in args.opts:  # argparse leaves everything after ROW to the pairs
         args.opts.remove("--run")
         args.run = True
+    if len(args.opts) % 2:
+        raise UserError(f"overrides are KEY VALUE pairs: '{args.opts[-1]}' has no value")
     rows = find_rows(args.row)
     if rows[0].name != args.row:
         if args.run:

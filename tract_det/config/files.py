@@ -48,18 +48,24 @@ def find_configs(name: str | Path) -> tuple[list[Path], str]:
     Raises:
         UserError: as `find_config`.
     """
-    old = _OLD_NAME.match(str(name))
-    base = _find(f"{old['base']}.yaml") if old else None
-    if _find(name) is not None or old is None or base is None:
+    if _find(name) is not None:
         return [find_config(name)], ""
-    files, arm = [base], old["arm"] or ""
+    names, arm = _what_replaces(str(name))
+    if names:
+        now = " ".join(f"--config-file {name}" for name in names) + (f" --arm {arm}" if arm else "")
+        warnings.warn(f"config file {name} is now: {now}", stacklevel=2)
+    return [find_config(name) for name in names or [str(name)]], arm
+
+
+def _what_replaces(name: str) -> tuple[list[str], str]:
+    """The files and the arm that a name of an earlier version stands for; no files if none."""
+    old = _OLD_NAME.match(name)
+    if old is None or _find(f"{old['base']}.yaml") is None:
+        return [], ""
+    names = [f"{old['base']}.yaml"]
     if old["years"]:
-        files.append(
-            find_config(f"schedules/{'VGG_16' if 'VGG' in base.stem else 'R_50'}_0712.yaml")
-        )
-    now = " ".join(f"--config-file {path}" for path in files) + (f" --arm {arm}" if arm else "")
-    warnings.warn(f"config file {name} is now: {now}", stacklevel=2)
-    return files, arm
+        names.append(f"schedules/{'VGG_16' if 'VGG' in old['base'] else 'R_50'}_0712.yaml")
+    return names, old["arm"] or ""
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
@@ -74,6 +80,12 @@ def read_config(path: Path) -> Mapping[str, Any]:
 
     try:
         loaded = CfgNode.load_yaml_with_base(str(path))
+    except FileNotFoundError as error:
+        base = str(error.filename)
+        names, arm = _what_replaces(base)
+        now = f": it is now {' and '.join(names)}" if names else ""
+        now += f", with ARM: {arm}" if arm else ""
+        raise UserError(f"config file {path}: its _BASE_ {base} does not exist{now}") from error
     except (OSError, yaml.YAMLError, AssertionError, TypeError, AttributeError) as error:
         message = " ".join(str(error).split())
         raise UserError(f"config file {path} cannot be read: {message}") from error
@@ -97,5 +109,5 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             values |= flat(value, f"{prefix}{key}.")
         else:
-            values[prefix + key] = value
+            values[f"{prefix}{key}"] = value
     return values

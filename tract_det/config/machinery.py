@@ -112,7 +112,7 @@ def _decode(text: str) -> Any:
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in node.items():
-        yield prefix + key
+        yield f"{prefix}{key}"
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
 
@@ -126,7 +126,7 @@ def _merge_node(
     node: CfgNode, other: Mapping[str, Any], prefix: str, known: list[str], where: str
 ) -> None:
     for key, value in other.items():
-        full = prefix + key
+        full = f"{prefix}{key}"
         if key not in node:
             if not node.is_new_allowed():
                 leaves = _leaves(value, f"{full}.") if isinstance(value, Mapping) else ()
