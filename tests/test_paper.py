@@ -54,10 +54,23 @@ def test_a_row_loads_and_has_its_arm_its_folder_and_the_papers_lambda(row):
 
 
 def test_a_row_that_starts_from_another_ones_weights_names_a_row():
-    outputs = {row.output for row in RUNNABLE}
-    starts = [row.settings["MODEL.WEIGHTS"] for row in RUNNABLE if "MODEL.WEIGHTS" in row.settings]
-    assert len(starts) == 14
-    assert {start.removesuffix("/model_final.pth") for start in starts} <= outputs
+    later = [row for row in RUNNABLE if row.after]
+    assert len(later) == 14
+    for row in later:
+        start = ROWS[row.after]
+        for seed in ("0", "3"):
+            assert f"{start.output(seed)}/model_final.pth" in row.arguments(seed)
+
+
+def test_every_seed_of_a_row_has_a_folder_of_its_own(capsys):
+    row = ROWS["deit3-finetuned/small-400/tract"]
+    assert row.output("0") != row.output("1") and row.output() == f"output/paper/{row.name}"
+    call("paper", [row.name, "SEED", "1"])
+    printed = capsys.readouterr().out
+    assert "# starts from the weights of deit3-small/400/tract: run that first" in printed
+    words = shlex.split(printed.splitlines()[-1])
+    assert words == ["tract-det", "pretrain", *row.arguments("1"), "SEED", "1"]
+    assert f"OUTPUT_DIR output/paper/{row.name}-seed1" in printed
 
 
 def test_the_numbers_of_table_7_have_the_means_and_counts_of_table_1():

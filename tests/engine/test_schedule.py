@@ -49,3 +49,15 @@ def test_tract_is_off_from_its_stop_on_and_the_schedule_ends_there():
     at = lambda_schedule(lambda_=0.1, end=0.3, kind="linear", stop_at=10, max_iter=100)
     assert at(9) == pytest.approx(0.28)
     assert at(10) is None and at(99) is None
+
+
+@pytest.mark.parametrize("max_iter", [1, 2, 3, 4])
+def test_a_run_of_hardly_more_steps_than_milestones_drops_the_rate_where_they_are(max_iter):
+    rate = lr_schedule(base_lr=1.0, max_iter=max_iter, steps=[1, 2], gamma=0.1)
+    expected = [1.0, 0.1, 0.01, 0.01][:max_iter]
+    assert [rate(step) for step in range(max_iter)] == pytest.approx(expected)
+
+
+def test_a_milestone_at_the_first_step_has_passed_before_it():
+    rate = lr_schedule(base_lr=1.0, max_iter=10, steps=[0, 5], gamma=0.1)
+    assert [rate(step) for step in (0, 4, 5)] == pytest.approx([0.1, 0.1, 0.01])

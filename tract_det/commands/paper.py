@@ -48,11 +48,14 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     print(f"# {row.what}\n# {row.source}: {_number(row)}")
     if row.differs:
         print(f"# the model differs from the paper's: {row.differs}")
-    print(shlex.join([*_shown(row, processes), row.verb, *row.arguments(), *args.opts]), flush=True)
+    if row.after:
+        print(f"# starts from the weights of {row.after}: run that first")
+    seed = dict(zip(args.opts[::2], args.opts[1::2], strict=True)).get("SEED", "0")
+    arguments = [row.verb, *row.arguments(seed), *args.opts]
+    print(shlex.join([*_shown(row, processes), *arguments]), flush=True)
     if not args.run:
         return 0
-    command = [*_launch(processes), row.verb, *row.arguments(), *args.opts]
-    return subprocess.run(command, check=False).returncode
+    return subprocess.run([*_launch(processes), *arguments], check=False).returncode
 
 
 def _number(row: Row) -> str:

@@ -22,7 +22,7 @@ def _model() -> CfgNode:
         {
             # One of torchvision's classifiers; "resnet10", with one basic block per stage; or one
             # of timm's, as "timm:<name>". Networks for CIFAR, with SMALL_IMAGES: vit_cifar,
-            # resnext152_32x4d, wide_resnet40_10, inception_resnet_v2_cifar, shufflenet_g3.
+            # resnext152_cifar, wide_resnet40_10, inception_resnet_v2_cifar, shufflenet_g3.
             "NAME": "resnet50",
             # "" = random weights. Otherwise the name of torchvision's weights, such as
             # "ResNet50_Weights.IMAGENET1K_V2", or a file: a classifier in the form of torchvision,

@@ -180,6 +180,10 @@ def validate(cfg: CfgNode) -> None:
                 0 <= size <= largest,
                 f"INPUT.MIN_SIZE_{part} {size}: it takes 0 to INPUT.MAX_SIZE_{part} {largest}",
             )
+    require(
+        all(type(step) is int and step > 0 for step in solver.STEPS),
+        f"SOLVER.STEPS is {list(solver.STEPS)}: a detector takes steps, whole numbers from 1",
+    )
     for key in ("MAX_ITER", "CHECKPOINT_PERIOD"):
         require(solver[key] > 0, f"SOLVER.{key} is {solver[key]}: it must be positive")
     require(bool(cfg.DATASETS.TEST), "DATASETS.TEST is empty: name a split to evaluate on")

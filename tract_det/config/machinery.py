@@ -46,7 +46,9 @@ def load(
     paths, old_arms = _find_all(config_files)
     pairs = pairs_to_tree(overrides)
     overlays = [path for path in paths if arms.is_arm(path)]
-    asked = [arm, pairs.get("ARM", ""), *old_arms, *(path.stem for path in overlays)]
+    typed_arm = pairs.get("ARM", "")
+    require(isinstance(typed_arm, str), f"ARM takes the name of an arm, not {typed_arm!r}")
+    asked = [arm, typed_arm, *old_arms, *(path.stem for path in overlays)]
     chosen = arms.the_one(asked)
     paths = [path for path in paths if path not in overlays]
     require(bool(paths), f"arm {chosen} is laid over a config: name that by --config-file as well")

@@ -28,6 +28,7 @@ class Row:
         source: table, figure or section of the paper.
         what: the experiment in words.
         gpus: on how many the recipe was trained.
+        after: the row whose weights of the same seed this one starts from; "" = none.
         differs: how the model is not that of the code that the paper trained by; "" = not known to.
         not_carried: why the row cannot be run; "" = it can.
     """
@@ -41,6 +42,7 @@ class Row:
     source: str
     what: str
     gpus: int
+    after: str
     differs: str
     not_carried: str
 
@@ -59,16 +61,22 @@ class Row:
         """The verb of `tract-det` that runs it."""
         return "train" if "Detection" in self.config else "pretrain"
 
-    @property
-    def output(self) -> str:
-        """The folder of the run."""
-        return f"output/paper/{self.name}"
+    def output(self, seed: str = "0") -> str:
+        """The folder of the run: each seed has its own."""
+        return _output(self.name, seed)
 
-    def arguments(self) -> list[str]:
-        """What follows the verb on the command line."""
-        keys = [str(part) for pair in self.settings.items() for part in pair]
+    def arguments(self, seed: str = "0") -> list[str]:
+        """What follows the verb on the command line, without SEED itself."""
+        settings = dict(self.settings)
+        if self.after:
+            settings["MODEL.WEIGHTS"] = f"{_output(self.after, seed)}/model_final.pth"
+        keys = [str(part) for pair in settings.items() for part in pair]
         files = ["--config-file", self.config, "--arm", self.arm]
-        return [*files, *keys, "OUTPUT_DIR", self.output]
+        return [*files, *keys, "OUTPUT_DIR", self.output(seed)]
+
+
+def _output(name: str, seed: str) -> str:
+    return f"output/paper/{name}" + (f"-seed{seed}" if seed != "0" else "")
 
 
 @cache
@@ -90,8 +98,6 @@ def _row(
     settings: dict[str, Any] = {}
     for part in (experiment, row, options):
         settings |= part.get("set", {})
-    if "after" in row:
-        settings["MODEL.WEIGHTS"] = f"output/paper/{row['after']}/{variant}/model_final.pth"
     number = row["paper"] if "paper" in row else experiment["paper"]
     return Row(
         name,
@@ -103,6 +109,7 @@ def _row(
         experiment["source"],
         experiment["what"],
         row.get("gpus", experiment.get("gpus", 1)),
+        f"{row['after']}/{variant}" if "after" in row else "",
         row.get("differs", ""),
         row.get("not carried", ""),
     )

@@ -92,6 +92,9 @@ def check_common(cfg: CfgNode) -> None:
     model, solver = cfg.MODEL, cfg.SOLVER
     one_of(cfg, "SOLVER.OPTIMIZER", OPTIMIZERS)
     one_of(cfg, "SOLVER.STEM.OPTIMIZER", ("", *OPTIMIZERS))
+    for key in ("STEPS", "BETAS"):
+        words = [value for value in solver[key] if type(value) not in (int, float)]
+        require(not words, f"SOLVER.{key} takes numbers, not {words}")
     require(
         len(solver.BETAS) == 2 and all(0 <= beta < 1 for beta in solver.BETAS),
         "SOLVER.BETAS takes two numbers, each at least 0 and below 1",
