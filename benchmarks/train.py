@@ -254,14 +254,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="of each loop in a round")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = parser.parse_args(argv)
+    load_cfg, default = detection_config.load_cfg, "quickstart/shapes.yaml"
     if args.classifier:
-        cfg = classification_config.load_cfg(
-            args.config_file or "CIFAR/cpu_small.yaml", args.opts, args.arm
-        )
-    else:
-        cfg = detection_config.load_cfg(
-            args.config_file or "quickstart/shapes.yaml", args.opts, args.arm
-        )
+        load_cfg, default = classification_config.load_cfg, "CIFAR/cpu_small.yaml"
+    cfg = load_cfg(args.config_file or default, args.opts, args.arm)
     device = ds.start(cfg.MODEL.DEVICE)
     torch.manual_seed(cfg.SEED)
     engine, batches, bare = (classifier if args.classifier else detector)(cfg, device)

@@ -82,6 +82,16 @@ def lambda_in_unit(lambda_: float, unit: str, variance: float) -> float:
     return lambda_ * variance if unit == "standardised" else lambda_
 
 
+def lambda_in_words(lambda_: float, unit: str, variance: float) -> str:
+    """`lambda_` with its unit, for a log; arguments as for `lambda_in_unit`."""
+    units = {
+        "standardised": f"standardised pixels, {lambda_ * variance:g} of this model's",
+        "input": "this model's pixels",
+        "trace": "the patches' mean square",
+    }
+    return f"lambda {lambda_:g} of {units[unit]}"
+
+
 def same_statistics(a: Sequence[float], b: Sequence[float]) -> bool:
     """Whether two sets of pixel statistics agree up to the number of digits written down."""
     return all(abs(x - y) <= 1e-3 * max(1.0, abs(y)) for x, y in zip(a, b, strict=True))

@@ -11,7 +11,6 @@ many as there are. The rows are in `configs/paper.yaml`, each with its table or 
 """
 
 import argparse
-import os
 import shlex
 import subprocess
 import sys
@@ -52,10 +51,10 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         print(f"# starts from the weights of {row.after}: run that first")
     seed = dict(zip(args.opts[::2], args.opts[1::2], strict=True)).get("SEED", "0")
     arguments = [row.verb, *row.arguments(seed), *args.opts]
-    print(shlex.join([*_shown(row, processes), *arguments]), flush=True)
+    print(shlex.join([*_launcher(processes, python=False), *arguments]), flush=True)
     if not args.run:
         return 0
-    return subprocess.run([*_launch(processes), *arguments], check=False).returncode
+    return subprocess.run([*_launcher(processes, python=True), *arguments], check=False).returncode
 
 
 def _number(row: Row) -> str:
@@ -88,15 +87,9 @@ def _processes(row: Row) -> int:
     return max(1, min(row.gpus, distributed.gpus()))
 
 
-def _shown(row: Row, processes: int) -> list[str]:
+def _launcher(processes: int, *, python: bool) -> list[str]:
+    """What stands before the verb: as a user types it, or by this interpreter."""
     if processes == 1:
-        return ["tract-det"]
-    return ["deepspeed", "--num_gpus", str(processes), "--module", _MODULE]
-
-
-def _launch(processes: int) -> list[str]:
-    if processes == 1:
-        return [sys.executable, "-m", _MODULE]
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    return [*launcher, "--num_gpus", str(processes), "--module", _MODULE]
+        return [sys.executable, "-m", _MODULE] if python else ["tract-det"]
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner"] if python else ["deepspeed"]
+    return [*deepspeed, "--num_gpus", str(processes), "--module", _MODULE]

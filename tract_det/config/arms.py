@@ -56,6 +56,7 @@ def read(name: str) -> dict[str, Any]:
 
 def refuse_contradictions(
     arm: str,
+    values: Mapping[str, Any],
     *,
     typed: Mapping[str, Any],
     stated: Mapping[str, tuple[Any, str]],
@@ -65,6 +66,7 @@ def refuse_contradictions(
 
     Args:
         arm: its name.
+        values: what it sets, as `read` gives it.
         typed: values from the command line by their dotted keys.
         stated: values from the config files, each with the file's name.
         usual: values that an arm may change: the default, and that of the arm that a file declares.
@@ -72,7 +74,7 @@ def refuse_contradictions(
     Raises:
         UserError: the message names the arm, the key and where it is set.
     """
-    for key, value in read(arm).items():
+    for key, value in values.items():
         if key in typed and typed[key] != value:
             where, other, mend = "the command line", typed[key], "leave one of them out"
         elif key in stated and stated[key][0] not in (value, *usual[key]):

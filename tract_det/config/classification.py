@@ -5,12 +5,11 @@ An epoch has as many images as the training split, whatever the batch size and t
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from tract_det.config.machinery import load, one_of, require
+from tract_det.config.machinery import ConfigFiles, load, one_of, require
 from tract_det.config.shared import check_common, solver_keys, tract_keys, with_run_keys
 from tract_det.data.choices import AUTO_AUGMENTS, CLASSIFICATION_SETS, CROPS, INTERPOLATIONS
 from tract_det.evaluation.metrics import CLASSIFICATION_METRICS
@@ -167,11 +166,7 @@ def get_cfg() -> CfgNode:
     return with_run_keys(cfg)
 
 
-def load_cfg(
-    config_files: str | Path | Sequence[str | Path],
-    overrides: Sequence[str] = (),
-    arm: str = "",
-) -> CfgNode:
+def load_cfg(config_files: ConfigFiles, overrides: Sequence[str] = (), arm: str = "") -> CfgNode:
     """The configuration that files, an arm and `KEY VALUE` pairs make; see `machinery.load`."""
     return load(get_cfg(), validate, config_files, overrides, arm)
 

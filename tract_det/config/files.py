@@ -48,8 +48,9 @@ def find_configs(name: str | Path) -> tuple[list[Path], str]:
     Raises:
         UserError: as `find_config`.
     """
-    if _find(name) is not None:
-        return [find_config(name)], ""
+    path = _find(name)
+    if path is not None:
+        return [path], ""
     names, arm = _what_replaces(str(name))
     if names:
         now = " ".join(f"--config-file {name}" for name in names) + (f" --arm {arm}" if arm else "")

@@ -22,10 +22,14 @@ from tract_det.errors import UserError
 _REPLACED = {"MODEL.TRACT.RELATIVE": "MODEL.TRACT.UNIT trace"}
 
 
+# One config file, or several, of which later ones override.
+ConfigFiles = str | Path | Sequence[str | Path]
+
+
 def load(
     cfg: CfgNode,
     check: Callable[[CfgNode], None],
-    config_files: str | Path | Sequence[str | Path],
+    config_files: ConfigFiles,
     overrides: Sequence[str] = (),
     arm: str = "",
 ) -> CfgNode:
@@ -34,7 +38,7 @@ def load(
     Args:
         cfg: the defaults; changed in place.
         check: raises UserError for values out of range and contradictions.
-        config_files: one or several, of which later ones override; as for `files.find_config`.
+        config_files: as for `files.find_config`.
         overrides: key, value, key, value, ...
         arm: a file of `configs/arms`, by its name. "" = the one that a config file declares by ARM,
             over which the keys in the files themselves win.
@@ -62,7 +66,7 @@ def load(
     if chosen:
         values = arms.read(chosen)
         usual = {key: (value_at(defaults, key), declared.get(key)) for key in values}
-        arms.refuse_contradictions(chosen, typed=flat(pairs), stated=stated, usual=usual)
+        arms.refuse_contradictions(chosen, values, typed=flat(pairs), stated=stated, usual=usual)
     else:
         values = {key: value for key, value in declared.items() if key not in stated}
     _merge(cfg, _tree(values), where="")
@@ -75,7 +79,7 @@ def load(
     return cfg
 
 
-def _find_all(config_files: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+def _find_all(config_files: ConfigFiles) -> tuple[list[Path], list[str]]:
     """All files that are named, and the arms in the names of earlier versions."""
     names = [config_files] if isinstance(config_files, str | Path) else config_files
     resolved = [find_configs(name) for name in names]

@@ -50,7 +50,7 @@ def add_tract_config(cfg: CfgNode) -> None:
                 "cfg.freeze(), or cfg.defrost() first"
             )
         cfg.MODEL[name] = CfgNode(copy.deepcopy(defaults) | node)
-    if "MODEL.TRACT.RELATIVE" not in cfg.__dict__[CfgNode.RENAMED_KEYS]:
+    if not cfg.key_is_renamed("MODEL.TRACT.RELATIVE"):
         cfg.register_renamed_key("MODEL.TRACT.RELATIVE", "MODEL.TRACT.UNIT", "True is UNIT trace")
 
 

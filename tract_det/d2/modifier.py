@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tract_det import tract
 from tract_det.modeling.choices import LAMBDA_UNITS
-from tract_det.pixels import input_variance
+from tract_det.pixels import input_variance, lambda_in_unit, lambda_in_words
 from tract_det.tract import TrActError, find_stem, set_image_sizes
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -68,19 +68,14 @@ def apply_tract(
         _check_channels(model, name)
     tract.apply_tract(
         model,
-        lambda_ * variance,
+        lambda_in_unit(lambda_, unit, variance),
         stem=stem,
         sync=sync,
         relative=unit == "trace",
         gram_patches=gram_patches,
     )
     _hook(model)
-    units = {
-        "standardised": f"standardised pixels, {lambda_ * variance:g} of this model's",
-        "input": "this model's pixels",
-        "trace": "the patches' mean square",
-    }
-    _LOG.info("TrAct on %s, lambda %g of %s", stem, lambda_, units[unit])
+    _LOG.info("TrAct on %s, %s", stem, lambda_in_words(lambda_, unit, variance))
     return model
 
 

@@ -1,6 +1,5 @@
 """The learning rate and TrAct's lambda as pure functions of the step, from fvcore's schedulers."""
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 from fvcore.common.param_scheduler import (
@@ -43,11 +42,7 @@ def lr_schedule(
         milestones = sorted({step for step in steps if 0 < step < max_iter})
         passed = sum(step <= 0 for step in set(steps))
         values = [base_lr * gamma ** (passed + k) for k in range(len(milestones) + 1)]
-        # fvcore wants more steps than values; a run as short as that is scheduled step by step.
-        if max_iter > len(values):
-            main = MultiStepParamScheduler(values, milestones=milestones, num_updates=max_iter)
-        else:
-            return _stepwise(values, milestones, warmup_iters, warmup_factor)
+        main = MultiStepParamScheduler(values, milestones=milestones, num_updates=max_iter)
     length = warmup_iters / max_iter
     if length >= 1:  # a run that is cut short can be all warm-up
         return lambda step: (
@@ -60,19 +55,6 @@ def lr_schedule(
             [warmup, main], interval_scaling=["rescaled", "fixed"], lengths=[length, 1 - length]
         )
     return lambda step: main(step / max_iter)
-
-
-def _stepwise(
-    values: Sequence[float], milestones: Sequence[int], warmup_iters: int, warmup_factor: float
-) -> Callable[[int], float]:
-    """The rates of a run with hardly more steps than milestones."""
-
-    def rate(step: int) -> float:
-        warm = min(step / warmup_iters, 1.0) if warmup_iters else 1.0
-        value = values[bisect_right(milestones, step)]
-        return value * (warmup_factor + (1 - warmup_factor) * warm)
-
-    return rate
 
 
 def lambda_schedule(

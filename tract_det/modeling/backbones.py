@@ -12,7 +12,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from tract_det.errors import UserError
 
-_RESNET_STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+RESNET_STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 
 
 def norm_layer(name: str) -> Callable[[int], nn.Module]:
@@ -77,9 +77,14 @@ def build_vgg(name: str, norm: str) -> VGGBackbone:
 def _stages(backbone: nn.Module) -> list[list[nn.Module]]:
     """The layers of each stage, from the stem on; the stages of a VGG end at its poolings."""
     if isinstance(backbone, BackboneWithFPN):
-        return [[backbone.body[name] for name in names] for names in _RESNET_STAGES]
+        return [[backbone.body[name] for name in names] for names in RESNET_STAGES]
+    return vgg_stages(backbone.get_submodule("features"))
+
+
+def vgg_stages(features: nn.Module) -> list[list[nn.Module]]:
+    """The layers of each stage of a VGG, which end at its poolings; empty after the last one."""
     stages: list[list[nn.Module]] = [[]]
-    for layer in backbone.get_submodule("features").children():
+    for layer in features.children():
         stages[-1].append(layer)
         if isinstance(layer, nn.MaxPool2d):
             stages.append([])

@@ -1,16 +1,13 @@
 """Frozen first stages of classifiers; detectors have `backbones.freeze`."""
 
-from collections.abc import Callable
-
 from timm.layers import freeze_batch_norm_2d
 from timm.models import group_parameters
 from torch import nn
 from torchvision.models import VGG, ResNet
 
 from tract_det.errors import UserError
+from tract_det.modeling.backbones import RESNET_STAGES, vgg_stages
 from tract_det.tract import find_stem
-
-_RESNET_STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 
 
 def freeze_stages(model: nn.Module, freeze_at: int, name: str) -> None:
@@ -34,35 +31,34 @@ def freeze_stages(model: nn.Module, freeze_at: int, name: str) -> None:
             f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but {name} can be frozen up to stage "
             f"{len(stages)}: set at most that"
         )
-    frozen = {parameter for stage in stages[:freeze_at] for parameter in stage}
-    for key, parameter in model.named_parameters():
-        if key in frozen:
+    for stage in stages[:freeze_at]:
+        for parameter in stage:
             parameter.requires_grad_(False)
     for parent in list(model.modules()):
         for key, child in parent.named_children():
-            is_norm = isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm)
-            if is_norm and not any(weight.requires_grad for weight in child.parameters()):
+            if isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm) and _is_frozen(child):
                 setattr(parent, key, freeze_batch_norm_2d(child))
 
 
-def _stages(model: nn.Module) -> list[list[str]]:
-    """The names of each stage's parameters, from the stem on, without the head."""
-    names = [name for name, _ in model.named_parameters()]
+def _is_frozen(norm: nn.Module) -> bool:
+    """Whether a norm has scales and shifts, and all of them are frozen."""
+    learns = [parameter.requires_grad for parameter in norm.parameters()]
+    return bool(learns) and not any(learns)
+
+
+def _stages(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters of each stage, from the stem on, without the head."""
     if isinstance(model, ResNet):
-        return [
-            [name for name in names if name.partition(".")[0] in layers]
-            for layers in _RESNET_STAGES
-        ]
-    if isinstance(model, VGG):
-        poolings = [i for i, layer in enumerate(model.features) if isinstance(layer, nn.MaxPool2d)]
-        numbers = {name: int(name.split(".")[1]) for name in names if name.startswith("features")}
-        starts = [0, *poolings]
-        return [
-            [name for name, number in numbers.items() if start <= number < end]
-            for start, end in zip(starts, poolings, strict=False)
-        ]
-    matcher: Callable | None = getattr(model, "group_matcher", None)  # timm's
-    if matcher is None:
-        return [[name for name in names if name.startswith(f"{find_stem(model)}.")]]
-    groups = group_parameters(model, matcher(coarse=True))
-    return list(groups.values())[:-1]  # the last one is the head
+        layers = [[model.get_submodule(name) for name in names] for names in RESNET_STAGES]
+    elif isinstance(model, VGG):
+        layers = vgg_stages(model.features)
+    elif (matcher := getattr(model, "group_matcher", None)) is not None:  # timm's
+        groups = group_parameters(model, matcher(coarse=True))
+        by_name = dict(model.named_parameters())
+        *stages, _head = ([by_name[name] for name in names] for names in groups.values())
+        return stages
+    else:
+        layers = [[model.get_submodule(find_stem(model))]]
+    return [
+        [weight for layer in stage for weight in layer.parameters()] for stage in layers if stage
+    ]

@@ -15,7 +15,7 @@ from tract_det.engine.optimizer import Rule, StemRule, build_optimizer, paramete
 from tract_det.engine.schedule import lambda_schedule, lr_schedule
 from tract_det.engine.writers import say
 from tract_det.modeling.weight_files import Weights
-from tract_det.pixels import lambda_in_unit
+from tract_det.pixels import lambda_in_unit, lambda_in_words
 from tract_det.training.task import Plan
 
 LambdaAt = Callable[[int], float | None]
@@ -57,25 +57,20 @@ def put_tract(cfg: CfgNode, model: nn.Module, input_variance: float) -> None:
     tract = cfg.MODEL.TRACT
     if not tract.ENABLED:
         return
-    lambda_ = lambda_in_unit(tract.LAMBDA, tract.UNIT, input_variance)
     stem = tract.STEM or find_stem(model)
     apply_tract(
         model,
-        lambda_,
+        lambda_in_unit(tract.LAMBDA, tract.UNIT, input_variance),
         stem=stem,
         sync=tract.SYNC,
         relative=tract.UNIT == "trace",
         gram_patches=tract.GRAM_PATCHES,
     )
     set_micro_batches(model, cfg.SOLVER.ACCUMULATION)
-    units = {
-        "standardised": f"of standardised pixels, {lambda_:g} of this model's",
-        "input": "of this model's pixels",
-        "trace": "of the patches' mean square",
-    }
+    words = lambda_in_words(tract.LAMBDA, tract.UNIT, input_variance)
     schedule = "" if tract.SCHEDULE == "constant" else f", {tract.SCHEDULE} to {tract.LAMBDA_END:g}"
     stop = f", off from step {tract.STOP_AT}" if tract.STOP_AT else ""
-    say(f"TrAct on '{stem}', lambda {tract.LAMBDA:g} {units[tract.UNIT]}{schedule}{stop}")
+    say(f"TrAct on '{stem}', {words}{schedule}{stop}")
 
 
 def build_lambda(cfg: CfgNode, input_variance: float, max_iter: int) -> LambdaAt | None:
