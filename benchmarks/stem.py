@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from tract_det import TrActConv2d
 from tract_det.cli import run
+from tract_det.engine.provenance import hardware
 from tract_det.errors import UserError
 from tract_det.files import write_text
 
@@ -178,16 +179,6 @@ def peak_memory_apart(arm: str, name: str, device: torch.device, threads: int) -
     return float(done.stdout.split()[-1])
 
 
-def hardware(device: torch.device, threads: int) -> str:
-    """One line."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor() or platform.machine()
-    return f"{name}, {threads} threads"
-
-
 def table(header: list[str], rows: list[list[str]]) -> str:
     """In Markdown."""
     lines = [header, ["---"] * len(header), *rows]
@@ -258,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(args.output or f"benchmarks/tract_{kind}_{today}.md")
     command = " ".join(["python benchmarks/stem.py", *(argv or sys.argv[1:])])
     head = (
-        f"# What TrAct costs, {today}\n\n{hardware(device, args.threads)}. Python "
+        f"# What TrAct costs, {today}\n\n{hardware(device)}. Python "
         f"{platform.python_version()}, torch {torch.__version__}, float32, lambda {LAMBDA}.\n\n"
         f"`{command}`: stem forward + backward, {args.repeats} turns of each layer after two to "
         "warm up; ratio to the plain layer, median over the turns; residual of the gradient "

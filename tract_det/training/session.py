@@ -19,7 +19,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from tract_det import distributed, tract_diagnostics
-from tract_det.engine import checkpoint, ds
+from tract_det.engine import checkpoint, ds, provenance
 from tract_det.engine.ema import Ema
 from tract_det.engine.loop import StopSignal, train
 from tract_det.engine.run import Run
@@ -161,6 +161,7 @@ def _begin(cfg: CfgNode, this_run: Run, class_names: list[str], *, resume: bool)
         index = {name: label for label, name in enumerate(class_names)}
         text = json.dumps({"classes": class_names, "index": index}, indent=2, ensure_ascii=False)
         write_text(this_run.output / "classes.json", text + "\n")
+        provenance.record(this_run.output, this_run.engine.device, resume=resume)
     return start
 
 
