@@ -1,1 +1,1 @@
-"""Average precision and top-k accuracy by documented rules."""
+"""Average precision and top-k accuracy by documented rules, and the comparison of runs by them."""

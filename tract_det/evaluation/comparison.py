@@ -1,0 +1,397 @@
+"""Compares the arms of an experiment: differences with their uncertainty, and speed-ups.
+
+An arm is one way to train (frozen, plain, tract, ...), run once per seed. Runs of two arms with the
+same seed share initial weights and the order of the data, so differences are taken within seeds.
+Metrics are in per cent, greater is better, and the last evaluation of a run is its final one.
+
+Means and intervals are over the seeds that finished. If an arm fails for some seeds, its mean is
+that of the easier seeds, so failures are counted and named wherever a mean is.
+
+Shapes: E evaluations of a run, S seeds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean, mean, stdev
+
+import numpy as np
+
+from tract_det.errors import UserError
+from tract_det.evaluation.student_t import t_interval, t_probability, t_quantile
+
+_RESAMPLES = 2000
+_TAIL = 50  # resamples outside each end of a 95 % interval
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The evaluations of one finished run.
+
+    Attributes:
+        epochs: (E,) float, ascending, not negative; the last is the length of the run, above 0.
+        values: (E,) float, finite, the metric in per cent.
+    """
+
+    epochs: np.ndarray
+    values: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.epochs.ndim != 1 or self.epochs.shape != self.values.shape:
+            raise ValueError(f"epochs {self.epochs.shape} and values {self.values.shape}: not (E,)")
+        if not (np.isfinite(self.epochs) & np.isfinite(self.values)).all():
+            raise ValueError("a curve must be finite: give None for a run that diverged")
+        is_ascending = self.epochs.size and (np.diff(self.epochs) > 0).all()
+        if not is_ascending or self.epochs[0] < 0 or self.epochs[-1] == 0:
+            raise ValueError("epochs must ascend from 0 or later to a length above 0")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The runs of an arm at one length.
+
+    Attributes:
+        name: what sentences and errors call it.
+        runs: the run of each seed, None if it diverged or was not finished.
+
+    Raises:
+        UserError: two finished runs have different lengths.
+    """
+
+    name: str
+    runs: Mapping[int, Curve | None]
+
+    def __post_init__(self) -> None:
+        lengths = sorted({float(curve.epochs[-1]) for curve in self.curves.values()})
+        if len(lengths) > 1:
+            raise UserError(
+                f"runs of {self.name} are {lengths[0]:g} and {lengths[-1]:g} epochs long: "
+                "give the runs of each length as an arm of their own"
+            )
+
+    @property
+    def curves(self) -> dict[int, Curve]:
+        """The finished runs by seed."""
+        return {seed: run for seed, run in self.runs.items() if run is not None}
+
+    @property
+    def finals(self) -> dict[int, float]:
+        """The final metric of each finished run by seed."""
+        return {seed: float(curve.values[-1]) for seed, curve in self.curves.items()}
+
+    @property
+    def failed(self) -> int:
+        """Number of runs that did not finish."""
+        return len(self.runs) - len(self.curves)
+
+    @property
+    def length(self) -> float:
+        """Epochs of each finished run; a UserError if there is none."""
+        _require_finished(self)
+        return float(next(iter(self.curves.values())).epochs[-1])
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The final metrics of an arm.
+
+    Attributes:
+        n: number of finished runs.
+        mean: in per cent, NaN for n = 0.
+        sd: standard deviation with Bessel's correction, in points, NaN for n < 2.
+        failed: number of runs that did not finish.
+    """
+
+    n: int
+    mean: float
+    sd: float
+    failed: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The final metric of an arm minus that of a baseline, over their n common finished seeds.
+
+    Attributes:
+        n: number of pairs, at least 1.
+        mean: in points.
+        sd: standard deviation of the differences with Bessel's correction, NaN for n = 1.
+        interval: 95 % by Student's t, None for n = 1.
+        p_value: of the paired t-test, two-sided, NaN for n = 1.
+        detectable: the smallest true difference that n seeds show (p < 0.05) with probability 0.8,
+            see `paired_difference`; NaN for n = 1.
+    """
+
+    n: int
+    mean: float
+    sd: float
+    interval: Interval | None
+    p_value: float
+    detectable: float
+
+
+@dataclass(frozen=True)
+class MeanCurve:
+    """The mean of an arm's curves, for a plot.
+
+    Attributes:
+        epochs: (E,) float, ascending.
+        mean: (E,) float, in per cent.
+        sd: (E,) float, standard deviation over seeds with Bessel's correction, NaN for n < 2.
+        n: number of finished runs.
+    """
+
+    epochs: np.ndarray
+    mean: np.ndarray
+    sd: np.ndarray
+    n: int
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """How many times fewer epochs an arm needs than its baseline, as far as the runs tell.
+
+    Attributes:
+        low: the speed-up is at least this; 0 if the arm does not reach the target.
+        high: the speed-up is at most this; infinite if the first measurement is above the target.
+            Equal to `low` where the speed-up is measured.
+        interval: 95 %; None where only a bound is known, or for n = 1.
+        n: number of seeds.
+        never: number of seeds that do not reach the target, where seeds are judged one by one.
+    """
+
+    low: float
+    high: float
+    interval: Interval | None
+    n: int
+    never: int = 0
+
+
+def summarize(arm: Arm) -> Summary:
+    """The mean and spread of an arm's final metrics."""
+    finals = list(arm.finals.values())
+    average = mean(finals) if finals else math.nan
+    return Summary(len(finals), average, _sd(finals), arm.failed)
+
+
+def paired_difference(arm: Arm, baseline: Arm) -> Difference:
+    """The difference of two arms' final metrics over the seeds that both finished.
+
+    The detectable difference is (t_0.975 + t_0.8) sd / sqrt(n) with n - 1 degrees of freedom:
+    Bloom, "Minimum Detectable Effects", Evaluation Review 19(5), 1995. The noncentral t
+    distribution gives 16 % more for 2 seeds, 5 % for 3 and 1 % for 5. The sd is an estimate, from
+    few seeds a rough one.
+
+    Raises:
+        UserError: the arms have no finished seed in common.
+    """
+    finals, others = arm.finals, baseline.finals
+    differences = [finals[seed] - others[seed] for seed in finals if seed in others]
+    _require_common_seeds(len(differences), [arm, baseline])
+    n, average, sd = len(differences), mean(differences), _sd(differences)
+    if n == 1:
+        return Difference(n, average, sd, None, math.nan, math.nan)
+    df, error = n - 1, sd / math.sqrt(n)
+    t = abs(average) / error if error else math.inf if average else 0.0
+    return Difference(
+        n,
+        average,
+        sd,
+        t_interval(differences),
+        p_value=max(0.0, 1 - t_probability(t, df)),
+        detectable=(t_quantile(0.95, df) + t_quantile(0.6, df)) * error,  # t_0.975, t_0.8
+    )
+
+
+def mean_curve(arm: Arm) -> MeanCurve:
+    """The mean and spread of an arm's curves, each interpolated linearly between evaluations.
+
+    The epochs are those of all evaluations in the range that every run covers.
+    """
+    curves = list(arm.curves.values())
+    if not curves:
+        return MeanCurve(np.empty(0), np.empty(0), np.empty(0), 0)
+    epochs = np.unique(np.concatenate([curve.epochs for curve in curves]))
+    epochs = epochs[epochs >= max(curve.epochs[0] for curve in curves)]  # the ends are the same
+    values = np.stack([np.interp(epochs, curve.epochs, curve.values) for curve in curves])  # (S, E)
+    sd = values.std(axis=0, ddof=1) if len(curves) > 1 else np.full(len(epochs), np.nan)
+    return MeanCurve(epochs, values.mean(axis=0), sd, len(curves))
+
+
+def speed_up(arm: Arm, baseline: Arm) -> SpeedUp:
+    """Length of the baseline over the epoch at which the arm's curves reach its mean final metric.
+
+    The epoch is the first at which a seed's curve, linear between evaluations, reaches the target.
+    The result is the geometric mean over seeds, the interval Student's t on the logarithms; the
+    target counts as known, though the baseline's mean is uncertain as well. A seed that never
+    reaches the target bounds the speed-up from above by what reaching it at the end would give; one
+    that is there at the first evaluation bounds it from below.
+
+    This is not the time that a shorter training saves. Under a schedule that anneals the learning
+    rate, much of the gain comes in the last epochs whatever came before, which hides a head start;
+    where annealing brings the baseline little, the arm with the faster early progress is flattered.
+    So is a curve that fluctuates, by its first crossing. An arm that equals the baseline misses its
+    mean on about half of the seeds. `speed_up_over_lengths` compares complete trainings instead.
+
+    Raises:
+        UserError: an arm has no finished run.
+    """
+    _require_finished(arm)
+    full, target = baseline.length, mean(baseline.finals.values())
+    bounds = [_speed_up_bounds(c.epochs, c.values, target, full) for c in arm.curves.values()]
+    lows, highs = zip(*bounds, strict=True)
+    low, high = (geometric_mean(lows) if all(lows) else 0.0), geometric_mean(highs)
+    interval = None
+    if lows == highs and len(lows) > 1:
+        low_log, high_log = t_interval([math.log(factor) for factor in lows])
+        interval = (math.exp(low_log), math.exp(high_log))
+    return SpeedUp(low, high, interval, len(lows), never=lows.count(0.0))
+
+
+def speed_up_over_lengths(arms: Sequence[Arm], baseline: Arm, *, seed: int = 0) -> SpeedUp:
+    """Length of the baseline over the shortest training of the arm with the same final metric.
+
+    Over the seeds that all finished, the arm's mean final metric at each length is interpolated
+    linearly in the logarithm of the length. The shortest length that reaches the baseline's mean
+    counts. If none does, or the shortest one measured does, only a bound is known.
+
+    The interval is the percentile bootstrap of Efron and Tibshirani, "An Introduction to the
+    Bootstrap", 1993, chapter 13: seeds are drawn with replacement, the same for all lengths and the
+    baseline. Where a resample gives a bound only, the end of the interval may be 0 or infinite.
+    With few seeds the interval is too narrow.
+
+    Args:
+        arms: the runs of one arm, an `Arm` for each length.
+        baseline: the runs of the baseline at its full length.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: an arm has no finished run, two have the same length, or no seed is common.
+    """
+    arms = sorted(arms, key=lambda arm: arm.length)
+    full, lengths = baseline.length, np.array([arm.length for arm in arms])
+    if (np.diff(lengths) == 0).any():
+        raise UserError(f"{arms[0].name} has two arms of the same length: give each length once")
+    finals = [arm.finals for arm in (*arms, baseline)]
+    common = set.intersection(*map(set, finals))
+    _require_common_seeds(len(common), [*arms, baseline])
+    # Sorted by value, so that the names of the seeds do not influence the resampling.
+    table = np.array(sorted([run[s] for run in finals] for s in common))  # (S, lengths + 1)
+
+    def bounds(means: np.ndarray) -> Interval:
+        return _speed_up_bounds(lengths, means[:-1], float(means[-1]), full, log=True)
+
+    low, high = bounds(table.mean(axis=0))
+    interval = None
+    if low == high and len(common) > 1:
+        draws = np.random.default_rng(seed).integers(len(table), size=(_RESAMPLES, len(table)))
+        lows, highs = np.sort([bounds(m) for m in table[draws].mean(axis=1)], axis=0).T
+        interval = (float(lows[_TAIL]), float(highs[-1 - _TAIL]))
+    return SpeedUp(low, high, interval, len(common))
+
+
+def verdict(
+    arm: Arm,
+    baseline: Arm,
+    within_length: SpeedUp | None = None,
+    over_lengths: SpeedUp | None = None,
+) -> str:
+    """What the runs say about an arm against its baseline, in one sentence.
+
+    It mentions the results of `speed_up` and `speed_up_over_lengths` where they are given.
+
+    Raises:
+        UserError: the arms have no finished seed in common.
+    """
+    clauses = [_difference_in_words(arm.name, baseline.name, paired_difference(arm, baseline))]
+    if within_length is not None:
+        clauses.append(f"speed-up within one length: {_speed_up_in_words(within_length)}")
+    if over_lengths is not None:
+        clauses.append(f"speed-up over lengths: {_speed_up_in_words(over_lengths)}")
+    clauses += [
+        f"{one.failed} of {len(one.runs)} runs of {one.name} failed"
+        for one in (arm, baseline)
+        if one.failed
+    ]
+    return "; ".join(clauses) + "."
+
+
+def _difference_in_words(arm: str, baseline: str, difference: Difference) -> str:
+    average, n = difference.mean, difference.n
+    if difference.interval is None:
+        side = "below" if average < 0 else "above"
+        return (
+            f"one seed: {arm} {abs(average):.1f} points {side} {baseline}, "
+            "which says nothing about other seeds"
+        )
+    low, high = difference.interval
+    if low <= 0 <= high:
+        return (
+            f"no difference seen between {arm} and {baseline}: {_number(average)} points "
+            f"({_number(low)} to {_number(high)}, {n} seeds); "
+            f"{n} seeds could have shown {_number(difference.detectable)}"
+        )
+    side = "better" if average > 0 else "worse"
+    low, high = sorted((abs(low), abs(high)))
+    digits = next((d for d in (1, 2) if round(low, d)), 3)  # an end that excludes 0 shows it
+    return (
+        f"{arm} is {side} than {baseline} by {abs(average):.{digits}f} points "
+        f"(95 % interval {low:.{digits}f} to {high:.{digits}f}, {n} seeds)"
+    )
+
+
+def _speed_up_in_words(speed: SpeedUp) -> str:
+    words = _range_in_words(speed.low, speed.high)
+    if speed.interval is not None:
+        return f"{words} (95 % interval {_range_in_words(*speed.interval)}, {speed.n} seeds)"
+    if speed.never:
+        return f"{words} ({speed.never} of {speed.n} seeds never got there)"
+    return f"{words} (one seed)" if speed.n == 1 else words
+
+
+def _range_in_words(low: float, high: float) -> str:
+    if low == 0:
+        return "unknown" if high == math.inf else f"at most {high:.2f}"
+    if high == math.inf:
+        return f"at least {low:.2f}"
+    return f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
+
+
+def _number(points: float) -> str:
+    return f"{round(points, 1) + 0.0:.1f}"  # -0.0 + 0.0 is 0.0
+
+
+def _require_finished(arm: Arm) -> None:
+    if not arm.curves:
+        raise UserError(f"no run of {arm.name} finished: a speed-up needs one")
+
+
+def _require_common_seeds(common: int, arms: Sequence[Arm]) -> None:
+    if not common:
+        names = " and ".join(dict.fromkeys(arm.name for arm in arms))
+        raise UserError(f"no finished seed is common to {names}: run them with the same seeds")
+
+
+def _sd(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else math.nan
+
+
+def _speed_up_bounds(
+    x: np.ndarray, y: np.ndarray, target: float, full: float, *, log: bool = False
+) -> Interval:
+    """Bounds of `full` over the first x at which a polyline reaches the target.
+
+    The line goes through x (E,), ascending, and y (E,); with `log` y is linear in log x.
+    """
+    reached = np.flatnonzero(y >= target)
+    if not reached.size:
+        return 0.0, full / float(x[-1])
+    i = int(reached[0])
+    if i == 0:
+        return full / float(x[x > 0][0]), math.inf
+    fraction = (target - y[i - 1]) / (y[i] - y[i - 1])
+    before, after = x[i - 1], x[i]
+    at = before * (after / before) ** fraction if log else before + fraction * (after - before)
+    return full / float(at), full / float(at)
