@@ -318,15 +318,17 @@ def test_seeds_are_resampled_together_so_that_what_they_share_cancels():
     assert speed.interval == pytest.approx((2, 2))
 
 
-def test_bootstrap_intervals_of_many_seeds_cover_the_truth():
+@pytest.mark.parametrize(("seeds", "coverage"), [(3, 0.75), (5, 0.94), (20, 0.95)])
+def test_bootstrap_intervals_cover_the_truth_as_documented(seeds, coverage):
     rng = np.random.default_rng(0)
-    experiments, covered = 60, 0
+    experiments, covered = 100, 0
     for _ in range(experiments):
-        finals = rng.normal([60, 70, 65], 1.0, size=(20, 3)).T
+        finals = rng.normal([60, 70, 65], 1.0, size=(seeds, 3)).T
         tract = lengths("tract", {10.0: finals[0], 40.0: finals[1]})
         low, high = speed_up_over_lengths(tract, arm("plain", finals[2], 40.0)).interval
         covered += low <= 2 <= high
-    assert covered >= 50  # 56 expected
+    tolerance = 4.5 * math.sqrt(coverage * (1 - coverage) / experiments)
+    assert covered / experiments == pytest.approx(coverage, abs=tolerance)
 
 
 def test_a_length_given_twice_is_refused():
@@ -372,8 +374,8 @@ def test_verdict_shows_the_digits_that_exclude_no_difference():
 @pytest.mark.parametrize(
     ("speed", "words"),
     [
-        (SpeedUp(2.0, 2.0, (1.5, 2.5), 5), "2.00 (95 % interval 1.50 to 2.50, 5 seeds)"),
-        (SpeedUp(2.0, 2.0, (0.0, 2.5), 5), "2.00 (95 % interval at most 2.50, 5 seeds)"),
+        (SpeedUp(2.0, 2.0, (1.5, 2.5), 5), "2.00 ({} interval 1.50 to 2.50, 5 seeds)"),
+        (SpeedUp(2.0, 2.0, (0.0, 2.5), 5), "2.00 ({} interval at most 2.50, 5 seeds)"),
         (SpeedUp(2.0, 2.0, None, 1), "2.00 (one seed)"),
         (SpeedUp(4.0, math.inf, None, 5), "at least 4.00"),
         (SpeedUp(0.0, 0.9, None, 5, never=2), "at most 0.90 (2 of 5 seeds never got there)"),
@@ -382,5 +384,6 @@ def test_verdict_shows_the_digits_that_exclude_no_difference():
 )
 def test_verdict_words_of_a_speed_up(speed, words):
     tract, plain = arm("tract", TRACT), arm("plain", PLAIN)
-    assert verdict(tract, plain, speed).endswith(f"; speed-up within one length: {words}.")
-    assert verdict(tract, plain, None, speed).endswith(f"; speed-up over lengths: {words}.")
+    within, over = words.format("95 %"), words.format("bootstrap")
+    assert verdict(tract, plain, speed).endswith(f"; speed-up within one length: {within}.")
+    assert verdict(tract, plain, None, speed).endswith(f"; speed-up over lengths: {over}.")

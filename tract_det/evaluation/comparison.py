@@ -13,7 +13,7 @@ Shapes: E evaluations of a run, S seeds.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import geometric_mean, mean, stdev
+from statistics import NormalDist, geometric_mean, mean, stdev
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from tract_det.errors import UserError
 from tract_det.evaluation.student_t import t_interval, t_probability, t_quantile
 
 _RESAMPLES = 2000
-_TAIL = 50  # resamples outside each end of a 95 % interval
 
 Interval = tuple[float, float]
 
@@ -157,7 +156,7 @@ class SpeedUp:
         low: the speed-up is at least this; 0 if the arm does not reach the target.
         high: the speed-up is at most this; infinite if the first measurement is above the target.
             Equal to `low` where the speed-up is measured.
-        interval: 95 %; None where only a bound is known, or for n = 1.
+        interval: 95 %, less over lengths with few seeds; None for a bound or for n = 1.
         n: number of seeds.
         never: number of seeds that do not reach the target, where seeds are judged one by one.
     """
@@ -257,10 +256,11 @@ def speed_up_over_lengths(arms: Sequence[Arm], baseline: Arm, *, seed: int = 0) 
     linearly in the logarithm of the length. The shortest length that reaches the baseline's mean
     counts. If none does, or the shortest one measured does, only a bound is known.
 
-    The interval is the percentile bootstrap of Efron and Tibshirani, "An Introduction to the
-    Bootstrap", 1993, chapter 13: seeds are drawn with replacement, the same for all lengths and the
-    baseline. Where a resample gives a bound only, the end of the interval may be 0 or infinite.
-    With few seeds the interval is too narrow.
+    The interval is Hesterberg's expanded percentile bootstrap ("What Teachers Should Know About the
+    Bootstrap", The American Statistician 69(4), 2015): seeds are drawn with replacement, the same
+    for all lengths and the baseline. Where a resample gives a bound only, an end may be 0 or
+    infinite. It cannot leave the range of the S seeds, so it covers the truth with a probability of
+    about 1 - 2^(1 - S) at most: 75 % for 3 seeds, 94 % for 5.
 
     Args:
         arms: the runs of one arm, an `Arm` for each length.
@@ -284,12 +284,14 @@ def speed_up_over_lengths(arms: Sequence[Arm], baseline: Arm, *, seed: int = 0) 
         return _speed_up_bounds(lengths, means[:-1], float(means[-1]), full, log=True)
 
     low, high = bounds(table.mean(axis=0))
-    interval = None
-    if low == high and len(common) > 1:
-        draws = np.random.default_rng(seed).integers(len(table), size=(_RESAMPLES, len(table)))
+    interval, n = None, len(common)
+    if low == high and n > 1:
+        draws = np.random.default_rng(seed).integers(n, size=(_RESAMPLES, n))
         lows, highs = np.sort([bounds(m) for m in table[draws].mean(axis=1)], axis=0).T
-        interval = (float(lows[_TAIL]), float(highs[-1 - _TAIL]))
-    return SpeedUp(low, high, interval, len(common))
+        tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * t_quantile(0.95, n - 1))
+        outside = int(tail * _RESAMPLES)
+        interval = (float(lows[outside]), float(highs[-1 - outside]))
+    return SpeedUp(low, high, interval, n)
 
 
 def verdict(
@@ -307,9 +309,9 @@ def verdict(
     """
     clauses = [_difference_in_words(arm.name, baseline.name, paired_difference(arm, baseline))]
     if within_length is not None:
-        clauses.append(f"speed-up within one length: {_speed_up_in_words(within_length)}")
+        clauses.append(f"speed-up within one length: {_speed_up_in_words(within_length, '95 %')}")
     if over_lengths is not None:
-        clauses.append(f"speed-up over lengths: {_speed_up_in_words(over_lengths)}")
+        clauses.append(f"speed-up over lengths: {_speed_up_in_words(over_lengths, 'bootstrap')}")
     clauses += [
         f"{one.failed} of {len(one.runs)} runs of {one.name} failed"
         for one in (arm, baseline)
@@ -342,10 +344,10 @@ def _difference_in_words(arm: str, baseline: str, difference: Difference) -> str
     )
 
 
-def _speed_up_in_words(speed: SpeedUp) -> str:
+def _speed_up_in_words(speed: SpeedUp, kind: str) -> str:
     words = _range_in_words(speed.low, speed.high)
     if speed.interval is not None:
-        return f"{words} (95 % interval {_range_in_words(*speed.interval)}, {speed.n} seeds)"
+        return f"{words} ({kind} interval {_range_in_words(*speed.interval)}, {speed.n} seeds)"
     if speed.never:
         return f"{words} ({speed.never} of {speed.n} seeds never got there)"
     return f"{words} (one seed)" if speed.n == 1 else words
