@@ -24,7 +24,7 @@ ALLOWED = {
         {"torch", "numpy", "pycocotools"},
     ),
     "engine": (
-        {"engine", "distributed", "errors", "files"},
+        {"engine", "distributed", "errors", "files", "version"},
         {"torch", "fvcore", "tqdm", "deepspeed", "timm"},
     ),
     "d2": (

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 def test_a_start_states_what_is_needed_to_repeat_it():
     start = provenance.describe(CPU)
-    assert start["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(start["versions"]["torch"].partition("+")[0])
     assert f"{torch.get_num_threads()} of" in start["hardware"]
     assert start["processes"] == 1 and start["date"].endswith("+00:00")
 
