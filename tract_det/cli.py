@@ -21,6 +21,7 @@ from tract_det.version import __version__
 VERBS = {
     "train": "train a detector on data in VOC layout, or evaluate one",
     "pretrain": "train an image classifier, or evaluate one",
+    "compare": "train the arms of an experiment with the same seeds, and judge them",
     "evaluate": "average precision of detections in the VOC challenge's files",
     "convert": "convert weights between torchvision, timm and detectron2",
     "visualize": "draw the curves and stem filters of training runs",
@@ -77,8 +78,9 @@ def call(verb: str, argv: Sequence[str], prog: str | None = None) -> int:
 def run(command: Callable[[], int | None]) -> NoReturn:
     """Runs `command` and ends the process with the exit code that it returns.
 
-    An error that the user can mend is one line on stderr and exit code 1; with `TRACT_DET_DEBUG=1`
-    in the environment its traceback is shown as well.
+    An error that the user can mend is one line on stderr and the exit code that the error has: 1,
+    or 3 for a training that diverged. With `TRACT_DET_DEBUG=1` in the environment its traceback is
+    shown as well.
     """
     is_main = os.environ.get("RANK", "0") == "0"
     if not is_main:
@@ -93,7 +95,7 @@ def run(command: Callable[[], int | None]) -> NoReturn:
             traceback.print_exc()
         rank = "" if is_main else f"[rank {os.environ['RANK']}] "
         print(f"{rank}error: {one_line(error)}", file=sys.stderr, flush=True)
-        code = 1
+        code = getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
         code = 130
     sys.stdout.flush()

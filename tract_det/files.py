@@ -1,8 +1,12 @@
 """Atomic writing: a file appears under its name only once it is complete."""
 
+import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from tract_det.errors import UserError
 
@@ -31,6 +35,40 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def make_folder(path: Path, key: str = "") -> None:
+    """Makes a folder with its parents, if it does not exist.
+
+    Args:
+        path: the folder.
+        key: the configuration's key that names it, for the message.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key} {path} cannot be made: {error.strerror}".lstrip()) from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file; see `atomically`."""
     atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, indented; see `atomically`. The value is converted by `plain_values`."""
+    write_text(path, json.dumps(plain_values(value), indent=2, allow_nan=False) + "\n")
+
+
+def plain_values(value: Any) -> Any:
+    """Nested values for JSON: dataclasses become dicts, arrays lists, NaN and infinity None."""
+    if is_dataclass(value):
+        return {field.name: plain_values(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_values(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy's arrays and numbers
+        return plain_values(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

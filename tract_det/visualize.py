@@ -139,6 +139,91 @@ def training_curves(path: Path, runs: Mapping[str, Path]) -> None:
     _save(figure, path)
 
 
+@dataclass(frozen=True)
+class Line:
+    """The metric of an arm over a training, for `comparison`.
+
+    Attributes:
+        name: of the arm.
+        epochs: length of the training.
+        at: (E,) epochs of the evaluations, ascending.
+        mean: (E,) mean over seeds.
+        sd: (E,) standard deviation over seeds, NaN for one seed.
+        finals: the final metric of each seed.
+    """
+
+    name: str
+    epochs: float
+    at: np.ndarray
+    mean: np.ndarray
+    sd: np.ndarray
+    finals: Mapping[int, float]
+
+
+def comparison(path: Path, lines: Sequence[Line], metric: str) -> None:
+    """Draws the metric over the epochs, and the final metrics of all seeds.
+
+    Left: at the greatest length, the mean of each arm with one standard deviation to either side.
+    Right: with several lengths, final metrics over the length; otherwise each seed's over the arms,
+    those of one seed connected.
+
+    Args:
+        path: the PNG file to write.
+        lines: those of an arm have one name, whatever their length.
+        metric: its name, for the axes.
+    """
+    names = list(dict.fromkeys(line.name for line in lines))
+    palette = plt.get_cmap("tab20" if len(names) > 10 else "tab10")
+    colors = {name: palette(i % palette.N) for i, name in enumerate(names)}
+    lengths = sorted({line.epochs for line in lines})
+    figure, (over_epochs, at_end) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for line in lines:
+        if line.epochs == lengths[-1]:
+            over_epochs.plot(line.at, line.mean, color=colors[line.name], label=line.name)
+            low, high = line.mean - line.sd, line.mean + line.sd
+            over_epochs.fill_between(line.at, low, high, color=colors[line.name], alpha=0.2, lw=0)
+    over_epochs.set(xlabel="epoch", ylabel=f"{metric}, %", title="mean ± standard deviation")
+    over_epochs.grid(alpha=0.3)
+    over_epochs.legend()
+    if len(lengths) > 1:
+        _finals_over_lengths(at_end, lines, colors)
+        at_end.set_xticks(lengths, [f"{length:g}" for length in lengths])
+        at_end.set(xlabel="length of the training, epochs")
+    else:
+        _finals_over_arms(at_end, lines, colors)
+    at_end.set(ylabel=f"final {metric}, %", title="every seed's final figure")
+    at_end.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _finals_over_lengths(axis: Axes, lines: Sequence[Line], colors: Mapping[str, Color]) -> None:
+    for name, color in colors.items():
+        points = sorted(
+            (line.epochs, list(line.finals.values()))
+            for line in lines
+            if line.name == name and line.finals
+        )
+        for epochs, finals in points:
+            axis.plot([epochs] * len(finals), finals, ".", color=color, alpha=0.6)
+        means = [float(np.mean(finals)) for _, finals in points]
+        axis.plot([epochs for epochs, _ in points], means, color=color)
+
+
+def _finals_over_arms(axis: Axes, lines: Sequence[Line], colors: Mapping[str, Color]) -> None:
+    seeds = sorted({seed for line in lines for seed in line.finals})
+    for seed in seeds:
+        points = [(i, line.finals[seed]) for i, line in enumerate(lines) if seed in line.finals]
+        axis.plot(*zip(*points, strict=True), color="grey", linewidth=0.8, alpha=0.6)
+    for i, line in enumerate(lines):
+        finals = list(line.finals.values())
+        axis.plot([i] * len(finals), finals, "o", color=colors[line.name], markersize=4)
+        if finals:
+            axis.plot(i, np.mean(finals), "_", color=colors[line.name], markersize=24)
+    names = [line.name for line in lines]
+    axis.set_xticks(range(len(lines)), names, rotation=30 if len(names) > 4 else 0)
+    axis.set_xlim(-0.5, len(lines) - 0.5)
+
+
 def stem_filters(path: Path, weight: np.ndarray) -> None:
     """Draws the filters of a stem as RGB images, in order, each scaled to its own range.
 

@@ -21,7 +21,8 @@ from tests.evaluation.detections import (
     random_split,
 )
 from tract_det.errors import UserError
-from tract_det.evaluation.evaluators import DetectionEvaluator, format_table, write_json
+from tract_det.evaluation.evaluators import DetectionEvaluator, format_table
+from tract_det.files import write_json
 from tract_det.evaluation.metrics import METRICS
 
 # ---- Results. ----

@@ -52,7 +52,8 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     args = _parse(parser, argv)
     from tract_det.data.voc import VOC_CLASSES, find_devkit, read_split
     from tract_det.evaluation.detection_files import read_detections
-    from tract_det.evaluation.evaluators import DetectionEvaluator, format_table, write_json
+    from tract_det.evaluation.evaluators import DetectionEvaluator, format_table
+    from tract_det.files import write_json
 
     root = find_devkit(args.devkit, args.year or 2007) if args.devkit else args.root
     classes = VOC_CLASSES if args.devkit else args.classes

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from itertools import groupby
 
+from tract_det.config.pairs import refuse_half_pairs
 from tract_det.config.paper import Row, find_rows
 from tract_det.errors import UserError
 
@@ -32,8 +33,7 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     if "--run" in args.opts:  # argparse leaves everything after ROW to the pairs
         args.opts.remove("--run")
         args.run = True
-    if len(args.opts) % 2:
-        raise UserError(f"overrides are KEY VALUE pairs: '{args.opts[-1]}' has no value")
+    refuse_half_pairs(args.opts)
     rows = find_rows(args.row)
     if rows[0].name != args.row:
         if args.run:

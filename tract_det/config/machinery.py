@@ -16,6 +16,7 @@ from fvcore.common.config import CfgNode
 
 from tract_det.config import arms
 from tract_det.config.files import find_configs, flat, read_config, run_name
+from tract_det.config.pairs import refuse_half_pairs
 from tract_det.errors import UserError
 
 # Keys of earlier versions, and what says the same now.
@@ -88,8 +89,7 @@ def _find_all(config_files: ConfigFiles) -> tuple[list[Path], list[str]]:
 
 def pairs_to_tree(pairs: Sequence[str]) -> CfgNode:
     """`["A.B", "1"]` becomes `{"A": {"B": 1}}`."""
-    if len(pairs) % 2:
-        raise UserError(f"overrides are KEY VALUE pairs: '{pairs[-1]}' has no value")
+    refuse_half_pairs(pairs)
     return _tree({key: _decode(text) for key, text in zip(pairs[::2], pairs[1::2], strict=True)})
 
 

@@ -55,6 +55,10 @@ class ClassificationSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def first(self, count: int) -> "ClassificationSplit":
+        """The first images, at most so many."""
+        return replace(self, labels=self.labels[:count], numbers=self.numbers[:count])
+
     def image_id(self, index: int) -> str:
         """The file's path below root, or the split's name and the position in `pixels`."""
         number = self.numbers[index]

@@ -103,6 +103,10 @@ class VOCSplit:
     def __len__(self) -> int:
         return len(self.annotations)
 
+    def first(self, count: int) -> "VOCSplit":
+        """The first images, at most so many."""
+        return replace(self, annotations=self.annotations[:count])
+
 
 def read_split(
     root: Path,

@@ -13,7 +13,7 @@ from torch import nn
 
 from tract_det import distributed
 from tract_det.engine import ds
-from tract_det.errors import UserError
+from tract_det.errors import DivergedError
 
 # Images and targets: lists of tensors and of dicts for a detector, tensors for a classifier.
 Batch = tuple[Any, ...]
@@ -94,7 +94,7 @@ def train(
         memory_format: of the images, if they are one tensor.
 
     Raises:
-        UserError: a loss is not finite; names the step, the losses and the images.
+        DivergedError: a loss is not finite; names the step, the losses and the images.
     """
     engine.train()
     stream = iter(batches)
@@ -153,7 +153,7 @@ def _record(
         if isinstance(targets, list):
             names = "images: " + ", ".join(str(t.get("image_id", "?")) for t in targets) + "; "
         parts = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        raise UserError(
+        raise DivergedError(
             f"the loss is not finite at step {step.iteration}: {parts}; {names}lower "
             "SOLVER.BASE_LR, lengthen the warm-up or set SOLVER.CLIP_GRADIENTS.ENABLED True"
         )

@@ -1,6 +1,5 @@
 """Collects detections from all ranks; reports PASCAL VOC and COCO metrics, and writes files."""
 
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from tract_det.errors import UserError
 from tract_det.evaluation.coco import coco_ap
 from tract_det.evaluation.detection_files import ImageDetections, write_detections
 from tract_det.evaluation.voc_ap import RULES, Detections, Objects, mean_ap, voc_ap
-from tract_det.files import write_text
 
 
 class Annotation(Protocol):
@@ -217,21 +215,6 @@ def format_table(results: dict[str, Any]) -> str:
         "COCO: " + "  ".join(f"{name} {_percent(ap)}" for name, ap in results["coco"].items()),
     ]
     return "\n".join(lines)
-
-
-def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Writes results as JSON, atomically; NaN becomes null.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    write_text(Path(path), json.dumps(_without_nan(results), indent=2, allow_nan=False) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _percent(value: float) -> str:

@@ -28,7 +28,7 @@ from tract_det.engine.loop import infer
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.evaluation.classification import TopK
-from tract_det.evaluation.evaluators import write_json
+from tract_det.files import write_json
 from tract_det.modeling.classification_loss import ClassifierWithLoss
 from tract_det.modeling.classifiers import build_classifier, check_image_size
 from tract_det.modeling.freezing import freeze_stages
@@ -90,6 +90,23 @@ def make_plan(cfg: CfgNode, images: int) -> Plan:
         eval_period=steps(cfg.TEST.EVAL_EPOCHS) if cfg.TEST.EVAL_EPOCHS > 0 else 0,
         checkpoint_period=steps(solver.CHECKPOINT_EPOCHS),
     )
+
+
+def length_keys(cfg: CfgNode, images: int, epochs: float, period: float) -> dict[str, Any]:
+    """The keys that set a run's length and the period of its evaluations, both in epochs."""
+    solver = cfg.SOLVER
+    max_iter = make_plan(cfg, images).max_iter
+    keys: dict[str, Any] = {"TEST.EVAL_EPOCHS": period}
+    steps = max(1, round(epochs * images / solver.IMS_PER_BATCH))
+    if steps == max_iter:
+        return keys
+    factor = steps / max_iter
+    keys |= {"SOLVER.MAX_ITER": steps} if solver.MAX_ITER else {"SOLVER.EPOCHS": epochs}
+    if any(step >= 1 for step in solver.STEPS):
+        keys["SOLVER.STEPS"] = [step * factor for step in solver.STEPS]
+    if cfg.MODEL.TRACT.STOP_AT >= 1:
+        keys["MODEL.TRACT.STOP_AT"] = max(1, round(cfg.MODEL.TRACT.STOP_AT * factor))
+    return keys
 
 
 def _pixel_options(cfg: CfgNode, meta: Meta) -> dict[str, Any]:
@@ -354,5 +371,6 @@ TASK = Task(
     loader=build_loader,
     evaluation=ClassificationEvaluation,
     identity=identity,
+    length=length_keys,
     closing=say_skipped,
 )

@@ -18,7 +18,8 @@ from tract_det.data.voc import VOCSplit, read_dataset
 from tract_det.engine.loop import infer
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
-from tract_det.evaluation.evaluators import DetectionEvaluator, format_table, write_json
+from tract_det.evaluation.evaluators import DetectionEvaluator, format_table
+from tract_det.files import write_json
 from tract_det.training.detectors import build_detector, check_backend, read_detector_weights
 from tract_det.training.task import Meta, Plan, Task
 from tract_det.visualize import Picture, detection_grid
@@ -58,6 +59,24 @@ def make_plan(cfg: CfgNode, images: int) -> Plan:
         eval_period=cfg.TEST.EVAL_PERIOD,
         checkpoint_period=solver.CHECKPOINT_PERIOD,
     )
+
+
+def length_keys(cfg: CfgNode, images: int, epochs: float, period: float) -> dict[str, Any]:
+    """The keys that set a run's length and the period of its evaluations, both in epochs."""
+    solver = cfg.SOLVER
+    max_iter = max(1, round(epochs * images / solver.IMS_PER_BATCH))
+    keys: dict[str, Any] = {
+        "TEST.EVAL_PERIOD": max(1, round(period * images / solver.IMS_PER_BATCH))
+    }
+    if max_iter == solver.MAX_ITER:
+        return keys
+    factor = max_iter / solver.MAX_ITER
+    keys["SOLVER.MAX_ITER"] = max_iter
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        keys["SOLVER.STEPS"] = sorted({max(1, round(step * factor)) for step in solver.STEPS})
+    if cfg.MODEL.TRACT.STOP_AT >= 1:
+        keys["MODEL.TRACT.STOP_AT"] = max(1, round(cfg.MODEL.TRACT.STOP_AT * factor))
+    return keys
 
 
 def build_loader(cfg: CfgNode, split: VOCSplit, meta: Meta, start: int) -> Iterable[Any]:
@@ -169,4 +188,5 @@ TASK = Task(
     loader=build_loader,
     evaluation=DetectionEvaluation,
     identity=identity,
+    length=length_keys,
 )

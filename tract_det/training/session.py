@@ -25,7 +25,7 @@ from tract_det.engine.loop import StopSignal, train
 from tract_det.engine.run import Run
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
-from tract_det.files import write_text
+from tract_det.files import make_folder, write_text
 from tract_det.training import assembly
 from tract_det.training.task import BuiltModel, Evaluation, Plan, Split, Task
 
@@ -57,7 +57,7 @@ def _train(task: Task, cfg: CfgNode, device: torch.device, resume: bool) -> int:
     assembly.put_tract(cfg, built.model, built.input_variance)
     engine, ema = prepare(cfg, built, device)
     evaluation = task.evaluation(cfg, test, built.meta, device)
-    make_output(output)
+    make_folder(output, "OUTPUT_DIR")
     this_run = build_run(task, cfg, plan, built, engine, ema, evaluation)
     start = _begin(cfg, this_run, built.meta["class_names"], resume=resume)
     _announce(cfg, plan, training, test, device)
@@ -128,18 +128,6 @@ def build_run(
         saved_part=lambda network: network.get_submodule(built.inner),
         diagnostics=lambda: tract_diagnostics(engine.module),
     )
-
-
-def make_output(output: Path) -> None:
-    """Makes OUTPUT_DIR.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"OUTPUT_DIR {output} cannot be made: {error.strerror}") from error
 
 
 def _write_load_report(output: Path, source: str, built: BuiltModel) -> None:

@@ -31,6 +31,9 @@ class Split(Protocol):
     def __len__(self) -> int:
         """Number of images."""
 
+    def first(self, count: int) -> "Split":
+        """The first images, at most so many."""
+
 
 class Evaluation(Protocol):
     """Evaluates a model on the evaluation split. Every rank must call it."""
@@ -99,6 +102,8 @@ class Task:
         loader: this rank's micro-batches from a step on, given the model's meta.
         evaluation: of the evaluation split, given the model's meta.
         identity: the task's own keys that a resumed run must share, beyond `assembly.identity`.
+        length: the keys, with their values, that make a run so many epochs of so many images long,
+            and evaluate it at a period, in epochs.
         closing: called with the loader when the training has ended.
     """
 
@@ -111,4 +116,5 @@ class Task:
     loader: Callable[[CfgNode, Any, Meta, int], Iterable[Any]]
     evaluation: Callable[[CfgNode, Any, Meta, torch.device], Evaluation]
     identity: Callable[[CfgNode], dict[str, Any]]
+    length: Callable[[CfgNode, int, float, float], dict[str, Any]]
     closing: Callable[[Any], None] = lambda loader: None

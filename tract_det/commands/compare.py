@@ -1,0 +1,101 @@
+"""Trains the arms of an experiment with the same seeds, and says what TrAct does for it.
+
+    tract-det compare --config-file FILE --arms frozen,plain,tract --seeds 5
+    tract-det compare --config-file FILE --plan                        # runs, time, disk; no run
+    tract-det compare --config-file FILE --sweep MODEL.TRACT.LAMBDA=0.05,0.1,0.2
+    tract-det compare --config-file FILE --lengths 5,7,10 SOLVER.BASE_LR 0.05
+
+Runs with the same seed share initial weights and the order of the data. Detectors and classifiers
+alike; a length is in epochs. `KEY VALUE` pairs at the end hold for all runs. Finished runs are not
+run again, and interrupted ones go on where they stopped: give the same command again, with further
+arms, values, lengths or seeds if need be. Several runs beside each other (--jobs) get a GPU each,
+or a part of the CPU.
+
+The results are in `output/compare/<config>/`: `comparison.md` (the table and the verdicts),
+`comparison.png`, `comparison.json`, and the folder of each run. The differences are paired: each
+seed against itself, with a 95 % interval by Student's t. The speed-up is the baseline's length over
+the epoch at which an arm reaches the baseline's final figure; over several lengths, complete
+trainings are compared. tract_det/evaluation/comparison.py says what these figures cannot tell.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tract_det.config.arms import names as arms
+from tract_det.config.pairs import refuse_half_pairs
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _lengths(text: str) -> list[float]:
+    lengths = [float(word) for word in _words(text)]
+    if not lengths or any(not 0 < length < float("inf") for length in lengths):
+        raise argparse.ArgumentTypeError("positive numbers of epochs, such as 5,7,10")
+    return lengths
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    add = parser.add_argument
+    add("--config-file", action="append", required=True, metavar="FILE", help="as for a training")
+    add(
+        "--arms",
+        type=_words,
+        default=[],
+        metavar="A,B",
+        help=f"of {', '.join(arms())}; default: plain,tract, and frozen where there are weights",
+    )
+    add("--baseline", default="", metavar="ARM", help="default: plain, or else the first arm")
+    add("--seeds", type=_count, default=3, metavar="N", help="0 to N - 1 (%(default)s)")
+    add("--sweep", action="append", default=[], metavar="KEY=A,B", help="values of a key")
+    add("--lengths", type=_lengths, default=[], metavar="A,B", help="epochs; default: the config's")
+    add("--jobs", type=_count, default=0, metavar="N", help="default: the number of GPUs, or 1")
+    add("--output", type=Path, metavar="DIR", help="default: output/compare/<config>")
+    add("--plan", action="store_true", help="print runs, time and disk, and do nothing")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="for all runs")
+    args = parser.parse_args(argv)
+    refuse_half_pairs(args.opts)
+    return args
+
+
+def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Runs what is missing and reports; returns the exit code."""
+    args = _parse(parser, argv)
+    from tract_det import distributed
+    from tract_det.engine import jobs
+    from tract_det.training import comparison
+    from tract_det.training.comparison_estimate import estimate
+    from tract_det.training.comparison_runs import report, run_missing
+
+    sweeps = dict(comparison.parse_sweep(text) for text in args.sweep)
+    design = comparison.Design(
+        args.config_file,
+        args.arms,
+        sweeps,
+        args.lengths,
+        args.seeds,
+        args.baseline,
+        args.opts,
+        args.output,
+    )
+    planned = comparison.build(design)
+    gpus = jobs.visible_gpus(distributed.gpus())
+    number = args.jobs or len(gpus) or 1
+    cores = len(os.sched_getaffinity(0))
+    if args.plan:
+        print(estimate(planned, number, threads=max(1, cores // number)))
+        return 0
+    with jobs.sole_use(planned.output) as lock:
+        code = run_missing(planned, jobs.shares(number, gpus, cores), lock)
+        report(planned)
+    return code

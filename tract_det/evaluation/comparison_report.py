@@ -1,0 +1,209 @@
+"""The result of a comparison in words and as a table."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean
+
+from tract_det.evaluation.comparison import (
+    Arm,
+    Curve,
+    Difference,
+    Interval,
+    SpeedUp,
+    Summary,
+    paired_difference,
+    speed_up,
+    speed_up_over_lengths,
+    summarize,
+    verdict,
+)
+from tract_det.evaluation.student_t import t_interval
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of an arm at one length.
+
+    Attributes:
+        arm: its name.
+        epochs: length.
+        runs: the run of each seed; None if it failed.
+        seconds: training time of each finished run, by seed.
+        baseline: the arm that it is judged against; None = it is a baseline.
+    """
+
+    arm: str
+    epochs: float
+    runs: Mapping[int, Curve | None]
+    seconds: Mapping[int, float]
+    baseline: str | None
+
+    def as_arm(self) -> Arm:
+        """For the functions of `comparison`."""
+        return Arm(self.arm, self.runs)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Training time of an arm over that of its baseline: geometric mean over n common seeds.
+
+    Attributes:
+        ratio: 1.05 is 5 % longer.
+        interval: 95 % by Student's t on the logarithms; None for n = 1.
+        n: number of pairs.
+    """
+
+    ratio: float
+    interval: Interval | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A group with what is said of it. None where there is no baseline or no finished pair.
+
+    Attributes:
+        group: the runs.
+        summary: of the final metrics.
+        difference: to the baseline at the same length.
+        to_longest: to the baseline at its greatest length, for a shorter group.
+        speed_up: within this length.
+        cost: of a run, against the baseline's at the same length.
+    """
+
+    group: Group
+    summary: Summary
+    difference: Difference | None
+    to_longest: Difference | None
+    speed_up: SpeedUp | None
+    cost: Cost | None
+
+
+def judge(groups: Sequence[Group]) -> list[Row]:
+    """A row for each group, in their order."""
+    by_key = {(group.arm, group.epochs): group for group in groups}
+    longest = max(group.epochs for group in groups)
+    return [
+        _row(
+            group,
+            by_key.get((group.baseline or "", group.epochs)),
+            by_key.get((group.baseline or group.arm, longest)) if group.epochs < longest else None,
+        )
+        for group in groups
+    ]
+
+
+def _row(group: Group, baseline: Group | None, full: Group | None) -> Row:
+    def difference(other: Group | None) -> Difference | None:
+        if other is None or not _common(group, other):
+            return None
+        return paired_difference(group.as_arm(), other.as_arm())
+
+    is_comparable = baseline is not None and bool(_common(group, baseline))
+    return Row(
+        group,
+        summarize(group.as_arm()),
+        difference(baseline),
+        difference(full),
+        speed_up(group.as_arm(), baseline.as_arm()) if baseline and is_comparable else None,
+        _cost(group, baseline) if baseline and is_comparable else None,
+    )
+
+
+def _common(group: Group, other: Group) -> list[int]:
+    """The seeds that both finished."""
+    return [seed for seed in group.as_arm().curves if seed in other.as_arm().curves]
+
+
+def _cost(group: Group, baseline: Group) -> Cost:
+    seeds = _common(group, baseline)
+    ratios = [group.seconds[seed] / baseline.seconds[seed] for seed in seeds]
+    if len(ratios) == 1:
+        return Cost(ratios[0], None, 1)
+    low, high = t_interval([math.log(ratio) for ratio in ratios])
+    return Cost(geometric_mean(ratios), (math.exp(low), math.exp(high)), len(ratios))
+
+
+def verdicts(groups: Sequence[Group]) -> list[str]:
+    """A sentence on each arm that has a baseline: at the greatest length, and over lengths."""
+    longest = max(group.epochs for group in groups)
+    by_key = {(group.arm, group.epochs): group for group in groups}
+    sentences = []
+    for group in groups:
+        baseline = by_key.get((group.baseline or "", longest))
+        if group.epochs < longest or baseline is None:
+            continue
+        if not _common(group, baseline):
+            sentences.append(f"{group.arm}: no seed was finished by it and by {baseline.arm}.")
+            continue
+        arm, control = group.as_arm(), baseline.as_arm()
+        lengths = [other.as_arm() for other in groups if other.arm == group.arm]
+        over = None
+        if len(lengths) > 1 and _have_common_seed([*lengths, control]):
+            over = speed_up_over_lengths(lengths, control)
+        sentences.append(verdict(arm, control, speed_up(arm, control), over))
+    return sentences
+
+
+def _have_common_seed(arms: Iterable[Arm]) -> bool:
+    return bool(set.intersection(*(set(arm.curves) for arm in arms)))
+
+
+def table(rows: Sequence[Row], metric: str) -> str:
+    """In Markdown: a line for each row."""
+    longest = max(row.group.epochs for row in rows)
+    baselines = {row.group.baseline for row in rows if row.group.baseline}
+    control = baselines.pop() if len(baselines) == 1 else "its baseline"
+    has_lengths = any(row.group.epochs < longest for row in rows)
+    header = ["arm", "epochs", "runs", f"{metric}, %", f"against {control}"]
+    if has_lengths:
+        header.append(f"against {control} at {longest:g} epochs")
+    header += ["speed-up", "time"]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        cells = [row.group.arm, f"{row.group.epochs:g}", _runs(row.summary), _final(row.summary)]
+        cells.append(_points(row.difference))
+        if has_lengths:
+            cells.append(_points(row.to_longest))
+        lines.append([*cells, _speed_up(row.speed_up), _ratio(row.cost)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _runs(summary: Summary) -> str:
+    return f"{summary.n}" + (f", {summary.failed} failed" if summary.failed else "")
+
+
+def _final(summary: Summary) -> str:
+    if not summary.n:
+        return ""
+    return f"{summary.mean:.2f}" + (f" ± {summary.sd:.2f}" if summary.n > 1 else "")
+
+
+def _points(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    if difference.interval is None:
+        return f"{difference.mean:+.2f}"
+    low, high = difference.interval
+    return f"{difference.mean:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def _speed_up(speed: SpeedUp | None) -> str:
+    if speed is None:
+        return ""
+    if speed.interval is not None:
+        return f"{speed.low:.2f} ({speed.interval[0]:.2f} to {speed.interval[1]:.2f})"
+    if speed.low == speed.high:
+        return f"{speed.low:.2f}"
+    low = f"{speed.low:.2f}" if speed.low else ""
+    high = f"{speed.high:.2f}" if math.isfinite(speed.high) else ""
+    return f"{low} to {high}" if low and high else f"> {low}" if low else f"< {high}"
+
+
+def _ratio(cost: Cost | None) -> str:
+    if cost is None:
+        return ""
+    if cost.interval is None:
+        return f"x {cost.ratio:.2f}"
+    return f"x {cost.ratio:.2f} ({cost.interval[0]:.2f} to {cost.interval[1]:.2f})"

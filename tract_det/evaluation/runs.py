@@ -1,0 +1,74 @@
+"""What a training run has left in its folder: the curve of a metric and the time that it took."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tract_det.errors import UserError
+from tract_det.evaluation.comparison import Curve
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run, as far as it has come.
+
+    Attributes:
+        curve: the evaluations; None before the first one.
+        is_finished: whether the last step was evaluated.
+        seconds: wall time of the training steps, without evaluations and checkpoints.
+    """
+
+    curve: Curve | None
+    is_finished: bool
+    seconds: float
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, but for half a line at the end of a run that was killed.
+
+    Raises:
+        UserError: the file is missing, or a line is no JSON.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: give the OUTPUT_DIR of a training run")
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def read_run(folder: Path, metric: str, *, steps: int, batch: int, images: int) -> Record:
+    """Reads the run in a folder.
+
+    Args:
+        folder: its OUTPUT_DIR.
+        metric: which of the figures; those in [0, 100] are in per cent.
+        steps: its length.
+        batch: images per step.
+        images: of an epoch.
+
+    Raises:
+        UserError: `metrics.jsonl` is missing or damaged.
+    """
+    entries = read_entries(folder / "metrics.jsonl")
+    points = {
+        entry["iteration"]: math.nan if entry[metric] is None else entry[metric]
+        for entry in entries
+        if metric in entry
+    }
+    curve = None
+    if points and all(map(math.isfinite, points.values())):
+        epochs = np.array(sorted(points)) * batch / images
+        curve = Curve(epochs, np.array([points[step] for step in sorted(points)], dtype=float))
+    seconds, done = 0.0, 0
+    for entry in entries:
+        if "images_per_second" in entry:
+            seconds += (entry["iteration"] - done) * batch / entry["images_per_second"]
+            done = entry["iteration"]
+    is_finished = steps in points and (folder / "results.json").is_file()
+    return Record(curve, is_finished, seconds)

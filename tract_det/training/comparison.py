@@ -1,0 +1,265 @@
+"""The runs of a comparison: arms, swept keys, lengths and seeds, each run with its command.
+
+Runs that share seed and length share initial weights and the order of the data, whatever their arm.
+The length of a run is counted in epochs, for detectors as well, so that arms with other batches
+see as many images.
+"""
+
+import importlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fvcore.common.config import CfgNode
+
+from tract_det.config import tasks
+from tract_det.config.files import find_configs, flat, run_name
+from tract_det.errors import UserError
+from tract_det.training.task import Task
+
+# What a comparison sets itself, with what to use instead.
+_TAKEN = {"SEED": "--seeds", "OUTPUT_DIR": "--output", "ARM": "--arms"}
+
+# Keys that do not change what a run learns: a finished run counts whatever they were.
+_INCIDENTAL = {
+    *("OUTPUT_DIR", "LOG_PERIOD", "ARM", "MODEL.DEVICE", "DATASETS.ROOT", "DATASETS.CACHE"),
+    *("DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_EPOCHS"),
+    *("TEST.EVAL_PERIOD", "TEST.EVAL_EPOCHS", "TEST.IMS_PER_BATCH"),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An arm with values of the swept keys.
+
+    Attributes:
+        arm: its name.
+        settings: the swept keys that it has, with their values as typed.
+    """
+
+    arm: str
+    settings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`tract`, or `tract LAMBDA=0.05`."""
+        return " ".join([self.arm, *(f"{_short(key)}={value}" for key, value in self.settings)])
+
+    @property
+    def folder(self) -> str:
+        """The name, as a folder's."""
+        return self.name.replace(" ", "+").replace("/", "_")
+
+
+def _short(key: str) -> str:
+    for section in ("MODEL.TRACT.", "MODEL.", "SOLVER."):
+        if key.startswith(section):
+            return key.removeprefix(section)
+    return key
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run, finished or not.
+
+    Attributes:
+        variant: arm and swept values.
+        epochs: length.
+        steps: length in optimizer steps.
+        seed: SEED.
+        folder: OUTPUT_DIR.
+        arguments: what follows `tract-det` on the command line.
+        cfg: the configuration that they make.
+    """
+
+    variant: Variant
+    epochs: float
+    steps: int
+    seed: int
+    folder: Path
+    arguments: list[str]
+    cfg: CfgNode
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.variant.name}, {self.epochs:g} epochs, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Design:
+    """What is to be compared.
+
+    Attributes:
+        config_files: as for `--config-file`.
+        arms: names; [] = frozen, plain and tract, or plain and tract from random weights.
+        sweeps: values, as typed, of each swept key.
+        lengths: in epochs; [] = the config's own.
+        seeds: number of seeds, counted from 0.
+        baseline: the arm that the others are judged against; "" = plain, or else the first one.
+        pairs: `KEY VALUE` of all runs.
+        output: folder of the runs; None = output/compare/<config>.
+    """
+
+    config_files: Sequence[str]
+    arms: Sequence[str]
+    sweeps: Mapping[str, Sequence[str]]
+    lengths: Sequence[float]
+    seeds: int
+    baseline: str
+    pairs: Sequence[str]
+    output: Path | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs of a design.
+
+    Attributes:
+        task: of all runs.
+        runs: variants in the order asked for; of a variant, seeds before lengths.
+        variants: those of the runs, in order.
+        baselines: what each variant is judged against; None for a baseline.
+        images: of an epoch.
+        metric: the figure that is compared, TEST.BEST_METRIC.
+        output: the folder.
+    """
+
+    task: Task
+    runs: Sequence[PlannedRun]
+    variants: Sequence[Variant]
+    baselines: Mapping[Variant, Variant | None]
+    images: int
+    metric: str
+    output: Path
+
+
+def parse_sweep(text: str) -> tuple[str, list[str]]:
+    """`KEY=a,b,c`; a value in brackets may have commas.
+
+    Raises:
+        UserError: there is no key or no value.
+    """
+    key, equals, rest = text.partition("=")
+    values, depth = [""], 0
+    for character in rest:
+        depth += (character in "[(") - (character in "])")
+        if character == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += character
+    values = [value.strip() for value in values]
+    if not (key and equals and all(values)):
+        raise UserError(f"--sweep takes KEY=a,b,c, such as MODEL.TRACT.LAMBDA=0.05,0.1: not {text}")
+    if len(set(values)) < len(values):
+        raise UserError(f"--sweep {text}: a value is there twice")
+    return key, values
+
+
+def build(design: Design) -> Comparison:
+    """Plans all runs, and checks every configuration and the data before the first one starts.
+
+    Raises:
+        UserError: for whatever a run would be refused, and for keys that the comparison sets.
+    """
+    for key in design.pairs[::2]:
+        if key in _TAKEN:
+            raise UserError(f"{key} is set by the comparison: use {_TAKEN[key]}")
+    name = tasks.task_of(design.config_files)
+    load_cfg, verb = tasks.loader_of(name), tasks.VERBS[name]
+    task: Task = importlib.import_module(f"tract_det.training.{name}").TASK
+    first = load_cfg(design.config_files, design.pairs)
+    arms = list(design.arms) or _usual_arms(first)
+    baseline = design.baseline or ("plain" if "plain" in arms else arms[0])
+    if baseline not in arms:
+        raise UserError(f"--baseline {baseline} is none of the arms {', '.join(arms)}: add it")
+    variants = _variants(design, arms, load_cfg)
+    task.check(first)
+    images = len(task.read_data(first)[0])
+    steps = task.plan(first, images).max_iter
+    lengths = sorted(design.lengths) or [_rounded(steps * first.SOLVER.IMS_PER_BATCH / images)]
+    output = design.output or Path("output/compare", _name(design.config_files))
+    files = [part for name in design.config_files for part in ("--config-file", str(name))]
+    runs = []
+    for variant, seed, epochs in itertools.product(variants, range(design.seeds), lengths):
+        pairs = [*design.pairs, *itertools.chain(*variant.settings)]
+        cfg = load_cfg(design.config_files, pairs, variant.arm)
+        timing = task.length(cfg, images, epochs, _evaluation_period(epochs))
+        pairs += [
+            part for key, value in timing.items() if key not in pairs for part in (key, str(value))
+        ]
+        folder = output / variant.folder / f"{epochs:g}-epochs" / f"seed{seed}"
+        pairs += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
+        cfg = load_cfg(design.config_files, pairs, variant.arm)
+        max_iter = task.plan(cfg, images).max_iter
+        arguments = [verb, *files, "--arm", variant.arm, *pairs]
+        runs.append(PlannedRun(variant, epochs, max_iter, seed, folder, arguments, cfg))
+    baselines = {variant: baseline_of(variant, variants, baseline) for variant in variants}
+    return Comparison(task, runs, variants, baselines, images, first.TEST.BEST_METRIC, output)
+
+
+def _usual_arms(cfg: CfgNode) -> list[str]:
+    return ["frozen", "plain", "tract"] if cfg.MODEL.WEIGHTS else ["plain", "tract"]
+
+
+def _variants(design: Design, arms: Sequence[str], load_cfg: Any) -> list[Variant]:
+    """Every arm with every combination of the swept values; TrAct's keys only where it is on."""
+    variants = []
+    for arm in arms:
+        is_tract = load_cfg(design.config_files, design.pairs, arm).MODEL.TRACT.ENABLED
+        keys = [key for key in design.sweeps if is_tract or not key.startswith("MODEL.TRACT.")]
+        for values in itertools.product(*(design.sweeps[key] for key in keys)):
+            variants.append(Variant(arm, tuple(zip(keys, values, strict=True))))
+    return variants
+
+
+def _evaluation_period(epochs: float) -> float:
+    """In epochs: an evaluation an epoch, but five of a run at least and ten at most."""
+    return _rounded(max(epochs / 10, min(1.0, epochs / 5)))
+
+
+def _rounded(epochs: float) -> float:
+    return float(f"{epochs:.4g}")
+
+
+def _name(config_files: Sequence[str]) -> str:
+    return run_name([path for name in config_files for path in find_configs(name)[0]])
+
+
+def baseline_of(variant: Variant, variants: Sequence[Variant], arm: str) -> Variant | None:
+    """The variant of the baseline's arm that a variant is judged against.
+
+    It has the same values of the swept keys, as far as its arm has them. A variant of the same arm
+    as the baseline is judged against the first one. None for the baseline itself.
+    """
+    candidates = [other for other in variants if other.arm == arm]
+    if variant.arm != arm:
+        settings = set(variant.settings)
+        matching = [other for other in candidates if set(other.settings) <= settings]
+        return (matching or candidates)[0]
+    return candidates[0] if variant != candidates[0] else None
+
+
+def refuse_other_settings(run: PlannedRun) -> None:
+    """Refuses to take the run in a folder for another one.
+
+    Raises:
+        UserError: the run there was made with other settings; the message names the key.
+    """
+    path = run.folder / "config.yaml"
+    if not path.is_file():
+        return
+    before, now = flat(yaml.safe_load(path.read_text())), flat(run.cfg)
+    for key, value in now.items():
+        if key not in _INCIDENTAL and _plain(before.get(key, value)) != _plain(value):
+            raise UserError(
+                f"{run.folder} has a run with {key} {before[key]}, and this one has {value}: give "
+                "this comparison a folder of its own by --output"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

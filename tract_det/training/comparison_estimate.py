@@ -1,0 +1,132 @@
+"""Estimates what the runs of a comparison will take, from a few measured steps."""
+
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fvcore.common.config import CfgNode
+
+from tract_det.engine import checkpoint, ds
+from tract_det.engine.loop import Step, StopSignal, train
+from tract_det.engine.writers import clock
+from tract_det.errors import UserError
+from tract_det.training import assembly, session
+from tract_det.training.comparison import Comparison, PlannedRun
+from tract_det.training.comparison_runs import missing
+from tract_det.training.task import Task
+
+_WARM_UP, _MEASURED = 3, 10  # steps until the speed is steady, and those that count
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run costs here.
+
+    Attributes:
+        step: seconds of a training step.
+        evaluation: seconds of an evaluation.
+        weights: bytes of a weight file.
+        checkpoint: bytes of a checkpoint.
+    """
+
+    step: float
+    evaluation: float
+    weights: int
+    checkpoint: int
+
+
+def estimate(planned: Comparison, jobs: int, threads: int) -> str:
+    """The runs, with the time and the disk space that they will take, from a few measured steps.
+
+    Args:
+        planned: all runs.
+        jobs: runs beside each other.
+        threads: of a run on a CPU.
+    """
+    todo = missing(planned)
+    measured: dict[tuple, Measured] = {}
+    lines, total, disk = [], 0.0, 0
+    for variant in planned.variants:
+        runs = [run for run in todo if run.variant == variant]
+        finished = sum(run.variant == variant for run in planned.runs) - len(runs)
+        if not runs:
+            lines.append(f"{variant.name}: {finished} runs, all done")
+            continue
+        # TrAct's own numbers do not change what a step costs.
+        others = [pair for pair in variant.settings if not pair[0].startswith("MODEL.TRACT.")]
+        kind = (variant.arm, *others)
+        if kind not in measured:
+            measured[kind] = measure(planned.task, runs[0].cfg, threads)
+        cost = measured[kind]
+        seconds = sum(_seconds(planned, run, cost) for run in runs)
+        total += seconds
+        disk += len(runs) * 2 * cost.weights  # model_best.pth and model_final.pth
+        lines.append(
+            f"{variant.name}: {len(runs)} runs to be made, {finished} done; {cost.step:.3g} s a "
+            f"step, {cost.evaluation:.3g} s an evaluation, {clock(seconds)} in all"
+        )
+    # A new checkpoint is complete before the one before it is deleted.
+    disk += 2 * jobs * max((cost.checkpoint for cost in measured.values()), default=0)
+    lines.append(
+        f"{len(todo)} of {len(planned.runs)} runs, {jobs} at a time: {clock(total / jobs)}, "
+        f"{disk / 2**30:.2f} GiB in {planned.output}"
+    )
+    return "\n".join(lines)
+
+
+def _seconds(planned: Comparison, run: PlannedRun, cost: Measured) -> float:
+    plan = planned.task.plan(run.cfg, planned.images)
+    done = 0
+    with contextlib.suppress(UserError):
+        done = int(checkpoint.last(run.folder).removeprefix("iter_"))
+    steps = plan.max_iter - done
+    evaluations = steps / plan.eval_period if plan.eval_period else 1
+    return steps * cost.step + max(1, evaluations) * cost.evaluation
+
+
+def measure(task: Task, cfg: CfgNode, threads: int) -> Measured:
+    """Trains a few steps, evaluates a few images and saves a checkpoint, in a temporary folder."""
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as scratch:
+        device = ds.start(cfg.MODEL.DEVICE)
+        if device.type == "cpu":
+            torch.set_num_threads(threads)
+        torch.manual_seed(cfg.SEED)
+        training, test = task.read_data(cfg)
+        built = task.build_model(cfg, task.read_weights(cfg), training.class_names, False)
+        assembly.put_tract(cfg, built.model, built.input_variance)
+        engine, _ = session.prepare(cfg, built, device)
+        steps: list[Step] = []
+        with StopSignal() as stop:
+            train(
+                engine,
+                task.loader(cfg, training, built.meta, 0),
+                start=0,
+                max_iter=_WARM_UP + _MEASURED,
+                accumulation=cfg.SOLVER.ACCUMULATION,
+                lr_at=lambda step: 0.0,
+                after_step=steps.append,
+                stop=stop,
+                memory_format=built.memory_format,
+            )
+        network = ds.whole_model(engine)
+        few = min(len(test), max(8, 2 * cfg.TEST.IMS_PER_BATCH))
+        times = []
+        for count in (few, 3 * few):
+            began = time.perf_counter()
+            task.evaluation(cfg, test.first(count), built.meta, device)(network, None)
+            times.append(time.perf_counter() - began)
+        an_image = max(0.0, times[1] - times[0]) / (2 * few)
+        checkpoint.save_weights(Path(scratch, "weights.pth"), built.model, {})
+        checkpoint.save(engine, Path(scratch, "run"), 1, {})
+        ds.stop()
+        return Measured(
+            statistics.median(step.seconds for step in steps[_WARM_UP:]),
+            times[0] + an_image * (len(test) - few),
+            Path(scratch, "weights.pth").stat().st_size,
+            sum(path.stat().st_size for path in Path(scratch, "run").rglob("*") if path.is_file()),
+        )

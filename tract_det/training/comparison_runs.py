@@ -1,0 +1,193 @@
+"""Makes the runs of a comparison and reports what they say."""
+
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+from tract_det.engine import provenance
+from tract_det.engine.jobs import Ended, Job, run_jobs
+from tract_det.engine.writers import clock
+from tract_det.errors import DivergedError, UserError
+from tract_det.evaluation.comparison import Curve, mean_curve
+from tract_det.evaluation.comparison_report import Group, judge, table, verdicts
+from tract_det.evaluation.runs import Record, read_run
+from tract_det.files import write_json, write_text
+from tract_det.training.comparison import (
+    Comparison,
+    PlannedRun,
+    Variant,
+    refuse_other_settings,
+)
+from tract_det.visualize import Line, comparison
+
+# A run that diverged has this file, with the error: it would diverge again.
+_DIVERGED = "diverged.txt"
+_LOG = "log.txt"
+
+
+def read(planned: Comparison, run: PlannedRun) -> Record | None:
+    """What a run has left; None if it has not begun."""
+    if not (run.folder / "metrics.jsonl").is_file():
+        return None
+    return read_run(
+        run.folder,
+        planned.metric,
+        steps=run.steps,
+        batch=run.cfg.SOLVER.IMS_PER_BATCH,
+        images=planned.images,
+    )
+
+
+def _has_diverged(run: PlannedRun) -> bool:
+    return (run.folder / _DIVERGED).is_file()
+
+
+def missing(planned: Comparison) -> list[PlannedRun]:
+    """The runs that are neither finished nor diverged.
+
+    Raises:
+        UserError: a folder has a run with other settings.
+    """
+    runs = []
+    for run in planned.runs:
+        refuse_other_settings(run)
+        record = read(planned, run)
+        if not (record and record.is_finished) and not _has_diverged(run):
+            runs.append(run)
+    return runs
+
+
+def run_missing(
+    planned: Comparison, environments: Sequence[Mapping[str, str]], lock: IO[str]
+) -> int:
+    """Makes the runs that are missing; goes on with those that were interrupted.
+
+    Args:
+        planned: all runs.
+        environments: of the runs beside each other; see `jobs.shares`.
+        lock: of the comparison's folder.
+
+    Returns:
+        An exit code: 0 if every run finished or diverged.
+    """
+    todo = missing(planned)
+    done = len(planned.runs) - len(todo)
+    print(
+        f"{len(planned.runs)} runs, {done} of them done; {len(environments)} at a time", flush=True
+    )
+    by_name = {run.name: run for run in todo}
+    failures: list[str] = []
+
+    def on_end(ended: Ended) -> None:
+        nonlocal done
+        done += 1
+        run = by_name[ended.job.name]
+        outcome = _settle(planned, run, ended)
+        if outcome.startswith("failed"):
+            failures.append(run.name)
+        progress = f"[{done}/{len(planned.runs)}] {run.name}"
+        print(f"{progress}: {outcome} ({clock(ended.seconds)})", flush=True)
+
+    stopped_by = run_jobs([_job(run) for run in todo], environments, lock=lock, on_end=on_end)
+    if stopped_by:
+        print("stopped: the same command goes on from here", flush=True)
+        return 128 + stopped_by
+    return 1 if failures else 0
+
+
+def _job(run: PlannedRun) -> Job:
+    verb, *arguments = run.arguments
+    resume = ["--resume"] if (run.folder / "last_checkpoint").is_file() else []
+    command = [sys.executable, "-m", "tract_det.cli", verb, *resume, *arguments]
+    return Job(run.name, command, run.folder / _LOG)
+
+
+def _settle(planned: Comparison, run: PlannedRun, ended: Ended) -> str:
+    """Notes how a run has ended; returns it in words."""
+    log = run.folder / _LOG
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = lines[-1].removeprefix("error: ") if lines else "without a word"
+    if ended.code == DivergedError.exit_code:
+        write_text(run.folder / _DIVERGED, last + "\n")
+        return f"diverged: {last}"
+    record = read(planned, run)
+    if ended.code == 0 and record and record.is_finished and record.curve:
+        # Nothing resumes a finished run, and an optimizer's state is larger than the weights.
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+        (run.folder / "last_checkpoint").unlink(missing_ok=True)
+        return f"{planned.metric} {record.curve.values[-1]:.2f}"
+    if "go on with --resume" in last:
+        return "stopped, its checkpoint is saved"
+    return f"failed: {last} (see {log})"
+
+
+# The report
+
+
+def groups(planned: Comparison) -> tuple[list[Group], list[dict[str, Any]]]:
+    """The runs by arm and length, and a plain record of each run for JSON."""
+    curves: dict[tuple[Variant, float], dict[int, Curve | None]] = {}
+    seconds: dict[tuple[Variant, float], dict[int, float]] = {}
+    records = []
+    for run in planned.runs:
+        record = read(planned, run)
+        key, status = (run.variant, run.epochs), "missing"
+        if record and record.is_finished and record.curve:
+            status = "finished"
+            curves.setdefault(key, {})[run.seed] = record.curve
+            seconds.setdefault(key, {})[run.seed] = record.seconds
+        elif _has_diverged(run) or (record and record.is_finished):  # the last figure is no number
+            status = "diverged"
+            curves.setdefault(key, {})[run.seed] = None
+        records.append(
+            {
+                "arm": run.variant.name,
+                "epochs": run.epochs,
+                "seed": run.seed,
+                "status": status,
+                "folder": str(run.folder),
+                "curve": record.curve if record else None,
+                "training_seconds": record.seconds if record else None,
+                "starts": provenance.read(run.folder),
+            }
+        )
+    arms = []
+    for (variant, epochs), runs in curves.items():
+        baseline = planned.baselines[variant]
+        name = baseline.name if baseline else None
+        times = seconds.get((variant, epochs), {})
+        arms.append(Group(variant.name, epochs, runs, times, name))
+    order = [variant.name for variant in planned.variants]
+    return sorted(arms, key=lambda group: (order.index(group.arm), group.epochs)), records
+
+
+def report(planned: Comparison) -> None:
+    """Prints the table and the verdicts; writes them, the picture and the JSON.
+
+    Raises:
+        UserError: no run is finished.
+    """
+    arms, records = groups(planned)
+    if not any(run is not None for group in arms for run in group.runs.values()):
+        raise UserError(f"no run in {planned.output} is finished: nothing to compare yet")
+    rows = judge(arms)
+    text = "\n\n".join([table(rows, planned.metric), *verdicts(arms)])
+    print(f"\n{text}\n")
+    write_text(planned.output / "comparison.md", text + "\n")
+    comparison(planned.output / "comparison.png", [_line(group) for group in arms], planned.metric)
+    content = {
+        "metric": planned.metric,
+        "images": planned.images,
+        "rows": rows,
+        "verdicts": verdicts(arms),
+        "runs": records,
+    }
+    write_json(planned.output / "comparison.json", content)
+    print(f"wrote comparison.md, .png and .json to {planned.output}")
+
+
+def _line(group: Group) -> Line:
+    arm = group.as_arm()
+    curve = mean_curve(arm)
+    return Line(group.arm, group.epochs, curve.epochs, curve.mean, curve.sd, arm.finals)
