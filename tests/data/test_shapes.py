@@ -55,7 +55,7 @@ def test_boxes_are_where_the_pixels_changed():
     while shape is None or shape.truncated:
         shape = shapes._random_shape(rng, 128, 160)
     ground = np.full((128, 160, 3), 0.5)
-    changed = np.abs(shapes._paint(rng, ground, shape) - ground).max(axis=2)
+    changed = np.abs(shapes.paint_shape(rng, ground, shape) - ground).max(axis=2)
     rows, columns = np.nonzero(changed > 0.3)
     changed_box = (columns.min() + 1, rows.min() + 1, columns.max() + 1, rows.max() + 1)
     assert changed_box == pytest.approx(shape.box, abs=1)

@@ -9,14 +9,13 @@ Every image is a pure function of its number, so that every machine draws the sa
 
 import colorsys
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from tract_det.data.voc_tree import TreeObject, add_image, add_split, new_tree
 from tract_det.errors import UserError
 
 SHAPES_CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
@@ -107,7 +106,7 @@ def draw_scene(number: int) -> tuple[np.ndarray, list[Shape]]:
     """Image `number`: (H, W, 3) uint8 pixels, and its 1 to 5 objects from back to front."""
     rng = np.random.default_rng((_VERSION, number))
     width, height = _CANVASES[rng.choice(3, p=_CANVAS_SHARES)]
-    image = _background(rng, height, width)
+    image = draw_background(rng, height, width)
     shapes: list[Shape] = []
     wanted = rng.integers(1, 6)
     for _ in range(4 * wanted):  # an object that hides too much of another is replaced
@@ -116,61 +115,87 @@ def draw_scene(number: int) -> tuple[np.ndarray, list[Shape]]:
         shape = _random_shape(rng, height, width)
         if shape is None or not _may_be_drawn(rng, shapes, shape):
             continue
-        image = _paint(rng, image, shape)
+        image = paint_shape(rng, image, shape)
         shapes.append(shape)
     return np.rint(image * 255).astype(np.uint8), shapes
 
 
+def place_shape(
+    name: str, size: float, angle: float, centre: np.ndarray, canvas: tuple[int, int]
+) -> Shape:
+    """An object that is not painted yet.
+
+    Args:
+        name: Its class.
+        size: Diameter in pixels of the circle through its corners.
+        angle: Its rotation in radians; circles and rings have none.
+        centre: (x, y) in pixels, counted from the image's upper left corner.
+        canvas: Height and width of the image in pixels.
+    """
+    m = _MARGIN
+    alpha = _alpha(name, size, angle, centre + m, (canvas[0] + 2 * m, canvas[1] + 2 * m))
+    return Shape(name, alpha[m:-m, m:-m], int((alpha >= _COVERED).sum()))
+
+
+def paint_shape(rng: np.random.Generator, image: np.ndarray, shape: Shape) -> np.ndarray:
+    """(H, W, 3) float image with the bevelled shape over it, in a colour that stands out.
+
+    One shape in 25 does not stand out and is marked difficult.
+    """
+    behind = image[shape.mask].mean(axis=0)
+    shape.difficult = bool(rng.random() < 0.04)
+    colour = _hsv(rng, saturation=(0.35, 0.95), value=(0.45, 1.0))
+    for _ in range(20):
+        if np.linalg.norm(colour - behind) > 0.45:
+            break
+        colour = _hsv(rng, saturation=(0.35, 0.95), value=(0.25, 1.0))
+    if shape.difficult:
+        colour = behind + 0.2 * (colour - behind)
+    soft = _blur(shape.alpha, 2.0)
+    bevel = sum(np.gradient(soft))  # light from the upper left
+    shadow = np.zeros_like(soft)
+    if not shape.difficult:
+        shadow[2:, 2:] = 0.4 * _blur(shape.alpha, 2.5)[:-2, :-2]
+    ground = image * (1 - shadow * (1 - shape.alpha))[..., None]
+    surface = np.clip(
+        colour + (0.9 * bevel + 0.015 * rng.standard_normal(soft.shape))[..., None], 0, 1
+    )
+    return ground + shape.alpha[..., None] * (surface - ground)
+
+
+def draw_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) float in 0..1: two muted colours mixed by noise, a gradient or stripes."""
+    noise = _noise(rng, height, width)
+    y, x = np.mgrid[:height, :width]
+    angle = rng.uniform(0, 2 * np.pi)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    kind = rng.choice(("noise", "gradient", "stripes"), p=(0.4, 0.25, 0.35))
+    if kind == "noise":
+        mix = noise
+    elif kind == "gradient":
+        mix = 0.7 * (along - along.min()) / np.ptp(along) + 0.3 * noise
+    else:
+        wave = np.sin(2 * np.pi * along / rng.uniform(8, 40) + rng.uniform(1, 8) * noise)
+        mix = 0.5 + rng.uniform(0.2, 0.45) * wave + 0.3 * (noise - 0.5)
+    value = rng.uniform(0.3, 0.9)
+    first = _hsv(rng, saturation=(0.1, 0.5), value=(value, value))
+    second = _hsv(rng, saturation=(0.1, 0.5), value=(value - 0.35, value + 0.2))
+    grain = 0.02 * rng.standard_normal((height, width, 1))
+    return np.clip(first + mix[..., None] * (second - first) + grain, 0, 1)
+
+
 def _draw_tree(root: Path) -> None:
-    root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
-        for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
-            (temporary / folder).mkdir(parents=True)
+    with new_tree(root) as tree:
         number = 0
         for split, count in _IMAGES.items():
             ids = [f"{number + i:06d}" for i in range(count)]
             for i, image_id in enumerate(ids):
                 image, shapes = draw_scene(number + i)
-                path = temporary / "JPEGImages" / f"{image_id}.jpg"
-                Image.fromarray(image).save(path, quality=92, subsampling=0)
-                xml = _annotation(image_id, image.shape, shapes)
-                (temporary / "Annotations" / f"{image_id}.xml").write_text(xml)
-            lines = "".join(f"{image_id}\n" for image_id in ids)
-            (temporary / "ImageSets" / "Main" / f"{split}.txt").write_text(lines)
+                objects = [TreeObject(s.name, s.box, s.truncated, s.difficult) for s in shapes]
+                name = f"{image_id}.jpg"
+                add_image(tree, name, image, objects, source="shapes", quality=92, subsampling=0)
+            add_split(tree, split, ids)
             number += count
-        temporary.chmod(0o755)  # mkdtemp's folder is readable by its owner only
-        try:
-            temporary.rename(root)
-        except OSError:
-            if not root.is_dir():  # otherwise another process has put the same tree there
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _annotation(image_id: str, shape: tuple[int, ...], shapes: list[Shape]) -> str:
-    objects = "".join(
-        f"""\
-  <object>
-    <name>{s.name}</name>
-    <pose>Unspecified</pose>
-    <truncated>{int(s.truncated)}</truncated>
-    <difficult>{int(s.difficult)}</difficult>
-    <bndbox>
-      <xmin>{s.box[0]}</xmin><ymin>{s.box[1]}</ymin><xmax>{s.box[2]}</xmax><ymax>{s.box[3]}</ymax>
-    </bndbox>
-  </object>
-"""
-        for s in shapes
-    )
-    return f"""\
-<annotation>
-  <folder>shapes</folder>
-  <filename>{image_id}.jpg</filename>
-  <size><width>{shape[1]}</width><height>{shape[0]}</height><depth>3</depth></size>
-{objects}</annotation>
-"""
 
 
 def _random_shape(rng: np.random.Generator, height: int, width: int) -> Shape | None:
@@ -179,13 +204,8 @@ def _random_shape(rng: np.random.Generator, height: int, width: int) -> Shape | 
     size = float(np.exp(rng.uniform(*np.log(_SIZES)))) * _SCALE[name]
     angle = rng.uniform(-_MAX_ROTATION, _MAX_ROTATION)
     centre = rng.uniform(0.3 * size, (width - 0.3 * size, height - 0.3 * size))
-    m = _MARGIN
-    alpha_with_margin = _alpha(name, size, angle, centre + m, (height + 2 * m, width + 2 * m))
-    alpha = alpha_with_margin[m:-m, m:-m]
-    area = int((alpha_with_margin >= _COVERED).sum())
-    if (alpha >= _COVERED).sum() < 0.8 * area:
-        return None
-    return Shape(name, alpha, area)
+    shape = place_shape(name, size, angle, centre, (height, width))
+    return shape if shape.mask.sum() >= 0.8 * shape.area else None
 
 
 def _alpha(
@@ -245,53 +265,6 @@ def _may_be_drawn(rng: np.random.Generator, shapes: list[Shape], new: Shape) -> 
     for shape in mostly_hidden:
         shape.difficult = True
     return True
-
-
-def _paint(rng: np.random.Generator, image: np.ndarray, shape: Shape) -> np.ndarray:
-    """(H, W, 3) float image with the bevelled shape over it, in a colour that stands out.
-
-    One shape in 25 does not stand out and is marked difficult.
-    """
-    behind = image[shape.mask].mean(axis=0)
-    shape.difficult = bool(rng.random() < 0.04)
-    colour = _hsv(rng, saturation=(0.35, 0.95), value=(0.45, 1.0))
-    for _ in range(20):
-        if np.linalg.norm(colour - behind) > 0.45:
-            break
-        colour = _hsv(rng, saturation=(0.35, 0.95), value=(0.25, 1.0))
-    if shape.difficult:
-        colour = behind + 0.2 * (colour - behind)
-    soft = _blur(shape.alpha, 2.0)
-    bevel = sum(np.gradient(soft))  # light from the upper left
-    shadow = np.zeros_like(soft)
-    if not shape.difficult:
-        shadow[2:, 2:] = 0.4 * _blur(shape.alpha, 2.5)[:-2, :-2]
-    ground = image * (1 - shadow * (1 - shape.alpha))[..., None]
-    surface = np.clip(
-        colour + (0.9 * bevel + 0.015 * rng.standard_normal(soft.shape))[..., None], 0, 1
-    )
-    return ground + shape.alpha[..., None] * (surface - ground)
-
-
-def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) float in 0..1: two muted colours mixed by noise, a gradient or stripes."""
-    noise = _noise(rng, height, width)
-    y, x = np.mgrid[:height, :width]
-    angle = rng.uniform(0, 2 * np.pi)
-    along = x * np.cos(angle) + y * np.sin(angle)
-    kind = rng.choice(("noise", "gradient", "stripes"), p=(0.4, 0.25, 0.35))
-    if kind == "noise":
-        mix = noise
-    elif kind == "gradient":
-        mix = 0.7 * (along - along.min()) / np.ptp(along) + 0.3 * noise
-    else:
-        wave = np.sin(2 * np.pi * along / rng.uniform(8, 40) + rng.uniform(1, 8) * noise)
-        mix = 0.5 + rng.uniform(0.2, 0.45) * wave + 0.3 * (noise - 0.5)
-    value = rng.uniform(0.3, 0.9)
-    first = _hsv(rng, saturation=(0.1, 0.5), value=(value, value))
-    second = _hsv(rng, saturation=(0.1, 0.5), value=(value - 0.35, value + 0.2))
-    grain = 0.02 * rng.standard_normal((height, width, 1))
-    return np.clip(first + mix[..., None] * (second - first) + grain, 0, 1)
 
 
 def _noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
