@@ -1,8 +1,9 @@
-"""Runs a benchmark program; each compares with its neighbours in one run, by ratios.
+"""Runs a benchmark program; those that measure compare within one run, by ratios.
 
     tract-det bench stem             what TrAct costs: stem forward + backward, error, memory
     tract-det bench train            the trainer against a bare PyTorch loop
     tract-det bench data             reading and augmenting images against plain PIL + torchvision
+    tract-det bench pasted FOLDER    a detection set to compare arms on, varied in one thing
     tract-det bench stem --help      the arguments of one of them
 
 The programs, and what they measured, are in `benchmarks/`.
