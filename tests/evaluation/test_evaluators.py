@@ -22,8 +22,8 @@ from tests.evaluation.detections import (
 )
 from tract_det.errors import UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator, format_table
-from tract_det.files import write_json
 from tract_det.evaluation.metrics import METRICS
+from tract_det.files import write_json
 
 # ---- Results. ----
 

@@ -7,7 +7,7 @@ see as many images.
 
 import importlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from tract_det.config import tasks
 from tract_det.config.files import find_configs, flat, run_name
 from tract_det.errors import UserError
 from tract_det.training.task import Task
+
+LoadCfg = Callable[..., CfgNode]
 
 # What a comparison sets itself, with what to use instead.
 _TAKEN = {"SEED": "--seeds", "OUTPUT_DIR": "--output", "ARM": "--arms"}
@@ -120,7 +122,7 @@ class Comparison:
 
     Attributes:
         task: of all runs.
-        runs: variants in the order asked for; of a variant, seeds before lengths.
+        runs: those of a seed together, so that what is done can be compared early.
         variants: those of the runs, in order.
         baselines: what each variant is judged against; None for a baseline.
         images: of an epoch.
@@ -169,10 +171,12 @@ def build(design: Design) -> Comparison:
         if key in _TAKEN:
             raise UserError(f"{key} is set by the comparison: use {_TAKEN[key]}")
     name = tasks.task_of(design.config_files)
-    load_cfg, verb = tasks.loader_of(name), tasks.VERBS[name]
+    load_cfg = tasks.loader_of(name)
     task: Task = importlib.import_module(f"tract_det.training.{name}").TASK
     first = load_cfg(design.config_files, design.pairs)
     arms = list(design.arms) or _usual_arms(first)
+    if len(set(arms)) < len(arms):
+        raise UserError(f"--arms {','.join(arms)}: an arm is there twice")
     baseline = design.baseline or ("plain" if "plain" in arms else arms[0])
     if baseline not in arms:
         raise UserError(f"--baseline {baseline} is none of the arms {', '.join(arms)}: add it")
@@ -181,31 +185,39 @@ def build(design: Design) -> Comparison:
     images = len(task.read_data(first)[0])
     steps = task.plan(first, images).max_iter
     lengths = sorted(design.lengths) or [_rounded(steps * first.SOLVER.IMS_PER_BATCH / images)]
-    output = design.output or Path("output/compare", _name(design.config_files))
+    paths = [path for name in design.config_files for path in find_configs(name)[0]]
+    output = design.output or Path("output/compare", run_name(paths))
     files = [part for name in design.config_files for part in ("--config-file", str(name))]
     runs = []
-    for variant, seed, epochs in itertools.product(variants, range(design.seeds), lengths):
-        pairs = [*design.pairs, *itertools.chain(*variant.settings)]
-        cfg = load_cfg(design.config_files, pairs, variant.arm)
-        timing = task.length(cfg, images, epochs, _evaluation_period(epochs))
-        pairs += [
-            part for key, value in timing.items() if key not in pairs for part in (key, str(value))
-        ]
+    for seed, epochs, variant in itertools.product(range(design.seeds), lengths, variants):
         folder = output / variant.folder / f"{epochs:g}-epochs" / f"seed{seed}"
+        pairs = _pairs(design, task, load_cfg, variant, images, epochs)
         pairs += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
         cfg = load_cfg(design.config_files, pairs, variant.arm)
         max_iter = task.plan(cfg, images).max_iter
-        arguments = [verb, *files, "--arm", variant.arm, *pairs]
+        arguments = [tasks.VERBS[name], *files, "--arm", variant.arm, *pairs]
         runs.append(PlannedRun(variant, epochs, max_iter, seed, folder, arguments, cfg))
     baselines = {variant: baseline_of(variant, variants, baseline) for variant in variants}
     return Comparison(task, runs, variants, baselines, images, first.TEST.BEST_METRIC, output)
+
+
+def _pairs(
+    design: Design, task: Task, load_cfg: LoadCfg, variant: Variant, images: int, epochs: float
+) -> list[str]:
+    """The `KEY VALUE` of a run, without those of its seed."""
+    pairs = [*design.pairs, *itertools.chain(*variant.settings)]
+    cfg = load_cfg(design.config_files, pairs, variant.arm)
+    for key, value in task.length(cfg, images, epochs, _evaluation_period(epochs)).items():
+        if not (key.startswith("TEST.") and key in design.pairs):  # the user's own period
+            pairs += [key, str(value)]
+    return pairs
 
 
 def _usual_arms(cfg: CfgNode) -> list[str]:
     return ["frozen", "plain", "tract"] if cfg.MODEL.WEIGHTS else ["plain", "tract"]
 
 
-def _variants(design: Design, arms: Sequence[str], load_cfg: Any) -> list[Variant]:
+def _variants(design: Design, arms: Sequence[str], load_cfg: LoadCfg) -> list[Variant]:
     """Every arm with every combination of the swept values; TrAct's keys only where it is on."""
     variants = []
     for arm in arms:
@@ -223,10 +235,6 @@ def _evaluation_period(epochs: float) -> float:
 
 def _rounded(epochs: float) -> float:
     return float(f"{epochs:.4g}")
-
-
-def _name(config_files: Sequence[str]) -> str:
-    return run_name([path for name in config_files for path in find_configs(name)[0]])
 
 
 def baseline_of(variant: Variant, variants: Sequence[Variant], arm: str) -> Variant | None:

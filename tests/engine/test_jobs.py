@@ -1,0 +1,136 @@
+"""Jobs beside each other: their shares of the machine, their order, signals and the lock."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from tests.conftest import REPO
+from tract_det.engine.jobs import Job, run_jobs, shares, sole_use, visible_gpus
+from tract_det.errors import UserError
+
+
+def job(folder, name, code):
+    return Job(name, [sys.executable, "-c", textwrap.dedent(code)], folder / name / "log.txt")
+
+
+def run_all(folder, jobs, environments):
+    ended = []
+    with sole_use(folder) as lock:
+        code = run_jobs(jobs, environments, lock=lock, on_end=ended.append)
+    return code, {end.job.name: end.code for end in ended}
+
+
+def test_every_job_runs_once_and_its_exit_code_and_output_are_kept(tmp_path):
+    jobs = [job(tmp_path, str(i), f"print('job', {i}); raise SystemExit({i})") for i in range(3)]
+    code, ended = run_all(tmp_path, jobs, [{}, {}])
+    assert code == 0 and ended == {"0": 0, "1": 1, "2": 2}
+    assert (tmp_path / "2" / "log.txt").read_text() == "job 2\n"
+
+
+def test_a_second_run_appends_to_the_log(tmp_path):
+    for _ in range(2):
+        run_all(tmp_path, [job(tmp_path, "a", "print('x')")], [{}])
+    assert (tmp_path / "a" / "log.txt").read_text() == "x\nx\n"
+
+
+def test_no_more_jobs_run_beside_each_other_than_there_are_shares(tmp_path):
+    code = f"""
+        import os, time
+        path = {str(tmp_path)!r} + "/running-" + os.environ["SHARE"]
+        open(path, "x").close()  # refused if another job has this share
+        time.sleep(0.2)
+        os.remove(path)
+    """
+    jobs = [job(tmp_path, str(i), code) for i in range(5)]
+    _, ended = run_all(tmp_path, jobs, [{"SHARE": "a"}, {"SHARE": "b"}])
+    assert set(ended.values()) == {0} and len(ended) == 5
+
+
+def test_each_job_gets_a_gpu_or_a_part_of_the_cpu():
+    assert shares(3, ["4", "7"], 8) == [
+        {"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "7"}, {"CUDA_VISIBLE_DEVICES": "4"},
+    ]  # fmt: skip
+    assert shares(2, [], 8) == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert shares(4, [], 2) == [{"OMP_NUM_THREADS": "1"}] * 4
+
+
+def test_only_gpus_that_this_process_may_use_are_shared(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5")
+    assert visible_gpus(2) == ["2", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus(3) == ["0", "1", "2"]
+    assert visible_gpus(0) == []
+
+
+def test_a_folder_has_one_user_at_a_time(tmp_path):
+    with sole_use(tmp_path), pytest.raises(UserError, match="in use by another process"):
+        sole_use(tmp_path).__enter__()
+    with sole_use(tmp_path):
+        pass
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from tract_det.engine.jobs import Job, run_jobs, sole_use
+folder = Path(sys.argv[1])
+code = '''
+import os, signal, sys, time
+def save(*_):
+    print("saved", flush=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+print("ready", os.getpid(), flush=True)
+time.sleep(60)
+'''
+jobs = [Job(n, [sys.executable, "-c", code], folder / f"{n}.log") for n in ("a", "b")]
+with sole_use(folder) as lock:
+    print("code", run_jobs(jobs, [{}], lock=lock, on_end=lambda end: print("ended", end.code)))
+"""
+
+
+@contextlib.contextmanager
+def program(folder):
+    """`PROGRAM` with its first job ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder)], cwd=REPO, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        while not ((folder / "a.log").is_file() and (folder / "a.log").read_text().endswith("\n")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_signal_lets_the_running_job_save_and_starts_no_other(tmp_path):
+    with program(tmp_path) as process:
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=30)
+    assert printed == f"ended 143\ncode {int(signal.SIGINT)}\n"
+    assert (tmp_path / "a.log").read_text().endswith("\nsaved\n")
+    assert not (tmp_path / "b.log").exists()
+
+
+def test_the_lock_is_held_until_the_last_job_of_a_killed_program_is_gone(tmp_path):
+    with program(tmp_path) as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with pytest.raises(UserError, match="the runs that it left"):
+            sole_use(tmp_path).__enter__()
+        orphan = (tmp_path / "a.log").read_text().split()[1]
+        os.kill(int(orphan), signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with contextlib.suppress(UserError), sole_use(tmp_path):
+                return
+            time.sleep(0.05)
+    raise AssertionError("the lock was never free")

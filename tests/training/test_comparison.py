@@ -1,0 +1,221 @@
+"""The runs of a comparison: which there are, with which keys, and what their folders say of them."""
+
+import json
+
+import pytest
+import yaml
+
+from tests.training.image_folder import write_image_folder
+from tract_det.config.files import flat
+from tract_det.errors import UserError
+from tract_det.training.comparison import (
+    Design,
+    Variant,
+    baseline_of,
+    build,
+    parse_sweep,
+    refuse_other_settings,
+)
+from tract_det.training.comparison_runs import groups, missing, report
+
+CLASSIFIER = "CIFAR/cpu_small.yaml"
+DETECTOR = "quickstart/shapes.yaml"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_image_folder(tmp_path_factory.mktemp("images"))  # 32 for training
+
+
+def design(output, images=None, config=CLASSIFIER, **changes):
+    pairs = changes.pop("pairs", [])
+    if images:
+        pairs = ["DATASETS.ROOT", str(images), "SOLVER.IMS_PER_BATCH", "8", *pairs]
+    options = {
+        "arms": ["plain", "tract"], "sweeps": {}, "lengths": [], "seeds": 2, "baseline": "",
+    } | changes  # fmt: skip
+    return Design([config], pairs=pairs, output=output, **options)
+
+
+def test_every_arm_has_every_length_and_seed(tmp_path, images):
+    runs = build(design(tmp_path, images, lengths=[2.0, 1.0])).runs
+    kinds = [(run.variant.arm, run.epochs, run.seed) for run in runs]
+    assert sorted(kinds) == [
+        (arm, length, seed) for arm in ("plain", "tract") for length in (1, 2) for seed in (0, 1)
+    ]
+    assert len({run.folder for run in runs}) == 8
+    assert [run.steps for run in runs if run.epochs == 2] == [8] * 4
+
+
+def test_runs_of_a_seed_differ_in_their_arm_alone(tmp_path, images):
+    plain, tract = (flat(run.cfg) for run in build(design(tmp_path, images)).runs[:2])
+    different = {key for key in plain if plain[key] != tract[key]}
+    assert different == {"ARM", "MODEL.TRACT.ENABLED", "OUTPUT_DIR"}
+
+
+def test_the_length_of_the_config_is_the_default_and_sets_no_key(tmp_path, images):
+    run = build(design(tmp_path, images)).runs[0]
+    assert run.epochs == 5 and "SOLVER.EPOCHS" not in run.arguments
+
+
+def test_a_detector_s_length_is_in_epochs_of_its_own_data(tmp_path):
+    runs = build(design(tmp_path, config=DETECTOR, lengths=[3.0, 6.0])).runs
+    short, long = runs[0].cfg, runs[-1].cfg
+    assert (short.SOLVER.MAX_ITER, long.SOLVER.MAX_ITER) == (300, 600)  # 400 images, 4 a step
+    assert short.TEST.EVAL_PERIOD == 60 and long.TEST.EVAL_PERIOD == 100
+
+
+def test_steps_of_the_schedule_follow_a_detector_s_length(tmp_path):
+    pairs = ["SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "[400,500]"]
+    pairs += ["MODEL.TRACT.STOP_AT", "200"]
+    run = build(design(tmp_path, config=DETECTOR, lengths=[3.0], pairs=pairs)).runs[0]
+    assert run.cfg.SOLVER.STEPS == [200, 250] and run.cfg.MODEL.TRACT.STOP_AT == 100
+
+
+def test_steps_in_epochs_follow_a_classifier_s_length(tmp_path, images):
+    pairs = ["SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "[2,4]"]
+    run = build(design(tmp_path, images, lengths=[10.0], pairs=pairs)).runs[0]
+    assert run.cfg.SOLVER.EPOCHS == 10 and run.cfg.SOLVER.STEPS == [4, 8]
+
+
+def test_a_period_that_the_user_sets_is_kept(tmp_path, images):
+    run = build(design(tmp_path, images, pairs=["TEST.EVAL_EPOCHS", "2.5"])).runs[0]
+    assert run.cfg.TEST.EVAL_EPOCHS == 2.5
+
+
+def test_keys_of_tract_are_swept_only_where_tract_is_on(tmp_path, images):
+    sweeps = {"MODEL.TRACT.LAMBDA": ["0.1", "1"], "SOLVER.BASE_LR": ["0.1", "0.2"]}
+    planned = build(design(tmp_path, images, sweeps=sweeps, seeds=1))
+    names = [variant.name for variant in planned.variants]
+    assert names == [
+        "plain BASE_LR=0.1", "plain BASE_LR=0.2",
+        "tract LAMBDA=0.1 BASE_LR=0.1", "tract LAMBDA=0.1 BASE_LR=0.2",
+        "tract LAMBDA=1 BASE_LR=0.1", "tract LAMBDA=1 BASE_LR=0.2",
+    ]  # fmt: skip
+    assert planned.baselines[planned.variants[3]].name == "plain BASE_LR=0.2"
+    assert planned.runs[4].cfg.MODEL.TRACT.LAMBDA == 1
+
+
+def test_the_baseline_is_judged_by_nothing():
+    plain, tract = Variant("plain"), Variant("tract", (("SOLVER.BASE_LR", "1"),))
+    assert baseline_of(plain, [plain, tract], "plain") is None
+    assert baseline_of(tract, [plain, tract], "plain") == plain
+    other = Variant("tract", (("SOLVER.BASE_LR", "2"),))
+    assert baseline_of(other, [tract, other], "tract") == tract
+
+
+def test_a_sweep_s_value_may_have_commas_in_brackets():
+    assert parse_sweep("SOLVER.STEPS=[1,2],[3]") == ("SOLVER.STEPS", ["[1,2]", "[3]"])
+    for text in ("SOLVER.BASE_LR", "=1", "SOLVER.BASE_LR=1,,2", "SOLVER.BASE_LR=1,1"):
+        with pytest.raises(UserError, match="--sweep"):
+            parse_sweep(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pairs": ["SEED", "3"]}, "SEED is set by the comparison: use --seeds"),
+        ({"pairs": ["OUTPUT_DIR", "x"]}, "use --output"),
+        ({"baseline": "frozen"}, "--baseline frozen is none of the arms plain, tract"),
+        ({"arms": ["plane"]}, "there is no such arm"),
+        ({"sweeps": {"SOLVER.BASE_RL": ["1"]}}, "did you mean 'SOLVER.BASE_LR'"),
+        ({"arms": ["plain", "plain"]}, "an arm is there twice"),
+    ],
+)
+def test_mistakes_are_refused_before_the_first_run(tmp_path, images, changes, message):
+    with pytest.raises(UserError, match=message):
+        build(design(tmp_path, images, **changes))
+
+
+def test_frozen_is_an_arm_where_there_are_weights(tmp_path, images):
+    assert {run.variant.arm for run in build(design(tmp_path, images, arms=[])).runs} == {
+        "plain", "tract",
+    }  # fmt: skip
+    pairs = ["MODEL.WEIGHTS", "weights.pth"]
+    planned = build(design(tmp_path, images, arms=[], pairs=pairs))
+    assert [variant.arm for variant in planned.variants] == ["frozen", "plain", "tract"]
+
+
+# Folders
+
+
+def write_run(planned, run, final):
+    """What the trainer leaves, without the training."""
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text(run.cfg.dump())
+    entries = [
+        {"iteration": run.steps // 2, "images_per_second": 10.0, planned.metric: final / 2},
+        {"iteration": run.steps, "images_per_second": 10.0, planned.metric: final},
+    ]
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (run.folder / "metrics.jsonl").write_text(lines)
+    (run.folder / "results.json").write_text("{}")
+
+
+def test_only_missing_runs_are_made(tmp_path, images):
+    planned = build(design(tmp_path, images))
+    for run in planned.runs[:3]:
+        write_run(planned, run, 50.0)
+    assert missing(planned) == list(planned.runs[3:])
+
+
+def test_more_seeds_arms_and_lengths_add_runs_to_those_that_are_there(tmp_path, images):
+    planned = build(design(tmp_path, images))
+    for run in planned.runs:
+        write_run(planned, run, 50.0)
+    more = build(
+        design(tmp_path, images, seeds=3, lengths=[5.0, 7.0], arms=["plain", "tract", "frozen"])
+    )
+    assert len(missing(more)) == 3 * 2 * 3 - 4
+
+
+def test_a_diverged_run_is_not_made_again_and_counts_as_failed(tmp_path, images):
+    planned = build(design(tmp_path, images))
+    for run in planned.runs[1:]:
+        write_run(planned, run, 50.0)
+    planned.runs[0].folder.mkdir(parents=True)
+    (planned.runs[0].folder / "diverged.txt").write_text("the loss is not finite at step 2")
+    assert not missing(planned)
+    (plain, tract), records = groups(planned)
+    assert plain.runs[0] is None and list(tract.runs) == [0, 1]
+    assert [record["status"] for record in records] == ["diverged", *["finished"] * 3]
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, images):
+    planned = build(design(tmp_path, images))
+    write_run(planned, planned.runs[0], 50.0)
+    other = build(design(tmp_path, images, pairs=["SOLVER.BASE_LR", "0.05"]))
+    with pytest.raises(UserError, match=r"SOLVER.BASE_LR 0.1, and this one has 0.05.*--output"):
+        missing(other)
+    harmless = ["DATALOADER.NUM_WORKERS", "0", "TEST.EVAL_EPOCHS", "2.0", "LOG_PERIOD", "1"]
+    assert len(missing(build(design(tmp_path, images, pairs=harmless)))) == 3
+
+
+def test_a_run_from_before_a_key_was_added_still_counts(tmp_path, images):
+    run = build(design(tmp_path, images)).runs[0]
+    tree = yaml.safe_load(run.cfg.dump())
+    del tree["INPUT"]["ROTATION"]
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    refuse_other_settings(run)
+
+
+def test_the_report_has_a_table_verdicts_a_picture_and_every_run(tmp_path, images, capsys):
+    planned = build(design(tmp_path, images, seeds=3))
+    for run in planned.runs[:-1]:
+        bonus = 3 + 0.2 * run.seed if run.variant.arm == "tract" else 0
+        write_run(planned, run, 50.0 + run.seed + bonus)
+    report(planned)
+    printed = capsys.readouterr().out
+    assert "tract is better than plain by 3.1 points" in printed
+    assert (tmp_path / "comparison.md").read_text().strip() in printed
+    content = json.loads((tmp_path / "comparison.json").read_text())
+    assert [run["status"] for run in content["runs"]] == ["finished"] * 5 + ["missing"]
+    assert content["runs"][0]["curve"]["values"] == [25.0, 50.0]
+    assert content["verdicts"][0].startswith("tract")
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
+def test_nothing_finished_is_said(tmp_path, images):
+    with pytest.raises(UserError, match="is finished: nothing to compare yet"):
+        report(build(design(tmp_path, images)))
