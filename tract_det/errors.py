@@ -12,6 +12,6 @@ class UserError(ValueError):
 
 
 class DivergedError(UserError):
-    """The loss of a training is not finite; with the same settings it would be so again."""
+    """A loss or an output is not finite; with the same settings it would be so again."""
 
     exit_code = 3

@@ -20,7 +20,7 @@ from tests.evaluation.detections import (
     perfect,
     random_split,
 )
-from tract_det.errors import UserError
+from tract_det.errors import DivergedError, UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator, format_table
 from tract_det.evaluation.metrics import METRICS
 from tract_det.files import write_json
@@ -145,8 +145,8 @@ def test_added_detections_are_copies():
     [
         ((BOX, [0.5], [3]), UserError, r"image 'a': .*labels 3 to 3; the 3 classes are 0 to 2"),
         ((BOX, [0.5], [-1]), UserError, r"labels -1 to -1"),
-        ((BOX, [math.nan], [0]), UserError, r"image 'a': .*not finite"),
-        ((BOX + math.inf, [0.5], [0]), UserError, r"not finite"),
+        ((BOX, [math.nan], [0]), DivergedError, r"image 'a': .*not finite"),
+        ((BOX + math.inf, [0.5], [0]), DivergedError, r"not finite"),
         ((BOX, [0.5, 0.4], [0, 0]), ValueError, r"boxes \(1, 4\), scores \(2,\)"),
         ((BOX[0], [0.5], [0]), ValueError, r"boxes \(4,\)"),
     ],

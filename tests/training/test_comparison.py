@@ -1,4 +1,4 @@
-"""The runs of a comparison: which there are, with which keys, and what their folders say of them."""
+"""The runs of a comparison: which there are, with which keys, and what their folders say."""
 
 import json
 

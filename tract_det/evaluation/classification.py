@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tract_det.distributed import gather
-from tract_det.errors import UserError
-from tract_det.evaluation.metrics import TOP_K
+from tract_det.errors import DivergedError, UserError
+from tract_det.evaluation.metrics import DIVERGED_MEND, TOP_K
 
 
 class TopK:
@@ -35,13 +35,13 @@ class TopK:
             ids: names of the images, for error messages.
 
         Raises:
-            UserError: a logit is not finite.
+            DivergedError: a logit is not finite.
         """
         finite = logits.isfinite().all(dim=1)
         if not finite.all():
             first = int(finite.logical_not().nonzero()[0])
             name = f" of {ids[first]}" if ids else ""
-            raise UserError(f"a score{name} is not finite: check MODEL.WEIGHTS")
+            raise DivergedError(f"a score{name} is not finite: {DIVERGED_MEND}")
         score = logits.gather(1, labels[:, None])
         before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
         rank = ((logits > score) | ((logits == score) & before)).sum(dim=1)  # 0 = highest

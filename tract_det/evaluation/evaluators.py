@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from tract_det.distributed import gather, is_main
-from tract_det.errors import UserError
+from tract_det.errors import DivergedError, UserError
 from tract_det.evaluation.coco import coco_ap
 from tract_det.evaluation.detection_files import ImageDetections, write_detections
+from tract_det.evaluation.metrics import DIVERGED_MEND
 from tract_det.evaluation.voc_ap import RULES, Detections, Objects, mean_ap, voc_ap
 
 
@@ -85,8 +86,8 @@ class DetectionEvaluator:
             labels: (n,) array or tensor, 0..K-1.
 
         Raises:
-            UserError: the image is not in the split or was added before, a label has no class, or a
-                box or score is not finite.
+            UserError: the image is not in the split or was added before, or a label has no class.
+            DivergedError: a box or score is not finite.
             ValueError: the shapes do not agree.
         """
         if image_id not in self._id_set:
@@ -117,8 +118,8 @@ class DetectionEvaluator:
                 " detector was trained with"
             )
         if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
-            raise UserError(
-                f"image {image_id!r}: a detected box or score is not finite: check the weights"
+            raise DivergedError(
+                f"image {image_id!r}: a detected box or score is not finite: {DIVERGED_MEND}"
             )
 
     def evaluate(self) -> dict[str, Any]:

@@ -15,3 +15,6 @@ METRICS = (
 TOP_K = (1, 5)
 # The same for a classifier. "ema" holds the metrics of the moving average of the weights.
 CLASSIFICATION_METRICS = tuple(f"{prefix}top{k}" for prefix in ("", "ema.") for k in TOP_K)
+
+# What can be done about scores that are not finite, for messages.
+DIVERGED_MEND = "the training diverged (lower SOLVER.BASE_LR), or check MODEL.WEIGHTS"

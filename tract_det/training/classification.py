@@ -1,5 +1,6 @@
 """The classification task: image folders and small known sets, a classifier, top-1 and top-5."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -87,7 +88,8 @@ def make_plan(cfg: CfgNode, images: int) -> Plan:
         max_iter=max_iter,
         milestones=[round(at * max_iter) if at < 1 else steps(at) for at in solver.STEPS],
         warmup_iters=steps(solver.WARMUP_EPOCHS) if solver.WARMUP_EPOCHS > 0 else 0,
-        eval_period=steps(cfg.TEST.EVAL_EPOCHS) if cfg.TEST.EVAL_EPOCHS > 0 else 0,
+        # Rounded up, so that the last evaluation of a whole number of periods is the final one.
+        eval_period=math.ceil(cfg.TEST.EVAL_EPOCHS * images / solver.IMS_PER_BATCH - 1e-6),
         checkpoint_period=steps(solver.CHECKPOINT_EPOCHS),
     )
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from fvcore.common.config import CfgNode
 
 from tract_det.config import tasks
-from tract_det.config.files import find_configs, flat, run_name
+from tract_det.config.files import find_configs, flat, read_config, run_name
 from tract_det.errors import UserError
 from tract_det.training.task import Task
 
@@ -260,7 +259,7 @@ def refuse_other_settings(run: PlannedRun) -> None:
     path = run.folder / "config.yaml"
     if not path.is_file():
         return
-    before, now = flat(yaml.safe_load(path.read_text())), flat(run.cfg)
+    before, now = flat(read_config(path)), flat(run.cfg)
     for key, value in now.items():
         if key not in _INCIDENTAL and _plain(before.get(key, value)) != _plain(value):
             raise UserError(

@@ -1,5 +1,6 @@
 """The detection task: data in VOC layout, a Faster R-CNN, mean average precision."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -66,7 +67,8 @@ def length_keys(cfg: CfgNode, images: int, epochs: float, period: float) -> dict
     solver = cfg.SOLVER
     max_iter = max(1, round(epochs * images / solver.IMS_PER_BATCH))
     keys: dict[str, Any] = {
-        "TEST.EVAL_PERIOD": max(1, round(period * images / solver.IMS_PER_BATCH))
+        # Rounded up, so that the last evaluation of a whole number of periods is the final one.
+        "TEST.EVAL_PERIOD": math.ceil(period * images / solver.IMS_PER_BATCH - 1e-6)
     }
     if max_iter == solver.MAX_ITER:
         return keys
