@@ -205,10 +205,11 @@ def test_the_report_has_a_table_verdicts_a_picture_and_every_run(tmp_path, image
     for run in planned.runs[:-1]:
         bonus = 3 + 0.2 * run.seed if run.variant.arm == "tract" else 0
         write_run(planned, run, 50.0 + run.seed + bonus)
-    report(planned)
+    report(planned, "tract-det compare")
     printed = capsys.readouterr().out
     assert "tract is better than plain by 3.1 points" in printed
-    assert (tmp_path / "comparison.md").read_text().strip() in printed
+    page = (tmp_path / "comparison.md").read_text()
+    assert page.startswith("`tract-det compare`") and page[page.index("| arm") :].strip() in printed
     content = json.loads((tmp_path / "comparison.json").read_text())
     assert [run["status"] for run in content["runs"]] == ["finished"] * 5 + ["missing"]
     assert content["runs"][0]["curve"]["values"] == [25.0, 50.0]
@@ -218,4 +219,4 @@ def test_the_report_has_a_table_verdicts_a_picture_and_every_run(tmp_path, image
 
 def test_nothing_finished_is_said(tmp_path, images):
     with pytest.raises(UserError, match="is finished: nothing to compare yet"):
-        report(build(design(tmp_path, images)))
+        report(build(design(tmp_path, images)), "")

@@ -20,6 +20,7 @@ trainings are compared. tract_det/evaluation/comparison.py says what these figur
 
 import argparse
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -97,5 +98,5 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         return 0
     with jobs.sole_use(planned.output) as lock:
         code = run_missing(planned, jobs.shares(number, gpus, cores), lock)
-        report(planned)
+        report(planned, shlex.join(["tract-det", "compare", *argv]))
     return code

@@ -31,6 +31,7 @@ class Row:
         after: the row whose weights of the same seed this one starts from; "" = none.
         differs: how the model is not that of the code that the paper trained by; "" = not known to.
         not_carried: why the row cannot be run; "" = it can.
+        reduced: comparisons at a smaller size that were run instead, in benchmarks/results.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Row:
     after: str
     differs: str
     not_carried: str
+    reduced: tuple[str, ...]
 
     @property
     def group(self) -> str:
@@ -112,6 +114,7 @@ def _row(
         f"{row['after']}/{variant}" if "after" in row else "",
         row.get("differs", ""),
         row.get("not carried", ""),
+        tuple(experiment.get("reduced", ())),
     )
 
 

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
 from tract_det.engine import provenance
@@ -146,7 +146,7 @@ def groups(planned: Comparison) -> tuple[list[Group], list[dict[str, Any]]]:
                 "epochs": run.epochs,
                 "seed": run.seed,
                 "status": status,
-                "folder": str(run.folder),
+                "folder": str(run.folder.relative_to(planned.output)),
                 "curve": record.curve if record else None,
                 "training_seconds": record.seconds if record else None,
                 "starts": provenance.read(run.folder),
@@ -162,8 +162,12 @@ def groups(planned: Comparison) -> tuple[list[Group], list[dict[str, Any]]]:
     return sorted(arms, key=lambda group: (order.index(group.arm), group.epochs)), records
 
 
-def report(planned: Comparison) -> None:
+def report(planned: Comparison, command: str) -> None:
     """Prints the table and the verdicts; writes them, the picture and the JSON.
+
+    Args:
+        planned: all runs.
+        command: that made them, for the files.
 
     Raises:
         UserError: no run is finished.
@@ -174,9 +178,11 @@ def report(planned: Comparison) -> None:
     rows = judge(arms)
     text = "\n\n".join([table(rows, planned.metric), *verdicts(arms)])
     print(f"\n{text}\n")
-    write_text(planned.output / "comparison.md", text + "\n")
+    heading = f"`{command}`\n\n{_origin(records)}\n\n![metric](comparison.png)"
+    write_text(planned.output / "comparison.md", f"{heading}\n\n{text}\n")
     comparison(planned.output / "comparison.png", [_line(group) for group in arms], planned.metric)
     content = {
+        "command": command,
         "metric": planned.metric,
         "images": planned.images,
         "rows": rows,
@@ -185,6 +191,27 @@ def report(planned: Comparison) -> None:
     }
     write_json(planned.output / "comparison.json", content)
     print(f"wrote comparison.md, .png and .json to {planned.output}")
+
+
+def _origin(records: Sequence[Mapping[str, Any]]) -> str:
+    """Commits, hardware, versions and dates of the finished runs, in a sentence."""
+    starts = [start for run in records if run["status"] == "finished" for start in run["starts"]]
+    if not starts:
+        return "Where these runs were made is not recorded."
+
+    def distinct(values: Iterable[str]) -> str:
+        return " or ".join(dict.fromkeys(value for value in values if value))
+
+    dates = sorted(start["date"][:10] for start in starts)
+    versions = (
+        ", ".join(f"{name} {version}" for name, version in start["versions"].items())
+        for start in starts
+    )
+    return (
+        f"Commit {distinct(start['commit'] for start in starts) or 'unknown'}; "
+        f"{distinct(start['hardware'] for start in starts)}; {distinct(versions)}; "
+        f"{distinct((dates[0], dates[-1])).replace(' or ', ' to ')}."
+    )
 
 
 def _line(group: Group) -> Line:
