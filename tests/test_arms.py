@@ -12,7 +12,7 @@ from tract_det.errors import UserError
 VOC = "PascalVOC-Detection/faster_rcnn_VGG_16.yaml"
 SMALL = "CIFAR/cpu_small.yaml"
 QUICK = "quickstart/shapes.yaml"
-LISTING = "the arms are frozen, plain, tract$"
+LISTING = f"the arms are {', '.join(arms.names())}$"
 
 
 def state(cfg):
@@ -69,6 +69,22 @@ def test_an_unknown_arm_and_two_arms_are_refused_with_those_there_are():
     assert arms.the_one(["tract", "tract"]) == "tract"
     with pytest.raises(UserError, match="arm tract is laid over a config: name that"):
         load_cfg("arms/tract.yaml")
+
+
+@pytest.mark.parametrize("arm", ["frozen+tract", "tract+frozen"])
+def test_parts_that_set_one_key_differently_are_refused_with_both_and_the_key(arm):
+    with pytest.raises(UserError, match=r"arm frozen\+tract: frozen sets MODEL\.\S+ .*tract sets"):
+        load_cfg(VOC, arm=arm)
+    with pytest.raises(UserError, match=f"arm tracked: there is no such arm; {LISTING}"):
+        load_cfg(VOC, arm="tract+tracked")
+
+
+def test_an_arm_in_a_file_lies_over_its_bases_and_under_its_own_keys(tmp_path):
+    base = write(tmp_path / "base.yaml", "ARM: plain\nMODEL: {TRACT: {ENABLED: False}}")
+    mine = write(tmp_path / "mine.yaml", f"_BASE_: {base}\nARM: tract")
+    assert state(load_cfg(mine)) == ("tract", 0, True)
+    write(mine, f"{mine.read_text()}\nMODEL: {{TRACT: {{ENABLED: False}}}}")
+    assert state(load_cfg(mine)) == ("", 0, False)
 
 
 @pytest.mark.parametrize("verb", ["train", "pretrain"])

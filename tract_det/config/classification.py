@@ -168,7 +168,7 @@ def get_cfg() -> CfgNode:
 
 def load_cfg(config_files: ConfigFiles, overrides: Sequence[str] = (), arm: str = "") -> CfgNode:
     """The configuration that files, an arm and `KEY VALUE` pairs make; see `machinery.load`."""
-    return load(get_cfg(), validate, config_files, overrides, arm)
+    return load(get_cfg(), validate, config_files, overrides, arm, task="a classifier")
 
 
 def validate(cfg: CfgNode) -> None:

@@ -69,8 +69,9 @@ def solver_keys() -> dict[str, Any]:
 
 def with_run_keys(cfg: CfgNode) -> CfgNode:
     """Adds the keys outside every section, in place; returns the same node."""
-    # The arm of a comparison, a file of configs/arms: frozen, plain or tract. --arm sets it, or a
-    # config file, in which the keys of an arm win over the arm. "" = none.
+    # The arm of a comparison: a file of configs/arms by its name, or several as tract+muon. --arm
+    # sets it, or a config file: there it lies over the file's bases and under its own keys. "" =
+    # none.
     cfg.ARM = ""
     # Folder of the log, weights, checkpoints and results; "" = output/<config>/<arm>.
     cfg.OUTPUT_DIR = ""
