@@ -33,9 +33,13 @@ def tract_keys() -> dict[str, Any]:
         # the variance of what the stem sees in this unit. input = the number as the stem uses it,
         # as in the paper. trace = of the mean square of what the stem sees, trace(G) / K.
         "UNIT": "standardised",
+        # Power of the inverse: the gradient is dZ^T X (G + LAMBDA I)^-POWER. 1 = TrAct, 0 = plain.
+        "POWER": 1.0,
         "LAMBDA_END": -1.0,  # LAMBDA at the end of a linear or cosine SCHEDULE; -1 = LAMBDA
         "SCHEDULE": "constant",  # how LAMBDA changes over the steps: constant, linear or cosine
-        "STOP_AT": 0,  # step from which on TrAct is off; SCHEDULE ends there as well; 0 = never
+        # From when on TrAct is off, and where SCHEDULE ends as well: a fraction of the training, or
+        # a step if it is 1 or above; 0 = never.
+        "STOP_AT": 0.0,
         # Random patches of each batch and rank to estimate the Gram matrix from; 0 = all, exact.
         "GRAM_PATCHES": 0,
         "SYNC": True,  # one Gram matrix over the images of all ranks; False: each rank has its own
@@ -160,6 +164,11 @@ def _check_tract(cfg: CfgNode) -> None:
         f"MODEL.TRACT.LAMBDA is {tract.LAMBDA}: it must be positive (the paper uses 0.05 to 0.2)",
     )
     require(
+        tract.POWER >= 0 and math.isfinite(tract.POWER),
+        f"MODEL.TRACT.POWER is {tract.POWER}: it must be at least 0 (plain) and finite; TrAct's is "
+        "1",
+    )
+    require(
         tract.LAMBDA_END == -1 or (tract.LAMBDA_END > 0 and math.isfinite(tract.LAMBDA_END)),
         f"MODEL.TRACT.LAMBDA_END is {tract.LAMBDA_END}: it must be positive, or -1 for no schedule",
     )
@@ -168,5 +177,12 @@ def _check_tract(cfg: CfgNode) -> None:
         f"MODEL.TRACT.SCHEDULE {tract.SCHEDULE} and LAMBDA_END {tract.LAMBDA_END} contradict each "
         "other: set LAMBDA_END for linear and cosine, and leave it at -1 for constant",
     )
-    for key in ("STOP_AT", "GRAM_PATCHES"):
-        require(tract[key] >= 0, f"MODEL.TRACT.{key} is {tract[key]}: it must not be negative")
+    require(
+        tract.GRAM_PATCHES >= 0,
+        f"MODEL.TRACT.GRAM_PATCHES is {tract.GRAM_PATCHES}: it must not be negative",
+    )
+    require(
+        tract.STOP_AT >= 0 and (tract.STOP_AT < 1 or tract.STOP_AT.is_integer()),
+        f"MODEL.TRACT.STOP_AT is {tract.STOP_AT}: it takes a fraction of the training (above 0 and "
+        "below 1), a step, or 0 for never",
+    )

@@ -64,13 +64,25 @@ def put_tract(cfg: CfgNode, model: nn.Module, input_variance: float) -> None:
         stem=stem,
         sync=tract.SYNC,
         relative=tract.UNIT == "trace",
+        power=tract.POWER,
         gram_patches=tract.GRAM_PATCHES,
     )
     set_micro_batches(model, cfg.SOLVER.ACCUMULATION)
     words = lambda_in_words(tract.LAMBDA, tract.UNIT, input_variance)
     schedule = "" if tract.SCHEDULE == "constant" else f", {tract.SCHEDULE} to {tract.LAMBDA_END:g}"
-    stop = f", off from step {tract.STOP_AT}" if tract.STOP_AT else ""
-    say(f"TrAct on '{stem}', {words}{schedule}{stop}")
+    power = "" if tract.POWER == 1 else f", power {tract.POWER:g} of the inverse"
+    say(f"TrAct on '{stem}', {words}{power}{schedule}{_stop_in_words(tract.STOP_AT)}")
+
+
+def _stop_in_words(stop_at: float) -> str:
+    if 0 < stop_at < 1:
+        return f", off after {stop_at:.3g} of the training"
+    return f", off from step {stop_at:.0f}" if stop_at else ""
+
+
+def stop_step(stop_at: float, max_iter: int) -> int:
+    """MODEL.TRACT.STOP_AT as a step; 0 = never. A fraction has at least one step with TrAct."""
+    return max(1, round(stop_at * max_iter)) if 0 < stop_at < 1 else int(stop_at)
 
 
 def build_lambda(cfg: CfgNode, input_variance: float, max_iter: int) -> LambdaAt | None:
@@ -83,7 +95,7 @@ def build_lambda(cfg: CfgNode, input_variance: float, max_iter: int) -> LambdaAt
         lambda_=in_unit(tract.LAMBDA),
         end=None if tract.LAMBDA_END == -1 else in_unit(tract.LAMBDA_END),
         kind=tract.SCHEDULE,
-        stop_at=tract.STOP_AT,
+        stop_at=stop_step(tract.STOP_AT, max_iter),
         max_iter=max_iter,
     )
 
@@ -187,6 +199,8 @@ def identity(cfg: CfgNode) -> dict[str, Any]:
         "SOLVER.OPTIMIZER": cfg.SOLVER.OPTIMIZER,
         "SOLVER.STEM": plain(cfg.SOLVER.STEM),
         "DATALOADER": plain(cfg.DATALOADER) | {"NUM_WORKERS": 0},  # may change
-        "MODEL.TRACT": plain(cfg.MODEL.TRACT),
+        # POWER apart, so that runs from before this key resume.
+        "MODEL.TRACT": {k: v for k, v in plain(cfg.MODEL.TRACT).items() if k != "POWER"},
+        "MODEL.TRACT.POWER": cfg.MODEL.TRACT.POWER,
         "DEEPSPEED.zero_optimization.stage": cfg.DEEPSPEED.zero_optimization.stage,
     }
