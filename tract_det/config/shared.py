@@ -50,12 +50,15 @@ def tract_keys() -> dict[str, Any]:
 def solver_keys() -> dict[str, Any]:
     """SOLVER."""
     return {
-        "OPTIMIZER": "SGD",  # SGD, Adam, AdamW or LAMB
+        "OPTIMIZER": "SGD",  # SGD, Adam, AdamW, LAMB or Muon
+        # For Muon: learning rate of AdamW, which it leaves norms, biases, embeddings and the output
+        # layers to; -1 = BASE_LR.
+        "FALLBACK_LR": -1.0,
         "ACCUMULATION": 1,  # micro-batches per step (gradient accumulation)
-        "MOMENTUM": 0.9,  # for SGD
-        "NESTEROV": False,  # for SGD
-        "BETAS": [0.9, 0.999],  # for Adam, AdamW and LAMB
-        "EPS": 1e-8,  # for Adam, AdamW and LAMB
+        "MOMENTUM": 0.9,  # for SGD and Muon
+        "NESTEROV": False,  # for SGD and Muon
+        "BETAS": [0.9, 0.999],  # for Adam, AdamW, LAMB, and Muon's AdamW
+        "EPS": 1e-8,  # likewise
         "WEIGHT_DECAY": 1e-4,  # of the weights of convolutional and linear layers
         "WEIGHT_DECAY_NORM": 0.0,  # of the scales and shifts of norms
         # Separate settings for the weight of the first layer; "" and -1 = as for other weights.
@@ -106,6 +109,11 @@ def check_common(cfg: CfgNode) -> None:
     )
     for key in ("MOMENTUM", "EPS", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS"):
         require(solver[key] >= 0, f"SOLVER.{key} is {solver[key]}: it must not be negative")
+    require(
+        solver.FALLBACK_LR == -1 or solver.FALLBACK_LR >= 0,
+        f"SOLVER.FALLBACK_LR is {solver.FALLBACK_LR}: it must be at least 0, or -1 for that of "
+        "SOLVER.BASE_LR",
+    )
     for key in ("BASE_LR", "WEIGHT_DECAY", "MOMENTUM"):
         value = solver.STEM[key]
         require(

@@ -11,9 +11,16 @@ from torch import nn
 from tract_det import apply_tract, find_stem, set_lambda, set_micro_batches
 from tract_det.config.machinery import plain
 from tract_det.engine import ds
-from tract_det.engine.optimizer import Rule, StemRule, build_optimizer, parameter_groups
+from tract_det.engine.optimizer import (
+    Fallback,
+    Rule,
+    StemRule,
+    build_optimizer,
+    parameter_groups,
+)
 from tract_det.engine.schedule import lambda_schedule, lr_schedule
 from tract_det.engine.writers import say
+from tract_det.modeling.outputs import output_layers
 from tract_det.modeling.weight_files import Weights
 from tract_det.pixels import lambda_in_unit, lambda_in_words
 from tract_det.training.task import Plan
@@ -132,6 +139,11 @@ def _stem_rule(solver: CfgNode, stem: str) -> StemRule:
     )
 
 
+def _fallback(solver: CfgNode, network: nn.Module) -> Fallback:
+    scale = 1.0 if solver.FALLBACK_LR == -1 else solver.FALLBACK_LR / solver.BASE_LR
+    return Fallback(output_layers(network), scale)
+
+
 def optimizer_of(
     cfg: CfgNode, network: nn.Module, stem: str | None = None
 ) -> torch.optim.Optimizer:
@@ -153,6 +165,7 @@ def optimizer_of(
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         stem=stem_rule,
+        fallback=_fallback(solver, network) if solver.OPTIMIZER == "Muon" else None,
     )
     return build_optimizer(
         groups,
