@@ -64,6 +64,9 @@ def _model() -> CfgNode:
                 "PERIOD": 1,  # steps between updates
                 "WARMUP": False,  # True: a smaller decay at the start
             },
+            # How the first layer is initialised: "" = as its library does; whitened = by filters
+            # that whiten the patches of 256 training images. Not with WEIGHTS.
+            "STEM_INIT": "",
             "TRACT": tract_keys(),
             # Number of frozen stages: 0 = none, 1 = the stem, 2 = also the first stage or block,
             # ..., 5; -1 = 0.

@@ -7,7 +7,7 @@ from fvcore.common.config import CfgNode
 
 from tract_det.config.machinery import one_of, require
 from tract_det.engine.choices import LAMBDA_SCHEDULES, LR_SCHEDULES, OPTIMIZERS
-from tract_det.modeling.choices import LAMBDA_UNITS
+from tract_det.modeling.choices import LAMBDA_UNITS, STEM_INITS
 
 # Keys of DeepSpeed's that are derived from SOLVER: set in two places, they could contradict.
 DERIVED_DEEPSPEED_KEYS = {
@@ -43,7 +43,9 @@ def tract_keys() -> dict[str, Any]:
         # Random patches of each batch and rank to estimate the Gram matrix from; 0 = all, exact.
         "GRAM_PATCHES": 0,
         "SYNC": True,  # one Gram matrix over the images of all ranks; False: each rank has its own
-        "STEM": "",  # name of the layer that learns by TrAct; "" = find the first layer
+        # Names of the layers that learn by TrAct; [] = find the first layer. all, for classifiers =
+        # every convolution without groups and every linear layer that learns.
+        "STEM": [],
     }
 
 
@@ -129,6 +131,7 @@ def check_common(cfg: CfgNode) -> None:
         f"SOLVER.STEPS is {list(solver.STEPS)}: it must ascend strictly",
     )
     one_of(cfg, "SOLVER.LR_SCHEDULER_NAME", LR_SCHEDULES)
+    one_of(cfg, "MODEL.STEM_INIT", STEM_INITS)
     one_of(cfg, "MODEL.DEVICE", ("", "cpu", "cuda"))
     for key, value in (("SEED", cfg.SEED), ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS)):
         require(value >= 0, f"{key} is {value}: it must not be negative")

@@ -115,6 +115,21 @@ def _stem_module(model: nn.Module, stem: str) -> nn.Module:
         ) from None
 
 
+def trainable_layers(model: nn.Module) -> list[str]:
+    """The names of all layers that can learn by TrAct, in the order of `model.named_modules()`.
+
+    These are the convolutions without groups and the linear layers of known classes whose weights
+    are not frozen.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if (_is_tract(module) or tract_class_of(type(module)) is not None)
+        and getattr(module, "groups", 1) == 1
+        and module.weight.requires_grad
+    ]
+
+
 def apply_tract(
     model: ModelT,
     lambda_: float = 0.1,

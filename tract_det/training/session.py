@@ -46,6 +46,11 @@ def run(task: Task, cfg: CfgNode, *, resume: bool = False, eval_only: bool = Fal
 
 def _train(task: Task, cfg: CfgNode, device: torch.device, resume: bool) -> int:
     output = Path(cfg.OUTPUT_DIR)
+    if cfg.MODEL.STEM_INIT and cfg.MODEL.WEIGHTS:
+        raise UserError(
+            f"MODEL.STEM_INIT {cfg.MODEL.STEM_INIT} would undo the first layer of MODEL.WEIGHTS "
+            f"{cfg.MODEL.WEIGHTS}: leave one of them empty"
+        )
     if resume:
         checkpoint.last(output)  # refuses before anything is read
     training, test = task.read_data(cfg)
@@ -54,6 +59,9 @@ def _train(task: Task, cfg: CfgNode, device: torch.device, resume: bool) -> int:
     built = task.build_model(cfg, weights, training.class_names, False)
     if weights is not None:
         _write_load_report(output, weights.source, built)
+    if cfg.MODEL.STEM_INIT:
+        images = assembly.sample_of(len(training), cfg.SEED)
+        assembly.init_stem(cfg, built, task.plain_images(cfg, training, built.meta, images))
     assembly.put_tract(cfg, built.model, built.input_variance)
     engine, ema = prepare(cfg, built, device)
     evaluation = task.evaluation(cfg, test, built.meta, device)
@@ -92,10 +100,10 @@ def prepare(cfg: CfgNode, built: BuiltModel, device: torch.device) -> tuple[Any,
     ema = built.ema(network) if built.ema is not None else None
     if built.compiled:
         built.model.compile()
-    stem = cfg.MODEL.TRACT.STEM or None
+    stem = assembly.named_stem(cfg)
     if stem and built.inner:
         stem = f"{built.inner}.{stem}"
-    engine = assembly.build_engine(cfg, network, stem)
+    engine = assembly.build_engine(cfg, network, stem or None)
     # After DeepSpeed's first broadcast, which takes contiguous tensors; other stages flatten them.
     if cfg.DEEPSPEED.zero_optimization.stage == 0:
         for module in (network, *([ema.model] if ema else [])):
