@@ -12,7 +12,7 @@ from tract_det.errors import UserError
 VOC = "PascalVOC-Detection/faster_rcnn_VGG_16.yaml"
 SMALL = "CIFAR/cpu_small.yaml"
 QUICK = "quickstart/shapes.yaml"
-CLASSIFIERS_ONLY = {"foof"}
+CLASSIFIERS_ONLY = {"dual_patch_norm", "foof", "patch_norm", "strong"}
 LISTING = f"the arms are {', '.join(arms.names())}$"
 
 

@@ -154,3 +154,22 @@ def test_muon_under_zero_is_refused(folder, tmp_path, arm):
     pairs = options(folder, tmp_path, DEEPSPEED__zero_optimization__stage=1)
     with pytest.raises(UserError, match=r"SOLVER\.OPTIMIZER Muon orthogonalises .* ZeRO stage 1"):
         call("pretrain", ["--arm", arm, *without_arm_keys(pairs)])
+
+
+@pytest.mark.parametrize("arm", ["patch_norm", "dual_patch_norm"])
+def test_the_norm_of_patches_is_for_vits_and_its_stem_learns_by_the_plain_gradient(folder, arm):
+    vit = ("MODEL.NAME", "vit_cifar", "MODEL.NORM", "BN", "MODEL.WIDTH", "64")
+    cfg = configured(folder, arm, *vit)
+    model, _, _ = built(cfg)
+    kind = {"patch_norm": "layer_norm", "dual_patch_norm": "dual"}[arm]
+    assert model.meta["patch_norm"] == cfg.MODEL.PATCH_NORM == kind
+    assert not any(isinstance(module, TrActLayer) for module in model.network.modules())
+    with pytest.raises(UserError, match=f"PATCH_NORM {kind}: resnet10 has no plain patch"):
+        built(configured(folder, arm))
+
+
+@pytest.mark.parametrize("arm", ["strong", "tract+strong"])
+def test_the_strong_recipe_is_evaluated_by_its_moving_average_as_well(folder, tmp_path, arm):
+    printed = train(folder, tmp_path, arm, SOLVER__MAX_ITER=2)
+    assert {"top1", "ema"} <= results(tmp_path).keys()
+    assert ("TrAct on 'conv1'" in printed) == (arm == "tract+strong")
