@@ -42,6 +42,15 @@ def tract_gradient(X: Tensor, dZ: Tensor, lambda_: float) -> tuple[Tensor, Tenso
     return plain @ torch.linalg.inv(damped), plain, damped
 
 
+def power_gradient(X: Tensor, dZ: Tensor, lambda_: float, power: float) -> Tensor:
+    """`dZ^T X (G + lambda_ I)^-power`, `(M, K)`, by the singular values of `X`; as above."""
+    X, dZ = X.double(), dZ.double()
+    _, singular, V = torch.linalg.svd(X, full_matrices=True)
+    eigenvalues = torch.full((X.shape[1],), lambda_, dtype=torch.float64)
+    eigenvalues[: len(singular)] += singular**2 / len(X)
+    return dZ.T @ X @ V.T @ torch.diag(eigenvalues**-power) @ V
+
+
 def conv_gradient(
     conv: torch.nn.Conv2d, images: Tensor, dZ: Tensor, lambda_: float
 ) -> tuple[Tensor, Tensor, Tensor]:

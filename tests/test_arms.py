@@ -5,14 +5,15 @@ import pytest
 from tests.conftest import REPO
 from tract_det.cli import call
 from tract_det.config import arms, classification
-from tract_det.config.detection import get_cfg, load_cfg
+from tract_det.config.detection import load_cfg
 from tract_det.config.machinery import value_at
 from tract_det.errors import UserError
 
 VOC = "PascalVOC-Detection/faster_rcnn_VGG_16.yaml"
 SMALL = "CIFAR/cpu_small.yaml"
 QUICK = "quickstart/shapes.yaml"
-LISTING = "the arms are frozen, plain, tract$"
+CLASSIFIERS_ONLY = {"dual_patch_norm", "foof", "patch_norm", "strong"}
+LISTING = f"the arms are {', '.join(arms.names())}$"
 
 
 def state(cfg):
@@ -71,6 +72,62 @@ def test_an_unknown_arm_and_two_arms_are_refused_with_those_there_are():
         load_cfg("arms/tract.yaml")
 
 
+def test_an_arm_of_several_parts_is_one_arm_however_it_is_asked_for(tmp_path):
+    expected = load_cfg(QUICK, arm="tract+muon")
+    assert expected.OUTPUT_DIR == "output/quickstart/shapes/tract+muon"
+    assert state(expected) == ("tract+muon", 0, True)
+    assert (expected.SOLVER.OPTIMIZER, expected.SOLVER.BASE_LR) == ("Muon", 0.02)
+    assert load_cfg(QUICK, arm="muon+tract") == load_cfg(QUICK, ["ARM", "muon + tract"]) == expected
+    assert load_cfg(QUICK, ["ARM", "tract+muon"], "muon+tract") == expected
+    mine = write(tmp_path / "mine.yaml", f"_BASE_: {REPO / 'configs' / QUICK}\nARM: muon+tract")
+    cfg = load_cfg(mine, ["OUTPUT_DIR", expected.OUTPUT_DIR])
+    assert cfg == expected
+
+
+@pytest.mark.parametrize("declared", ["frozen", "plain", "tract"])
+def test_an_arm_without_a_word_of_tract_lies_on_plain(declared, tmp_path):
+    mine = write(tmp_path / "mine.yaml", f"ARM: {declared}")
+    assert state(load_cfg(mine, arm="muon")) == ("muon", 0, False)
+    assert state(load_cfg(mine, arm="frozen+muon")) == ("frozen+muon", 2, False)
+
+
+def test_an_arm_wins_over_the_recipe_in_a_file_and_the_command_line_over_its_numbers(tmp_path):
+    mine = write(tmp_path / "mine.yaml", "SOLVER: {OPTIMIZER: Adam, BASE_LR: 0.3}")
+    assert load_cfg(mine, arm="muon").SOLVER.BASE_LR == 0.02
+    cfg = load_cfg(mine, ["SOLVER.BASE_LR", "0.01"], "muon")
+    assert (cfg.ARM, cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BASE_LR) == ("muon", "Muon", 0.01)
+    with pytest.raises(UserError, match=r"arm muon sets SOLVER\.OPTIMIZER .*sets it Adam"):
+        load_cfg(mine, ["SOLVER.OPTIMIZER", "Adam"], "muon")
+    above = write(tmp_path / "above.yaml", f"_BASE_: {mine}\nARM: muon\nSOLVER: {{GAMMA: 0.2}}")
+    assert load_cfg(above).ARM == "muon" and load_cfg(above).SOLVER.BASE_LR == 0.02
+
+
+def test_the_config_that_a_run_leaves_behind_is_refused_to_an_arm_that_would_keep_the_others_keys(
+    tmp_path,
+):
+    left = write(tmp_path / "config.yaml", load_cfg(QUICK, arm="muon").dump())
+    with pytest.raises(UserError, match=r"arm plain does not set SOLVER\.\S+, and .*config\.yaml"):
+        load_cfg(left, arm="plain")
+    assert load_cfg(left) == load_cfg(QUICK, arm="muon")
+    assert state(load_cfg(left, arm="tract+muon")) == ("tract+muon", 0, True)
+
+
+@pytest.mark.parametrize("arm", ["frozen+tract", "tract+frozen"])
+def test_parts_that_set_one_key_differently_are_refused_with_both_and_the_key(arm):
+    with pytest.raises(UserError, match=r"arm frozen\+tract: frozen sets MODEL\.\S+ .*tract sets"):
+        load_cfg(VOC, arm=arm)
+    with pytest.raises(UserError, match=f"arm tracked: there is no such arm; {LISTING}"):
+        load_cfg(VOC, arm="tract+tracked")
+
+
+def test_an_arm_in_a_file_lies_over_its_bases_and_under_its_own_keys(tmp_path):
+    base = write(tmp_path / "base.yaml", "ARM: plain\nMODEL: {TRACT: {ENABLED: False}}")
+    mine = write(tmp_path / "mine.yaml", f"_BASE_: {base}\nARM: tract")
+    assert state(load_cfg(mine)) == ("tract", 0, True)
+    write(mine, f"{mine.read_text()}\nMODEL: {{TRACT: {{ENABLED: False}}}}")
+    assert state(load_cfg(mine)) == ("", 0, False)
+
+
 @pytest.mark.parametrize("verb", ["train", "pretrain"])
 def test_the_command_line_takes_one_arm(verb, tmp_path):
     for flags in (["--arm", "traact"], ["--arm", "plain", "--arm", "tract"]):
@@ -126,11 +183,25 @@ def test_what_a_file_or_the_command_line_sets_wins_over_the_arm_that_the_file_de
     assert state(load_cfg(write(tmp_path / "mine.yaml", text))) == ("", 2, False)
 
 
-def test_every_arm_knows_its_keys_by_both_configurations():
-    for name in arms.names():
-        for key in arms.read(name):
-            value_at(get_cfg(), key)
-            value_at(classification.get_cfg(), key)
+@pytest.mark.parametrize("arm", arms.names())
+def test_every_arm_is_laid_over_a_classifier_and_over_a_detector_or_refused_by_its_key(arm):
+    for key, value in arms.read(arm).items():
+        assert value_at(classification.load_cfg(SMALL, arm=arm), key) == value
+    if arm in CLASSIFIERS_ONLY:
+        with pytest.raises(UserError) as caught:
+            load_cfg(QUICK, arm=f"{arm}+tract" if arm != "foof" else arm)
+        assert arm in str(caught.value) and "detector" in str(caught.value)
+        assert "\n" not in str(caught.value) and "did you mean" not in str(caught.value)
+    else:
+        for key, value in arms.read(arm).items():
+            assert value_at(load_cfg(QUICK, arm=arm), key) == value
+
+
+@pytest.mark.parametrize("arm", arms.names())
+def test_an_arm_opens_with_what_it_does_and_where_it_is_from(arm):
+    text = (arms.FOLDER / f"{arm}.yaml").read_text()
+    assert text.startswith(f"# --arm {arm}: ") and text.isascii()
+    assert arm in ("frozen", "plain", "tract") or "arXiv" in text or "https://" in text
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from torch import nn
 
 from tract_det.engine.choices import OPTIMIZERS
 from tract_det.engine.optimizer import (
+    Fallback,
     Rule,
     StemRule,
     TwoRules,
@@ -85,9 +86,61 @@ def test_settings_arrive():
     assert adam.defaults["betas"] == (0.8, 0.9)
 
 
-def test_lamb_is_refused_where_zero_would_hand_it_slices():
-    with pytest.raises(UserError, match=r"SOLVER.OPTIMIZER LAMB .* stage 1"):
-        build_optimizer(groups_of(nn.Linear(2, 2)), Rule("LAMB"), lr=0.1, zero_stage=1)
+@pytest.mark.parametrize("name", ["LAMB", "Muon"])
+def test_what_needs_whole_weights_is_refused_where_zero_would_hand_it_slices(name):
+    groups = groups_of(nn.Linear(2, 2))
+    with pytest.raises(UserError, match=rf"SOLVER.OPTIMIZER {name} .* stage 1"):
+        build_optimizer(groups, Rule(name), lr=0.1, zero_stage=1)
+    with pytest.raises(UserError, match=rf"SOLVER.OPTIMIZER {name} .* stage 1"):
+        build_optimizer(groups, Rule("SGD"), lr=0.1, stem=Rule(name), zero_stage=1)
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 2)
+        self.depthwise = nn.Conv2d(8, 8, 2, groups=8)
+        self.norm = nn.BatchNorm2d(8)
+        self.position = nn.Parameter(torch.ones(1, 4, 8))
+        self.table = nn.Embedding(5, 8)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.head = nn.Linear(8, 4)
+
+
+def test_muon_takes_hidden_matrices_and_leaves_the_rest_to_adamw_at_its_own_rate():
+    model = Attending()
+    fallback = Fallback(["head"], lr_scale=0.015)
+    groups = parameter_groups(
+        model, weight_decay=0.1, weight_decay_norm=0.0, weight_decay_bias=0.0, fallback=fallback
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    taken = {names[id(p)] for group in groups if "use_muon" in group for p in group["params"]}
+    assert taken == {"stem.weight", "attention.in_proj_weight", "attention.out_proj.weight"}
+    left = [group for group in groups if "use_fallback" in group]
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    assert {group["lr_scale"] for group in left} == {0.015}
+    optimizer = build_optimizer(groups, Rule("Muon", momentum=0.95, nesterov=True), lr=0.02)
+    assert [g["nesterov"] for g in optimizer.param_groups] == ["use_muon" in g for g in groups]
+
+
+def test_the_step_of_muon_is_orthogonal_and_that_of_the_rest_is_adamws(generator):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    before = [p.detach().clone() for p in model.parameters()]
+    groups = parameter_groups(
+        model, weight_decay=0.0, weight_decay_norm=0.0, weight_decay_bias=0.0,
+        fallback=Fallback(["1"], 0.1),
+    )  # fmt: skip
+    optimizer = build_optimizer(groups, Rule("Muon"), lr=0.02)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.02 * group.get("lr_scale", 1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    hidden, *rest = [(p.detach() - b) for p, b in zip(model.parameters(), before, strict=True)]
+    singular = torch.linalg.svdvals(hidden) / 0.02
+    assert singular.min() > 0.5 and singular.max() < 1.5
+    for change in rest:  # AdamW's first step is its rate, whatever the gradient
+        torch.testing.assert_close(change.abs(), torch.full_like(change, 0.002), rtol=1e-3, atol=0)
 
 
 STEM = StemRule("0", Rule("SGD", momentum=0.5), lr_scale=10.0, weight_decay=0.3)

@@ -18,6 +18,7 @@ from tract_det import (
     register_layer,
     remove_tract,
 )
+from tract_det.tract import trainable_layers
 from tract_det.tract.modifier import TRACT_CLASSES
 
 FAMILIES = {
@@ -126,6 +127,16 @@ def test_hooks_stay():
     model[0].register_forward_hook(lambda *_: calls.append(1))
     apply_tract(model)(torch.randn(1, 3, 8, 8))
     assert calls == [1]
+
+
+def test_the_trainable_layers_are_those_that_tract_takes_and_that_learn():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.BatchNorm2d(4), OwnConv(4, 4, 3),
+        nn.MultiheadAttention(4, 2), nn.Linear(4, 4), nn.Linear(4, 2),
+    )  # fmt: skip
+    model[5].weight.requires_grad_(False)
+    assert trainable_layers(model) == ["0", "6"]
+    assert trainable_layers(apply_tract(model, stem=["0", "6"])) == ["0", "6"]
 
 
 class OwnConv(nn.Conv2d):

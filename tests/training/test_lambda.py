@@ -92,3 +92,21 @@ def test_a_unit_of_the_trace_is_relative_and_a_schedule_ends_in_the_same_unit():
     cfg.defrost()
     cfg.MODEL.TRACT.UNIT = "input"
     assert assembly.build_lambda(cfg, 2.0, 11)(11) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "steps_with_tract"),
+    [(0, 30), (7, 7), (0.5, 15), (0.01, 1), (0.99, 30), (30, 30)],
+)
+def test_tract_stops_after_a_fraction_of_the_training_or_at_a_step(stop_at, steps_with_tract):
+    pairs = ["MODEL.TRACT.STOP_AT", str(stop_at)]
+    cfg = classification_config.load_cfg("CIFAR/cpu_small.yaml", pairs, "tract")
+    schedule = assembly.build_lambda(cfg, 1.0, 30)
+    assert [schedule(step) is not None for step in range(30)].count(True) == steps_with_tract
+
+
+@pytest.mark.parametrize("config", [detection_config, classification_config])
+def test_the_arm_early_has_tract_for_the_first_third(config):
+    file = "quickstart/shapes.yaml" if config is detection_config else "CIFAR/cpu_small.yaml"
+    schedule = assembly.build_lambda(config.load_cfg(file, arm="early"), 1.0, 300)
+    assert schedule(99) is not None and schedule(100) is None

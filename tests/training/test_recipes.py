@@ -10,6 +10,7 @@ from tests.test_configs import RECIPES
 from tests.training.image_folder import write_image_folder
 from tests.training.runs import log, run_here, weights
 from tract_det import find_stem, tract_diagnostics
+from tract_det.config import arms
 from tract_det.config.classification import load_cfg as classification_cfg
 from tract_det.config.detection import load_cfg as detection_cfg
 from tract_det.config.paper import read_rows
@@ -93,6 +94,40 @@ def test_a_recipe_builds_its_model_and_optimizer_and_takes_two_steps(cfg, take):
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
     assert len(moved) > 1 and stem in {*moved, ""}
     assert bool(diagnostics) == cfg.MODEL.TRACT.ENABLED
+
+
+VIT = ["MODEL.NAME", "timm:vit_tiny_patch16_224", "MODEL.WIDTH", "64"]
+
+
+@pytest.mark.parametrize("arm", [*arms.names(), "tract+muon", "tract+strong", "tract+whitened"])
+@pytest.mark.parametrize("model", ["resnet10", "vit"])
+def test_every_arm_takes_two_steps_with_a_classifier(model, arm, tmp_path):
+    root = write_image_folder(tmp_path / "images", train=8, val=4)
+    if model == "resnet10" and "patch_norm" in arm:
+        pytest.skip("for ViTs")
+    pairs = ["DATASETS.ROOT", root, "OUTPUT_DIR", tmp_path / "out", "SOLVER.MAX_ITER", "2"]
+    small = ["SOLVER.IMS_PER_BATCH", "8", "DATALOADER.NUM_WORKERS", "0", "LOG_PERIOD", "1"]
+    names = VIT if model == "vit" else []
+    run_here("pretrain", "--arm", arm, *pairs, *small, *names)
+    assert all(math.isfinite(loss) for loss in log(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "arm"),
+    [
+        *(("resnet18_fpn", arm) for arm in ("early", "muon", "sigma_p", "whitened", "tract+muon")),
+        ("vgg16", "whitened_frozen"),  # Muon takes minutes for its fc6 on a CPU
+    ],
+)
+def test_every_arm_for_detectors_takes_two_steps(backbone, arm, voc_tree, tmp_path):
+    """From random weights on images of 64 pixels."""
+    pairs = [
+        "MODEL.BACKBONE.NAME", backbone, "DATASETS.ROOT", voc_tree, "DATASETS.TRAIN", "train",
+        "DATASETS.TEST", "test", "DATALOADER.NUM_WORKERS", 0, "INPUT.MIN_SIZE_TRAIN", "[64]",
+        "INPUT.MIN_SIZE_TEST", 64, "SOLVER.MAX_ITER", 2, "LOG_PERIOD", 1, "OUTPUT_DIR", tmp_path,
+    ]  # fmt: skip
+    run_here("train", "--arm", arm, *pairs)
+    assert all(math.isfinite(loss) for loss in log(tmp_path).values())
 
 
 @pytest.mark.parametrize("arm", ["frozen", "plain", "tract"])

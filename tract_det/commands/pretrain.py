@@ -9,8 +9,9 @@
 
 In a checkout, `tools/pretrain_net.py` is the same program. Config files inherit with `_BASE_`; a
 second --config-file overrides the first, an arm both, and `KEY VALUE` pairs at the end override all
-but the arm. The arms: `plain`, nothing frozen, TrAct off; `tract`, TrAct on the stem; `frozen`, the
-stem and the first stage frozen. The keys needed most:
+but what an arm switches. The arms: `plain`, nothing frozen, TrAct off; `tract`, TrAct on the stem;
+`frozen`, the stem and the first stage frozen; and others, which their files in configs/arms
+explain. `tract+muon` lays two over each other. The keys needed most:
 
     DATASETS.NAME, .ROOT                     imagefolder, cifar10, ...; the folder that holds it
     MODEL.NAME                               a classifier of torchvision, or timm:NAME

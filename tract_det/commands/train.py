@@ -10,8 +10,9 @@ r"""Trains Faster R-CNN, with or without TrAct, on data in VOC layout, and repor
 
 In a checkout, `tools/train_net.py` is the same program. Config files inherit with `_BASE_`; a
 second --config-file overrides the first, an arm both, and `KEY VALUE` pairs at the end override all
-but the arm. The arms: `frozen`, the stem and the first stage frozen; `plain`, nothing frozen, TrAct
-off; `tract`, TrAct on the stem. The keys needed most:
+but what an arm switches. The arms: `frozen`, the stem and the first stage frozen; `plain`, nothing
+frozen, TrAct off; `tract`, TrAct on the stem; and others, which their files in configs/arms
+explain. `tract+muon` lays two over each other. The keys needed most:
 
     DATASETS.ROOT, .TRAIN, .TEST, .CLASSES   the data: a folder in VOC layout, its splits, classes
     MODEL.WEIGHTS                            start from, or evaluate, these weights

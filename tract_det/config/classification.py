@@ -64,6 +64,9 @@ def _model() -> CfgNode:
                 "PERIOD": 1,  # steps between updates
                 "WARMUP": False,  # True: a smaller decay at the start
             },
+            # How the first layer is initialised: "" = as its library does; whitened = by filters
+            # that whiten the patches of 256 training images. Not with WEIGHTS.
+            "STEM_INIT": "",
             "TRACT": tract_keys(),
             # Number of frozen stages: 0 = none, 1 = the stem, 2 = also the first stage or block,
             # ..., 5; -1 = 0.
@@ -168,7 +171,7 @@ def get_cfg() -> CfgNode:
 
 def load_cfg(config_files: ConfigFiles, overrides: Sequence[str] = (), arm: str = "") -> CfgNode:
     """The configuration that files, an arm and `KEY VALUE` pairs make; see `machinery.load`."""
-    return load(get_cfg(), validate, config_files, overrides, arm)
+    return load(get_cfg(), validate, config_files, overrides, arm, task="a classifier")
 
 
 def validate(cfg: CfgNode) -> None:

@@ -48,6 +48,9 @@ def _model() -> CfgNode:
                 "OPTS": [],
             },
             "FPN": {"OUT_CHANNELS": 256},  # channels of every level of the feature pyramid
+            # How the first layer is initialised: "" = as its library does; whitened = by filters
+            # that whiten the patches of 256 training images. Not with WEIGHTS.
+            "STEM_INIT": "",
             "TRACT": tract_keys(),
             "ANCHOR_GENERATOR": {
                 # Side of the square anchor, pixels. An FPN takes five sizes, one per level; a VGG
@@ -150,7 +153,7 @@ def get_cfg() -> CfgNode:
 
 def load_cfg(config_files: ConfigFiles, overrides: Sequence[str] = (), arm: str = "") -> CfgNode:
     """The configuration that files, an arm and `KEY VALUE` pairs make; see `machinery.load`."""
-    return load(get_cfg(), validate, config_files, overrides, arm)
+    return load(get_cfg(), validate, config_files, overrides, arm, task="a detector")
 
 
 def validate(cfg: CfgNode) -> None:
@@ -182,6 +185,12 @@ def validate(cfg: CfgNode) -> None:
     for key in ("MAX_ITER", "CHECKPOINT_PERIOD"):
         require(solver[key] > 0, f"SOLVER.{key} is {solver[key]}: it must be positive")
     require(bool(cfg.DATASETS.TEST), "DATASETS.TEST is empty: name a split to evaluate on")
+    require(
+        len(cfg.MODEL.TRACT.STEM) < 2 and cfg.MODEL.TRACT.STEM != ["all"],
+        f"MODEL.TRACT.STEM {', '.join(cfg.MODEL.TRACT.STEM)}: a detector takes one name, that of "
+        "its first layer, since the padding of a batch is known there alone and its heads run once "
+        "for each level; leave the key or its arm (foof) out",
+    )
     _check_detectron2(cfg)
     stage = cfg.DEEPSPEED.zero_optimization.stage
     require(

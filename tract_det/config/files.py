@@ -95,6 +95,30 @@ def read_config(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
+def layers(path: Path) -> list[tuple[Path, Mapping[str, Any]]]:
+    """The bases of a config file, the deepest first, and the file itself, each with its own keys.
+
+    Merged in this order they are what `read_config` gives.
+
+    Raises:
+        UserError: as `read_config`.
+    """
+    read_config(path)
+    return _layers(path)
+
+
+def _layers(path: Path) -> list[tuple[Path, Mapping[str, Any]]]:
+    import yaml
+
+    tree = dict(yaml.safe_load(path.read_text()))
+    bases = tree.pop("_BASE_", [])
+    below = [bases] if isinstance(bases, str) else bases
+    return [
+        *(layer for base in below for layer in _layers(path.parent / Path(base).expanduser())),
+        (path, tree),
+    ]
+
+
 def run_name(paths: list[Path]) -> str:
     """What a run of these files is called: `CIFAR/cpu_small`, or `CIFAR/cpu_small+mine`."""
     first, *others = paths

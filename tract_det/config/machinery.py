@@ -15,7 +15,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from tract_det.config import arms
-from tract_det.config.files import find_configs, flat, read_config, run_name
+from tract_det.config.files import find_configs, flat, layers, run_name
 from tract_det.config.pairs import refuse_half_pairs
 from tract_det.errors import UserError
 
@@ -33,6 +33,8 @@ def load(
     config_files: ConfigFiles,
     overrides: Sequence[str] = (),
     arm: str = "",
+    *,
+    task: str,
 ) -> CfgNode:
     """The defaults, changed by files with their bases, an arm and `KEY VALUE` pairs; frozen.
 
@@ -41,8 +43,9 @@ def load(
         check: raises UserError for values out of range and contradictions.
         config_files: as for `files.find_config`.
         overrides: key, value, key, value, ...
-        arm: a file of `configs/arms`, by its name. "" = the one that a config file declares by ARM,
-            over which the keys in the files themselves win.
+        arm: a file of `configs/arms`, by its name, or several as "A+B". "" = what a config file
+            declares by ARM; it lies over the bases of that file and under the keys of its own.
+        task: "a detector" or "a classifier", for messages.
 
     Raises:
         UserError: an unknown key or arm, a value of the wrong type, a key that contradicts the
@@ -51,33 +54,59 @@ def load(
     paths, old_arms = _find_all(config_files)
     pairs = pairs_to_tree(overrides)
     overlays = [path for path in paths if arms.is_arm(path)]
-    typed_arm = pairs.get("ARM", "")
+    typed_arm = pairs.pop("ARM", "")
     require(isinstance(typed_arm, str), f"ARM takes the name of an arm, not {typed_arm!r}")
     asked = [arm, typed_arm, *old_arms, *(path.stem for path in overlays)]
     chosen = arms.the_one(asked)
     paths = [path for path in paths if path not in overlays]
     require(bool(paths), f"arm {chosen} is laid over a config: name that by --config-file as well")
     defaults = cfg.clone()
-    stated: dict[str, tuple[Any, str]] = {}
-    for path in paths:
-        tree = read_config(path)
-        _merge(cfg, tree, where=f"{path}: ")
-        stated |= {key: (value_at(cfg, key), str(path)) for key in flat(tree)}
-    declared = arms.read(cfg.ARM) if cfg.ARM else {}
+    stated, above = _merge_files(cfg, paths)
+    declared = _read_arm(cfg.ARM, cfg, task)
+    values = _read_arm(chosen, cfg, task)
     if chosen:
-        values = arms.read(chosen)
         usual = {key: (value_at(defaults, key), declared.get(key)) for key in values}
         arms.refuse_contradictions(chosen, values, typed=flat(pairs), stated=stated, usual=usual)
+        unset = {key: value_at(defaults, key) for key in declared}
+        arms.refuse_remains(chosen, values, declared=declared, stated=stated, defaults=unset)
     else:
-        values = {key: value for key, value in declared.items() if key not in stated}
+        values = {key: value for key, value in declared.items() if key not in above}
     _merge(cfg, _tree(values), where="")
     _merge(cfg, pairs, where="")
     is_another = any(value_at(cfg, key) != value for key, value in declared.items())
-    cfg.ARM = chosen or ("" if is_another else cfg.ARM)
+    cfg.ARM = chosen or ("" if is_another else arms.the_one([cfg.ARM]))
     cfg.OUTPUT_DIR = cfg.OUTPUT_DIR or str(Path("output", run_name(paths), cfg.ARM))
     check(cfg)
     cfg.freeze()
     return cfg
+
+
+def _merge_files(
+    cfg: CfgNode, paths: Sequence[Path]
+) -> tuple[dict[str, tuple[Any, str]], set[str]]:
+    """Merges config files and their bases, in place.
+
+    Returns:
+        The values that they state by their dotted keys, each with the file's name; and the keys
+        that lie above the arm which one of them declares: its own and those of later files.
+    """
+    stated: dict[str, tuple[Any, str]] = {}
+    above: set[str] = set()
+    for name, tree in (layer for path in paths for layer in layers(path)):
+        _merge(cfg, tree, where=f"{name}: ")
+        keys = flat(tree)
+        stated |= {key: (value_at(cfg, key), str(name)) for key in keys}
+        above = {*keys} if "ARM" in keys else above | {*keys}
+    return stated, above
+
+
+def _read_arm(name: str, cfg: CfgNode, task: str) -> dict[str, Any]:
+    """The values of an arm; none where the name is empty."""
+    if not name:
+        return {}
+    values, known = arms.read(name), set(_leaves(cfg))
+    arms.refuse_foreign_keys(arms.the_one([name]), known.__contains__, task)
+    return values
 
 
 def _find_all(config_files: ConfigFiles) -> tuple[list[Path], list[str]]:

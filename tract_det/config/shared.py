@@ -7,7 +7,7 @@ from fvcore.common.config import CfgNode
 
 from tract_det.config.machinery import one_of, require
 from tract_det.engine.choices import LAMBDA_SCHEDULES, LR_SCHEDULES, OPTIMIZERS
-from tract_det.modeling.choices import LAMBDA_UNITS
+from tract_det.modeling.choices import LAMBDA_UNITS, STEM_INITS
 
 # Keys of DeepSpeed's that are derived from SOLVER: set in two places, they could contradict.
 DERIVED_DEEPSPEED_KEYS = {
@@ -33,25 +33,34 @@ def tract_keys() -> dict[str, Any]:
         # the variance of what the stem sees in this unit. input = the number as the stem uses it,
         # as in the paper. trace = of the mean square of what the stem sees, trace(G) / K.
         "UNIT": "standardised",
+        # Power of the inverse: the gradient is dZ^T X (G + LAMBDA I)^-POWER. 1 = TrAct, 0 = plain.
+        "POWER": 1.0,
         "LAMBDA_END": -1.0,  # LAMBDA at the end of a linear or cosine SCHEDULE; -1 = LAMBDA
         "SCHEDULE": "constant",  # how LAMBDA changes over the steps: constant, linear or cosine
-        "STOP_AT": 0,  # step from which on TrAct is off; SCHEDULE ends there as well; 0 = never
+        # From when on TrAct is off, and where SCHEDULE ends as well: a fraction of the training, or
+        # a step if it is 1 or above; 0 = never.
+        "STOP_AT": 0.0,
         # Random patches of each batch and rank to estimate the Gram matrix from; 0 = all, exact.
         "GRAM_PATCHES": 0,
         "SYNC": True,  # one Gram matrix over the images of all ranks; False: each rank has its own
-        "STEM": "",  # name of the layer that learns by TrAct; "" = find the first layer
+        # Names of the layers that learn by TrAct; [] = find the first layer. all, for classifiers =
+        # every convolution without groups and every linear layer that learns.
+        "STEM": [],
     }
 
 
 def solver_keys() -> dict[str, Any]:
     """SOLVER."""
     return {
-        "OPTIMIZER": "SGD",  # SGD, Adam, AdamW or LAMB
+        "OPTIMIZER": "SGD",  # SGD, Adam, AdamW, LAMB or Muon
+        # For Muon: learning rate of AdamW, which it leaves norms, biases, embeddings and the output
+        # layers to; -1 = BASE_LR.
+        "FALLBACK_LR": -1.0,
         "ACCUMULATION": 1,  # micro-batches per step (gradient accumulation)
-        "MOMENTUM": 0.9,  # for SGD
-        "NESTEROV": False,  # for SGD
-        "BETAS": [0.9, 0.999],  # for Adam, AdamW and LAMB
-        "EPS": 1e-8,  # for Adam, AdamW and LAMB
+        "MOMENTUM": 0.9,  # for SGD and Muon
+        "NESTEROV": False,  # for SGD and Muon
+        "BETAS": [0.9, 0.999],  # for Adam, AdamW, LAMB, and Muon's AdamW
+        "EPS": 1e-8,  # likewise
         "WEIGHT_DECAY": 1e-4,  # of the weights of convolutional and linear layers
         "WEIGHT_DECAY_NORM": 0.0,  # of the scales and shifts of norms
         # Separate settings for the weight of the first layer; "" and -1 = as for other weights.
@@ -69,8 +78,9 @@ def solver_keys() -> dict[str, Any]:
 
 def with_run_keys(cfg: CfgNode) -> CfgNode:
     """Adds the keys outside every section, in place; returns the same node."""
-    # The arm of a comparison, a file of configs/arms: frozen, plain or tract. --arm sets it, or a
-    # config file, in which the keys of an arm win over the arm. "" = none.
+    # The arm of a comparison: a file of configs/arms by its name, or several as tract+muon. --arm
+    # sets it, or a config file: there it lies over the file's bases and under its own keys. "" =
+    # none.
     cfg.ARM = ""
     # Folder of the log, weights, checkpoints and results; "" = output/<config>/<arm>.
     cfg.OUTPUT_DIR = ""
@@ -101,6 +111,11 @@ def check_common(cfg: CfgNode) -> None:
     )
     for key in ("MOMENTUM", "EPS", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS"):
         require(solver[key] >= 0, f"SOLVER.{key} is {solver[key]}: it must not be negative")
+    require(
+        solver.FALLBACK_LR == -1 or solver.FALLBACK_LR >= 0,
+        f"SOLVER.FALLBACK_LR is {solver.FALLBACK_LR}: it must be at least 0, or -1 for that of "
+        "SOLVER.BASE_LR",
+    )
     for key in ("BASE_LR", "WEIGHT_DECAY", "MOMENTUM"):
         value = solver.STEM[key]
         require(
@@ -116,6 +131,7 @@ def check_common(cfg: CfgNode) -> None:
         f"SOLVER.STEPS is {list(solver.STEPS)}: it must ascend strictly",
     )
     one_of(cfg, "SOLVER.LR_SCHEDULER_NAME", LR_SCHEDULES)
+    one_of(cfg, "MODEL.STEM_INIT", STEM_INITS)
     one_of(cfg, "MODEL.DEVICE", ("", "cpu", "cuda"))
     for key, value in (("SEED", cfg.SEED), ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS)):
         require(value >= 0, f"{key} is {value}: it must not be negative")
@@ -159,6 +175,11 @@ def _check_tract(cfg: CfgNode) -> None:
         f"MODEL.TRACT.LAMBDA is {tract.LAMBDA}: it must be positive (the paper uses 0.05 to 0.2)",
     )
     require(
+        tract.POWER >= 0 and math.isfinite(tract.POWER),
+        f"MODEL.TRACT.POWER is {tract.POWER}: it must be at least 0 (plain) and finite; TrAct's is "
+        "1",
+    )
+    require(
         tract.LAMBDA_END == -1 or (tract.LAMBDA_END > 0 and math.isfinite(tract.LAMBDA_END)),
         f"MODEL.TRACT.LAMBDA_END is {tract.LAMBDA_END}: it must be positive, or -1 for no schedule",
     )
@@ -167,5 +188,12 @@ def _check_tract(cfg: CfgNode) -> None:
         f"MODEL.TRACT.SCHEDULE {tract.SCHEDULE} and LAMBDA_END {tract.LAMBDA_END} contradict each "
         "other: set LAMBDA_END for linear and cosine, and leave it at -1 for constant",
     )
-    for key in ("STOP_AT", "GRAM_PATCHES"):
-        require(tract[key] >= 0, f"MODEL.TRACT.{key} is {tract[key]}: it must not be negative")
+    require(
+        tract.GRAM_PATCHES >= 0,
+        f"MODEL.TRACT.GRAM_PATCHES is {tract.GRAM_PATCHES}: it must not be negative",
+    )
+    require(
+        tract.STOP_AT >= 0 and (tract.STOP_AT < 1 or tract.STOP_AT.is_integer()),
+        f"MODEL.TRACT.STOP_AT is {tract.STOP_AT}: it takes a fraction of the training (above 0 and "
+        "below 1), a step, or 0 for never",
+    )

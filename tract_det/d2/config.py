@@ -18,6 +18,7 @@ _TRACT = {
     # Unit of LAMBDA: standardised = of standardised pixels, whatever PIXEL_STD is; input = the
     # number as the stem uses it; trace = of the mean square of what the stem sees, trace(G) / K.
     "UNIT": "standardised",
+    "POWER": 1.0,  # of the inverse: 1 = TrAct, 0 = the plain gradient
     "GRAM_PATCHES": 0,  # patches of each batch and rank to estimate the Gram matrix from; 0 = all
     "SYNC": True,  # one Gram matrix over the images of all ranks; False: each rank has its own
     "STEM": "",  # name of the layer that learns by TrAct; "" = the first layer of the backbone
@@ -88,6 +89,7 @@ class _Builder:
             stem=tract.STEM or None,
             sync=tract.SYNC,
             unit=tract.UNIT,
+            power=tract.POWER,
             gram_patches=tract.GRAM_PATCHES,
             pixel_std=cfg.MODEL.PIXEL_STD,
             pixel_format=cfg.INPUT.FORMAT,

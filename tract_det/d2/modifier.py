@@ -23,6 +23,7 @@ def apply_tract(
     stem: str | Sequence[str] | None = None,
     sync: bool = True,
     unit: str = "standardised",
+    power: float = 1.0,
     gram_patches: int = 0,
     pixel_std: Sequence[float] | None = None,
     pixel_format: str | None = None,
@@ -44,6 +45,7 @@ def apply_tract(
         sync: learn from the batch over all ranks; see `tract_det.apply_tract`.
         unit: "standardised", of pixels standardised by ImageNet's statistics; "input", of the
             model's own pixels; "trace", of the mean square of what the stem sees, `trace(G) / K`.
+        power: see `tract_det.apply_tract`.
         gram_patches: see `tract_det.apply_tract`.
         pixel_std: the divisor of the images, which are in [0, 255]; None = the model's own.
         pixel_format: "RGB" or "BGR", the order of `pixel_std`; None = the model's `input_format`.
@@ -72,6 +74,7 @@ def apply_tract(
         stem=stem,
         sync=sync,
         relative=unit == "trace",
+        power=power,
         gram_patches=gram_patches,
     )
     _hook(model)

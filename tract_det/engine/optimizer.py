@@ -1,11 +1,11 @@
 """Parameter groups and the optimizer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import Lamb
+from timm.optim import Lamb, Muon
 from torch import nn
 
 from tract_det.errors import UserError
@@ -19,16 +19,25 @@ _NORMS = (
 )
 
 
+_MATRICES = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
+
+# The optimizers that are not elementwise, and why they need whole weights.
+_WHOLE = {
+    "LAMB": "scales a step by the norm of the whole weight",
+    "Muon": "orthogonalises the step of the whole weight",
+}
+
+
 @dataclass(frozen=True)
 class Rule:
     """An optimizer and its settings, without learning rate and weight decay.
 
     Attributes:
         name: one of `choices.OPTIMIZERS`.
-        momentum: for SGD.
-        nesterov: for SGD.
-        betas: for Adam, AdamW and LAMB.
-        eps: for Adam, AdamW and LAMB.
+        momentum: for SGD and Muon.
+        nesterov: for SGD and Muon.
+        betas: for Adam, AdamW, LAMB, and what Muon leaves to AdamW.
+        eps: likewise.
     """
 
     name: str = "SGD"
@@ -55,6 +64,23 @@ class StemRule:
     weight_decay: float | None = None
 
 
+@dataclass(frozen=True)
+class Fallback:
+    """What Muon leaves to AdamW: all but the weights of hidden convolutions and linear layers.
+
+    Its author leaves to AdamW the gains and biases, the embeddings, and the layers that give the
+    model's outputs (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). The kernels of
+    depthwise convolutions, which are no matrices, are left to it as well.
+
+    Attributes:
+        outputs: names of the output layers, as in `model.named_modules()`.
+        lr_scale: AdamW's learning rate, as a multiple of Muon's.
+    """
+
+    outputs: Collection[str]
+    lr_scale: float = 1.0
+
+
 def parameter_groups(
     model: nn.Module,
     *,
@@ -62,6 +88,7 @@ def parameter_groups(
     weight_decay_norm: float,
     weight_decay_bias: float,
     stem: StemRule | None = None,
+    fallback: Fallback | None = None,
 ) -> list[dict]:
     """The trainable parameters, grouped by their weight decay, with the stem's weight apart.
 
@@ -73,24 +100,50 @@ def parameter_groups(
             (LayerScale), and for what the model's `no_weight_decay()` names (timm: position
             embeddings and tokens).
         stem: if given, the stem's weight is a group of its own, marked `"stem": True`.
+        fallback: for Muon; what it leaves to AdamW is in groups of its own.
 
     Returns:
-        At most three groups, one for each distinct weight decay, and that of the stem.
+        At most three groups, one for each distinct weight decay, and that of the stem; with
+        `fallback` at most two for each weight decay.
     """
     decays = {"weight": weight_decay, "norm": weight_decay_norm, "bias": weight_decay_bias}
     stem_weight = model.get_submodule(stem.name).weight if stem else None
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     seen: set[int] = {id(stem_weight)}
+    matrices = {id(matrix) for matrix in _matrices(model, fallback.outputs)} if fallback else None
     for kind, parameter in _kinds(model):
         if parameter.requires_grad and id(parameter) not in seen:
             seen.add(id(parameter))
-            groups.setdefault(decays[kind], []).append(parameter)
-    result: list[dict] = [{"params": p, "weight_decay": decay} for decay, p in groups.items()]
+            is_left = matrices is not None and id(parameter) not in matrices
+            groups.setdefault((decays[kind], is_left), []).append(parameter)
+    result: list[dict] = [
+        {"params": parameters, "weight_decay": decay, **_muon_options(fallback, is_left)}
+        for (decay, is_left), parameters in groups.items()
+    ]
     if stem is not None:
         decay = weight_decay if stem.weight_decay is None else stem.weight_decay
         group = {"params": [stem_weight], "weight_decay": decay, "lr_scale": stem.lr_scale}
         result.append(group | {"stem": True})
     return result
+
+
+def _matrices(model: nn.Module, outputs: Collection[str]) -> Iterator[nn.Parameter]:
+    """The weights that Muon updates."""
+    for name, module in model.named_modules():
+        if isinstance(module, _MATRICES) and name not in outputs:
+            for parameter in module.parameters(recurse=False):
+                if parameter.ndim > 1 and min(parameter.shape[:2]) > 1:
+                    yield parameter
+
+
+def _muon_options(fallback: Fallback | None, is_left: bool) -> dict[str, Any]:
+    """What a group tells timm's Muon, which would otherwise go by the shapes alone."""
+    if fallback is None:
+        return {}
+    if not is_left:
+        return {"use_muon": True}
+    # With Nesterov's momentum, timm would take NAdamW for AdamW.
+    return {"use_fallback": True, "lr_scale": fallback.lr_scale, "nesterov": False}
 
 
 def _kinds(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -148,14 +201,15 @@ def build_optimizer(
         zero_stage: of DeepSpeed's ZeRO.
 
     Raises:
-        UserError: LAMB under ZeRO.
+        UserError: LAMB or Muon under ZeRO.
     """
-    if zero_stage > 0 and any(choice and choice.name == "LAMB" for choice in (rule, stem)):
-        raise UserError(
-            f"SOLVER.OPTIMIZER LAMB scales a step by the norm of the whole weight, but ZeRO stage "
-            f"{zero_stage} hands it slices that span several weights: set "
-            "DEEPSPEED.zero_optimization.stage 0 or another optimizer"
-        )
+    for choice in (rule, stem):
+        if zero_stage > 0 and choice is not None and choice.name in _WHOLE:
+            raise UserError(
+                f"SOLVER.OPTIMIZER {choice.name} {_WHOLE[choice.name]}, but ZeRO stage "
+                f"{zero_stage} hands it slices that span several weights: set "
+                "DEEPSPEED.zero_optimization.stage 0 or another optimizer"
+            )
     if stem is None or stem == rule:
         return _single_optimizer(groups, rule, lr)
     stem_groups = [group for group in groups if group.get("stem")]
@@ -172,5 +226,10 @@ def _single_optimizer(groups: list[dict], rule: Rule, lr: float) -> torch.optim.
         return torch.optim.SGD(groups, lr=lr, momentum=rule.momentum, nesterov=rule.nesterov)
     if rule.name == "LAMB":  # DeepSpeed clips
         return Lamb(groups, lr=lr, betas=rule.betas, eps=rule.eps, max_grad_norm=None)
+    if rule.name == "Muon":
+        return Muon(
+            groups, lr=lr, momentum=rule.momentum, nesterov=rule.nesterov, betas=rule.betas,
+            eps=rule.eps, adjust_lr_fn="original",
+        )  # fmt: skip
     adam = torch.optim.AdamW if rule.name == "AdamW" else torch.optim.Adam
     return adam(groups, lr=lr, betas=rule.betas, eps=rule.eps)

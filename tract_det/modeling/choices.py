@@ -11,6 +11,7 @@ BACKBONES = (  # of detectors
 DETECTOR_NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
 CLASSIFIER_NORMS = ("BN", "SyncBN", "GN")
 PATCH_NORMS = ("", "layer_norm", "dual")  # of ViTs; "" = none
+STEM_INITS = ("", "whitened")  # of the first layer; "" = as the model's library initialises it
 LOSSES = ("ce", "bce")  # of classifiers: softmax or binary cross-entropy
 LAMBDA_UNITS = ("standardised", "input", "trace")  # of TrAct's lambda; see `pixels.lambda_in_unit`
 FORMS = ("torchvision", "timm", "detectron2")  # libraries whose names tensors can have

@@ -2,7 +2,7 @@
 
 from tract_det.tract.functional import tract_conv2d, tract_linear
 from tract_det.tract.gram import patch_gram
-from tract_det.tract.modifier import apply_tract, find_stem, remove_tract
+from tract_det.tract.modifier import apply_tract, find_stem, remove_tract, trainable_layers
 from tract_det.tract.modules import (
     TrActConv2d,
     TrActLayer,
@@ -31,4 +31,5 @@ __all__ = [
     "tract_conv2d",
     "tract_diagnostics",
     "tract_linear",
+    "trainable_layers",
 ]

@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from tract_det.tract.gradient import conv_gradient, linear_gradient
 from tract_det.tract.operators import operator
 from tract_det.tract.solve import (
+    damped_power,
+    damped_power_rows,
     damped_solve,
     damped_solve_rows,
     effective_lambda,
@@ -60,8 +62,11 @@ def _solve(plain: Tensor, total: Tensor, count: Tensor, lambda_: float, key: int
         total, count, plain = totals
     N, K = count.clamp(min=1), total.shape[-1]
     damping = effective_lambda(trace(total) / (N * K), lambda_, relative)
-    # N G + N lambda_ instead of G + lambda_: saves a division of all K^2 entries.
-    solved = damped_solve(plain, total, damping * N) * N
+    if state is None or state.power == 1:
+        # N G + N lambda_ instead of G + lambda_: saves a division of all K^2 entries.
+        solved = damped_solve(plain, total, damping * N) * N
+    else:
+        solved = damped_power(plain, total / N, damping, state.power)
     if state is not None:
         # A copy: an operator must not keep its arguments.
         state.last = Diagnosis(total.clone(), N, damping, plain.norm(), solved.norm())
@@ -74,7 +79,10 @@ def _solve_rows(plain: Tensor, X: Tensor, lambda_: float, key: int) -> Tensor:
     rows = X.double()[None]
     mean_square = rows.square().sum((1, 2)) / max(1, rows[0].numel())
     damping = effective_lambda(mean_square, lambda_, relative)
-    solved = damped_solve_rows(plain, rows, damping)
+    if state is None or state.power == 1:
+        solved = damped_solve_rows(plain, rows, damping)
+    else:
+        solved = damped_power_rows(plain, rows, damping, state.power)
     if state is not None:
         N = damping.new_full((), max(1, rows.shape[1]))
         norms = (plain.norm(), solved.norm())

@@ -115,6 +115,21 @@ def _stem_module(model: nn.Module, stem: str) -> nn.Module:
         ) from None
 
 
+def trainable_layers(model: nn.Module) -> list[str]:
+    """The names of all layers that can learn by TrAct, in the order of `model.named_modules()`.
+
+    These are the convolutions without groups and the linear layers of known classes whose weights
+    are not frozen.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if (_is_tract(module) or tract_class_of(type(module)) is not None)
+        and getattr(module, "groups", 1) == 1
+        and module.weight.requires_grad
+    ]
+
+
 def apply_tract(
     model: ModelT,
     lambda_: float = 0.1,
@@ -122,6 +137,7 @@ def apply_tract(
     stem: str | Sequence[str] | None = None,
     sync: bool = True,
     relative: bool = False,
+    power: float = 1.0,
     gram_patches: int = 0,
 ) -> ModelT:
     """Makes the first layer of `model` learn by TrAct, in place.
@@ -141,6 +157,8 @@ def apply_tract(
             every training forward pass. False: `G` of each rank's own batch.
         relative: whether `lambda_` is in units of `trace(G) / K`, the mean square of the layer's
             input, for inputs that are not standardised. The damping then varies with the batch.
+        power: of the inverse, from 0, the plain gradient, to 1, TrAct, and beyond: the gradient is
+            `dZ^T X (G + lambda_ I)^-power`.
         gram_patches: number of random patches, per batch and rank, from which to estimate `G`, with
             the error that `tract.gram.estimated_gram_sum` documents; 0 = exact, from all patches.
 
@@ -149,11 +167,11 @@ def apply_tract(
 
     Raises:
         TrActError: the layer is frozen, of an unknown class, or missing; `lambda_` is not positive;
-            `gram_patches` is negative.
+            `power` or `gram_patches` is negative.
     """
     stem = find_stem(model) if stem is None else stem
     for name in [stem] if isinstance(stem, str) else stem:
-        state = State(lambda_, relative=relative, sync=sync, gram_patches=gram_patches)
+        state = State(lambda_, relative=relative, power=power, sync=sync, gram_patches=gram_patches)
         _change(_stem_module(model, name), name, state)
     return model
 

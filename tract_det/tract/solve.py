@@ -110,6 +110,75 @@ def damped_solve_rows(grad: Tensor, rows: Tensor, lambda_: float | Tensor) -> Te
     return ((g - inner @ X) / damping[..., None, None]).to(grad.dtype)
 
 
+def damped_power(grad: Tensor, gram: Tensor, lambda_: float | Tensor, power: float) -> Tensor:
+    """`grad (G + lambda_ I)^-power` by an eigenvalue decomposition in float64.
+
+    There is no further factor. The powers 0 and 1 are then the plain gradient and TrAct's, whose
+    learning rates are known, and along each eigenvector of `G` a power between them gives the
+    weighted geometric mean of the two: where `G + lambda_ I` has the eigenvalue 1, as in the
+    direction of a pixel that is standardised and independent of all others, they all agree.
+
+    Powers of the input's covariance as a preconditioner: Yoshida and Nitanda, "How Does
+    Preconditioning Guide Feature Learning in Deep Neural Networks?" (2025, arXiv 2509.25637), whose
+    exponent is `-power`.
+
+    Args:
+        grad: plain weight gradient `dZ^T X`, `(groups, M, K)`.
+        gram: `G`, `(groups, K, K)`.
+        lambda_: damping, positive; a number, or one for each group, `(groups,)`.
+        power: at least 0; for 1, `damped_solve` takes less time.
+
+    Returns:
+        `(groups, M, K)` in the dtype of `grad`; NaN for groups that are not finite.
+    """
+    if power == 0:
+        return grad
+    damping = torch.as_tensor(lambda_, dtype=torch.float64, device=gram.device)
+    eigenvalues, vectors, failed = _eigh(gram)
+    factors = (eigenvalues + damping[..., None]) ** -power
+    solved = (grad.double() @ vectors * factors[..., None, :]) @ vectors.mT
+    return (solved + failed).to(grad.dtype)
+
+
+def damped_power_rows(grad: Tensor, rows: Tensor, lambda_: float | Tensor, power: float) -> Tensor:
+    """`grad (X^T X / N + lambda_ I)^-power` through an `N x N` system, which is cheaper if N < K.
+
+    With the eigenvalues `s` and eigenvectors `U` of `X X^T / N`,
+    `(X^T X / N + lambda_ I)^-p = lambda_^-p I + X^T U f(s) U^T X / N`, where
+    `f(s) = ((s + lambda_)^-p - lambda_^-p) / s`. For `p = 1` this is Woodbury's identity.
+
+    Args:
+        grad: plain weight gradient `dZ^T X`, `(..., M, K)`.
+        rows: `X`, `(..., N, K)`.
+        lambda_: damping, positive; a number, or `(...)`.
+        power: as for `damped_power`.
+
+    Returns:
+        `(..., M, K)` in the dtype of `grad`; NaN where the system is not finite.
+    """
+    if power == 0:
+        return grad
+    X, g = rows.double(), grad.double()
+    damping = torch.as_tensor(lambda_, dtype=torch.float64, device=X.device)[..., None]
+    N = X.shape[-2]
+    eigenvalues, vectors, failed = _eigh(X @ X.mT / N)
+    ratio = (eigenvalues / damping).clamp(
+        min=1e-12
+    )  # f is continuous: at 0 it is -p lambda_^(-p-1)
+    factors = torch.expm1(-power * torch.log1p(ratio)) / (ratio * damping * N)
+    inner = (g @ X.mT @ vectors * factors[..., None, :]) @ vectors.mT
+    solved = (g + inner @ X) * damping[..., None] ** -power
+    return (solved + failed).to(grad.dtype)
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues, not below 0, eigenvectors, and 0 or, where `gram` is not finite, NaN."""
+    is_finite = gram.isfinite().all(-1).all(-1)[..., None, None]
+    gram = torch.where(is_finite, gram, 0.0).double()
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    return eigenvalues.clamp(min=0), vectors, torch.where(is_finite, 0.0, torch.nan)
+
+
 def condition_number(gram: Tensor, damping: Tensor, *, singular: bool = False) -> Tensor:
     """The largest condition number of `G + lambda_ I` over the groups; NaN where `G` is not finite.
 

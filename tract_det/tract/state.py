@@ -26,6 +26,15 @@ def check_lambda(lambda_: float) -> float:
     return float(lambda_)
 
 
+def check_power(power: float) -> float:
+    """Returns `power`; raises TrActError if it is negative or not finite."""
+    if not 0 <= power < float("inf"):
+        raise TrActError(
+            f"power is {power}: it must be at least 0 (the plain gradient) and finite; TrAct's is 1"
+        )
+    return float(power)
+
+
 class Pending:
     """The sums over the micro-batches of the current step so far.
 
@@ -85,6 +94,7 @@ class State:
     Attributes:
         lambda_: damping, in units of standardised inputs, or of `trace(G) / K` where `relative`.
         relative: whether `lambda_` is in units of `trace(G) / K`.
+        power: of the inverse of `G + lambda_ I`; 1 = TrAct, 0 = the plain gradient.
         sync: whether to sum `G` over all ranks, where a process group exists.
         gram_patches: number of random patches from which to estimate `G`; 0 = exact, from all.
         enabled: whether the layer learns by TrAct; otherwise it is the plain layer, at no cost.
@@ -98,6 +108,7 @@ class State:
         lambda_: float = 0.1,
         *,
         relative: bool = False,
+        power: float = 1.0,
         sync: bool = True,
         gram_patches: int = 0,
     ) -> None:
@@ -106,6 +117,7 @@ class State:
                 f"gram_patches is {gram_patches}: it must be 0 (all patches) or a positive number"
             )
         self.lambda_, self.relative = check_lambda(lambda_), relative
+        self.power = check_power(power)
         self.sync, self.gram_patches = sync, gram_patches
         self.enabled = True
         self.pending: Pending | None = None
@@ -130,7 +142,8 @@ class State:
             return "TrAct off"
         relative = " * trace(G) / K" if self.relative else ""
         patches = f", gram_patches={self.gram_patches}" if self.gram_patches else ""
-        return f"lambda_={self.lambda_:g}{relative}{patches}"
+        power = f", power={self.power:g}" if self.power != 1 else ""
+        return f"lambda_={self.lambda_:g}{relative}{power}{patches}"
 
 
 _KEYS = itertools.count(1)

@@ -1,22 +1,36 @@
 """What the shared keys describe: optimizer, schedules, TrAct and DeepSpeed's engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 
 from tract_det import apply_tract, find_stem, set_lambda, set_micro_batches
 from tract_det.config.machinery import plain
 from tract_det.engine import ds
-from tract_det.engine.optimizer import Rule, StemRule, build_optimizer, parameter_groups
+from tract_det.engine.optimizer import (
+    Fallback,
+    Rule,
+    StemRule,
+    build_optimizer,
+    parameter_groups,
+)
 from tract_det.engine.schedule import lambda_schedule, lr_schedule
 from tract_det.engine.writers import say
+from tract_det.modeling.outputs import output_layers
 from tract_det.modeling.weight_files import Weights
+from tract_det.modeling.whitening import (
+    check_whitens,
+    inputs_of,
+    patch_covariance,
+    whitening_weight,
+)
 from tract_det.pixels import lambda_in_unit, lambda_in_words
-from tract_det.training.task import Plan
+from tract_det.tract import trainable_layers
+from tract_det.training.task import BuiltModel, Plan
 
 LambdaAt = Callable[[int], float | None]
 
@@ -46,8 +60,62 @@ def freeze_at(cfg: CfgNode, weights: Weights | None, *, strict: bool, default: i
     return 0 if cfg.MODEL.TRACT.ENABLED or weights is None else default
 
 
+_ALL = "all"  # MODEL.TRACT.STEM: every layer that TrAct can train
+
+_SAMPLE = 256  # images; the covariance of their patches is exact to a few per cent
+
+
+def named_stem(cfg: CfgNode) -> str:
+    """The first layer's name where MODEL.TRACT.STEM gives one; "" = it is to be found."""
+    names = _tract_names(cfg)
+    return names[0] if len(names) == 1 and names != [_ALL] else ""
+
+
+def _tract_names(cfg: CfgNode) -> list[str]:
+    return [name for name in cfg.MODEL.TRACT.STEM if name]
+
+
+def sample_of(images: int, seed: int) -> list[int]:
+    """Positions of a few of so many images, the same on every rank; the random state stays."""
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(images, generator=generator)[:_SAMPLE].tolist())
+
+
+def init_stem(cfg: CfgNode, built: BuiltModel, images: Iterable[Any]) -> None:
+    """Initialises the first layer's weight by filters that whiten what it sees, in place.
+
+    The random state is afterwards as before: all else is as without it.
+
+    Args:
+        cfg: MODEL.TRACT.STEM is read.
+        built: with random weights, on the CPU.
+        images: as `Task.plain_images` gives them.
+    """
+    name = named_stem(cfg) or find_stem(built.model)
+    layer = check_whitens(built.model.get_submodule(name), name)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        covariance = patch_covariance(_without_padding(built.network, layer, images), layer)
+        layer.weight.copy_(whitening_weight(covariance, layer.weight))
+    say(f"'{name}' is initialised by whitening filters")
+
+
+def _without_padding(
+    network: nn.Module, layer: nn.Module, batches: Iterable[Any]
+) -> Iterator[Tensor]:
+    """What the layer sees of each image, without the zeros that a detector puts around it."""
+    given: list[torch.Size] = []
+
+    def note(batch: Any) -> Any:
+        given.append(batch[0].shape)
+        return batch
+
+    for seen in inputs_of(network, layer, map(note, batches)):
+        height, width = given.pop()[-2:]
+        yield seen[..., :height, :width] if isinstance(layer, nn.Conv2d) else seen
+
+
 def put_tract(cfg: CfgNode, model: nn.Module, input_variance: float) -> None:
-    """Puts TrAct on the model's stem, in place, if the config says so.
+    """Puts TrAct on the model's stem, or on the layers that are named, if the config says so.
 
     Args:
         cfg: MODEL.TRACT and SOLVER.ACCUMULATION are read.
@@ -57,20 +125,34 @@ def put_tract(cfg: CfgNode, model: nn.Module, input_variance: float) -> None:
     tract = cfg.MODEL.TRACT
     if not tract.ENABLED:
         return
-    stem = tract.STEM or find_stem(model)
+    names = _tract_names(cfg) or [find_stem(model)]
+    layers = trainable_layers(model) if names == [_ALL] else names
     apply_tract(
         model,
         lambda_in_unit(tract.LAMBDA, tract.UNIT, input_variance),
-        stem=stem,
+        stem=layers,
         sync=tract.SYNC,
         relative=tract.UNIT == "trace",
+        power=tract.POWER,
         gram_patches=tract.GRAM_PATCHES,
     )
     set_micro_batches(model, cfg.SOLVER.ACCUMULATION)
     words = lambda_in_words(tract.LAMBDA, tract.UNIT, input_variance)
     schedule = "" if tract.SCHEDULE == "constant" else f", {tract.SCHEDULE} to {tract.LAMBDA_END:g}"
-    stop = f", off from step {tract.STOP_AT}" if tract.STOP_AT else ""
-    say(f"TrAct on '{stem}', {words}{schedule}{stop}")
+    power = "" if tract.POWER == 1 else f", power {tract.POWER:g} of the inverse"
+    where = f"'{layers[0]}'" if len(layers) == 1 else f"{len(layers)} layers"
+    say(f"TrAct on {where}, {words}{power}{schedule}{_stop_in_words(tract.STOP_AT)}")
+
+
+def _stop_in_words(stop_at: float) -> str:
+    if 0 < stop_at < 1:
+        return f", off after {stop_at:.3g} of the training"
+    return f", off from step {stop_at:.0f}" if stop_at else ""
+
+
+def stop_step(stop_at: float, max_iter: int) -> int:
+    """MODEL.TRACT.STOP_AT as a step; 0 = never. A fraction has at least one step with TrAct."""
+    return max(1, round(stop_at * max_iter)) if 0 < stop_at < 1 else int(stop_at)
 
 
 def build_lambda(cfg: CfgNode, input_variance: float, max_iter: int) -> LambdaAt | None:
@@ -83,7 +165,7 @@ def build_lambda(cfg: CfgNode, input_variance: float, max_iter: int) -> LambdaAt
         lambda_=in_unit(tract.LAMBDA),
         end=None if tract.LAMBDA_END == -1 else in_unit(tract.LAMBDA_END),
         kind=tract.SCHEDULE,
-        stop_at=tract.STOP_AT,
+        stop_at=stop_step(tract.STOP_AT, max_iter),
         max_iter=max_iter,
     )
 
@@ -120,6 +202,11 @@ def _stem_rule(solver: CfgNode, stem: str) -> StemRule:
     )
 
 
+def _fallback(solver: CfgNode, network: nn.Module) -> Fallback:
+    scale = 1.0 if solver.FALLBACK_LR == -1 else solver.FALLBACK_LR / solver.BASE_LR
+    return Fallback(output_layers(network), scale)
+
+
 def optimizer_of(
     cfg: CfgNode, network: nn.Module, stem: str | None = None
 ) -> torch.optim.Optimizer:
@@ -141,6 +228,7 @@ def optimizer_of(
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         stem=stem_rule,
+        fallback=_fallback(solver, network) if solver.OPTIMIZER == "Muon" else None,
     )
     return build_optimizer(
         groups,
@@ -187,6 +275,10 @@ def identity(cfg: CfgNode) -> dict[str, Any]:
         "SOLVER.OPTIMIZER": cfg.SOLVER.OPTIMIZER,
         "SOLVER.STEM": plain(cfg.SOLVER.STEM),
         "DATALOADER": plain(cfg.DATALOADER) | {"NUM_WORKERS": 0},  # may change
-        "MODEL.TRACT": plain(cfg.MODEL.TRACT),
+        # In the form of runs from before POWER, and before STEM was a list, so that they resume.
+        "MODEL.TRACT": {k: v for k, v in plain(cfg.MODEL.TRACT).items() if k != "POWER"}
+        | {"STEM": ",".join(_tract_names(cfg))},
+        "MODEL.TRACT.POWER": cfg.MODEL.TRACT.POWER,
+        "MODEL.STEM_INIT": cfg.MODEL.STEM_INIT,
         "DEEPSPEED.zero_optimization.stage": cfg.DEEPSPEED.zero_optimization.stage,
     }

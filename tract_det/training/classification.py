@@ -2,14 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 
 from tract_det import distributed
 from tract_det.config.machinery import plain
@@ -175,6 +175,26 @@ def build_loader(cfg: CfgNode, split: ClassificationSplit, meta: Meta, start: in
     )
 
 
+def _test_dataset(cfg: CfgNode, split: ClassificationSplit, meta: Meta) -> ClassificationDataset:
+    """The images of a split without random augmentation."""
+    size, resize = cfg.INPUT.SIZE, cfg.INPUT.RESIZE_TEST
+    transform = classification_test(
+        size,
+        resize=round(size * 256 / 224) if resize == -1 else resize,
+        interpolation=cfg.INPUT.INTERPOLATION,
+        **_pixel_options(cfg, meta),
+    )
+    return _dataset(cfg, split, transform)
+
+
+def plain_images(
+    cfg: CfgNode, split: ClassificationSplit, meta: Meta, indices: Sequence[int]
+) -> Iterator[Tensor]:
+    """The images at these positions as in evaluation, `(1, 3, H, W)` each."""
+    dataset = _test_dataset(cfg, split, meta)
+    return (dataset[index][0][None] for index in indices)
+
+
 def say_skipped(loader: ImageBatches) -> None:
     """Says how many corrupt images were replaced. Every rank must call it."""
     total: Counter[str] = sum(distributed.gather(loader.skipped), Counter())
@@ -288,14 +308,7 @@ class ClassificationEvaluation:
         self, cfg: CfgNode, split: ClassificationSplit, meta: Meta, device: torch.device
     ) -> None:
         self.cfg, self.device = cfg, device
-        size, resize = cfg.INPUT.SIZE, cfg.INPUT.RESIZE_TEST
-        transform = classification_test(
-            size,
-            resize=round(size * 256 / 224) if resize == -1 else resize,
-            interpolation=cfg.INPUT.INTERPOLATION,
-            **_pixel_options(cfg, meta),
-        )
-        self.dataset = _dataset(cfg, split, transform)
+        self.dataset = _test_dataset(cfg, split, meta)
 
     def __call__(self, model: nn.Module, average: nn.Module | None) -> dict[str, float]:
         """`top1`, `top5`, `ema.top1`, `ema.top5`."""
@@ -371,6 +384,7 @@ TASK = Task(
     plan=make_plan,
     build_model=build_model,
     loader=build_loader,
+    plain_images=plain_images,
     evaluation=ClassificationEvaluation,
     identity=identity,
     length=length_keys,

@@ -45,7 +45,7 @@ def _parse(
         action="append",
         default=[],
         metavar="NAME",
-        help=f"lay configs/arms/NAME.yaml over the config: {', '.join(arms())}",
+        help=f"lay configs/arms/NAME.yaml over the config, or several as A+B: {', '.join(arms())}",
     )
     parser.add_argument("--resume", action="store_true", help="go on where OUTPUT_DIR stopped")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")

@@ -15,6 +15,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from tract_det.config import tasks
+from tract_det.config.arms import the_one
 from tract_det.config.files import find_configs, flat, read_config, run_name
 from tract_det.errors import UserError
 from tract_det.training.task import Task
@@ -173,10 +174,10 @@ def build(design: Design) -> Comparison:
     load_cfg = tasks.loader_of(name)
     task: Task = importlib.import_module(f"tract_det.training.{name}").TASK
     first = load_cfg(design.config_files, design.pairs)
-    arms = list(design.arms) or _usual_arms(first)
+    arms = [the_one([arm]) for arm in design.arms] or _usual_arms(first)
     if len(set(arms)) < len(arms):
         raise UserError(f"--arms {','.join(arms)}: an arm is there twice")
-    baseline = design.baseline or ("plain" if "plain" in arms else arms[0])
+    baseline = the_one([design.baseline]) or ("plain" if "plain" in arms else arms[0])
     if baseline not in arms:
         raise UserError(f"--baseline {baseline} is none of the arms {', '.join(arms)}: add it")
     variants = _variants(design, arms, load_cfg)
@@ -261,12 +262,13 @@ def refuse_other_settings(run: PlannedRun) -> None:
         return
     before, now = flat(read_config(path)), flat(run.cfg)
     for key, value in now.items():
-        if key not in _INCIDENTAL and _plain(before.get(key, value)) != _plain(value):
+        if key not in _INCIDENTAL and _comparable(before.get(key, value)) != _comparable(value):
             raise UserError(
                 f"{run.folder} has a run with {key} {before[key]}, and this one has {value}: give "
                 "this comparison a folder of its own by --output"
             )
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _comparable(value: Any) -> Any:
+    """A value whose type may have changed between versions: "", [] and 0 all mean none."""
+    return (list(value) if isinstance(value, tuple) else value) or None

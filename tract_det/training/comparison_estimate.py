@@ -15,7 +15,7 @@ from tract_det.engine import checkpoint, ds
 from tract_det.engine.loop import Step, StopSignal, train
 from tract_det.engine.writers import clock
 from tract_det.errors import UserError
-from tract_det.training import assembly, session
+from tract_det.training import session
 from tract_det.training.comparison import Comparison, PlannedRun
 from tract_det.training.comparison_runs import missing
 from tract_det.training.task import Task
@@ -97,8 +97,7 @@ def measure(task: Task, cfg: CfgNode, threads: int) -> Measured:
             torch.set_num_threads(threads)
         torch.manual_seed(cfg.SEED)
         training, test = task.read_data(cfg)
-        built = task.build_model(cfg, task.read_weights(cfg), training.class_names, False)
-        assembly.put_tract(cfg, built.model, built.input_variance)
+        built = session.build(task, cfg, training, task.read_weights(cfg))
         engine, _ = session.prepare(cfg, built, device)
         steps: list[Step] = []
         with StopSignal() as stop:

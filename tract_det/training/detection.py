@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator, format_table
 from tract_det.files import write_json
+from tract_det.modeling.faster_rcnn import resize_shorter_side
 from tract_det.training.detectors import build_detector, check_backend, read_detector_weights
 from tract_det.training.task import Meta, Plan, Task
 from tract_det.visualize import Picture, detection_grid
@@ -101,6 +102,16 @@ def build_loader(cfg: CfgNode, split: VOCSplit, meta: Meta, start: int) -> Itera
         start=start,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
+
+
+def plain_images(
+    cfg: CfgNode, split: VOCSplit, meta: Meta, indices: Sequence[int]
+) -> Iterator[list[torch.Tensor]]:
+    """The images at these positions in the size of evaluation, a list of one `(3, H, W)` each."""
+    dataset = VOCDetection(split)
+    for index in indices:
+        image = dataset[index][0].as_subclass(torch.Tensor)
+        yield [resize_shorter_side(image, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
 
 
 def means(results: Results) -> dict[str, float]:
@@ -188,6 +199,7 @@ TASK = Task(
     plan=make_plan,
     build_model=build_detector,
     loader=build_loader,
+    plain_images=plain_images,
     evaluation=DetectionEvaluation,
     identity=identity,
     length=length_keys,

@@ -26,6 +26,7 @@ from tract_det.engine.run import Run
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.files import make_folder, write_text
+from tract_det.modeling.weight_files import Weights
 from tract_det.training import assembly
 from tract_det.training.task import BuiltModel, Evaluation, Plan, Split, Task
 
@@ -46,15 +47,19 @@ def run(task: Task, cfg: CfgNode, *, resume: bool = False, eval_only: bool = Fal
 
 def _train(task: Task, cfg: CfgNode, device: torch.device, resume: bool) -> int:
     output = Path(cfg.OUTPUT_DIR)
+    if cfg.MODEL.STEM_INIT and cfg.MODEL.WEIGHTS:
+        raise UserError(
+            f"MODEL.STEM_INIT {cfg.MODEL.STEM_INIT} would undo the first layer of MODEL.WEIGHTS "
+            f"{cfg.MODEL.WEIGHTS}: leave one of them empty"
+        )
     if resume:
         checkpoint.last(output)  # refuses before anything is read
     training, test = task.read_data(cfg)
     weights = task.read_weights(cfg)
     plan = task.plan(cfg, len(training))
-    built = task.build_model(cfg, weights, training.class_names, False)
+    built = build(task, cfg, training, weights)
     if weights is not None:
         _write_load_report(output, weights.source, built)
-    assembly.put_tract(cfg, built.model, built.input_variance)
     engine, ema = prepare(cfg, built, device)
     evaluation = task.evaluation(cfg, test, built.meta, device)
     make_folder(output, "OUTPUT_DIR")
@@ -85,6 +90,16 @@ def _evaluate(task: Task, cfg: CfgNode, device: torch.device) -> int:
     return 0
 
 
+def build(task: Task, cfg: CfgNode, training: Split, weights: Weights | None) -> BuiltModel:
+    """The model as its training begins: weights, the stem's initialisation, TrAct on the stem."""
+    built = task.build_model(cfg, weights, training.class_names, False)
+    if cfg.MODEL.STEM_INIT:
+        images = assembly.sample_of(len(training), cfg.SEED)
+        assembly.init_stem(cfg, built, task.plain_images(cfg, training, built.meta, images))
+    assembly.put_tract(cfg, built.model, built.input_variance)
+    return built
+
+
 def prepare(cfg: CfgNode, built: BuiltModel, device: torch.device) -> tuple[Any, Ema | None]:
     """DeepSpeed's engine around the network, and the moving average of its weights."""
     network = assembly.place(cfg, built.network, device)
@@ -92,10 +107,10 @@ def prepare(cfg: CfgNode, built: BuiltModel, device: torch.device) -> tuple[Any,
     ema = built.ema(network) if built.ema is not None else None
     if built.compiled:
         built.model.compile()
-    stem = cfg.MODEL.TRACT.STEM or None
+    stem = assembly.named_stem(cfg)
     if stem and built.inner:
         stem = f"{built.inner}.{stem}"
-    engine = assembly.build_engine(cfg, network, stem)
+    engine = assembly.build_engine(cfg, network, stem or None)
     # After DeepSpeed's first broadcast, which takes contiguous tensors; other stages flatten them.
     if cfg.DEEPSPEED.zero_optimization.stage == 0:
         for module in (network, *([ema.model] if ema else [])):

@@ -100,6 +100,8 @@ class Task:
         build_model: from the weights and the class names. `strict` (for evaluation): every tensor
             of the model must be in the weights.
         loader: this rank's micro-batches from a step on, given the model's meta.
+        plain_images: the training images at these positions without random augmentation, each as a
+            batch of one that the network takes, given the model's meta.
         evaluation: of the evaluation split, given the model's meta.
         identity: the task's own keys that a resumed run must share, beyond `assembly.identity`.
         length: the keys, with their values, that make a run so many epochs of so many images long,
@@ -114,6 +116,7 @@ class Task:
     plan: Callable[[CfgNode, int], Plan]
     build_model: Callable[[CfgNode, Weights | None, tuple[str, ...], bool], BuiltModel]
     loader: Callable[[CfgNode, Any, Meta, int], Iterable[Any]]
+    plain_images: Callable[[CfgNode, Any, Meta, Sequence[int]], Iterable[Any]]
     evaluation: Callable[[CfgNode, Any, Meta, torch.device], Evaluation]
     identity: Callable[[CfgNode], dict[str, Any]]
     length: Callable[[CfgNode, int, float, float], dict[str, Any]]
