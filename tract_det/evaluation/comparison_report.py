@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import geometric_mean
+from typing import Any
 
 from tract_det.evaluation.comparison import (
     Arm,
@@ -123,6 +124,13 @@ def _cost(group: Group, baseline: Group) -> Cost:
         return Cost(ratios[0], None, 1)
     low, high = t_interval([math.log(ratio) for ratio in ratios])
     return Cost(geometric_mean(ratios), (math.exp(low), math.exp(high)), len(ratios))
+
+
+def as_values(row: Row) -> dict[str, Any]:
+    """A row for JSON, without the curves of its runs."""
+    group = row.group
+    values = {field.name: getattr(row, field.name) for field in fields(row)[1:]}
+    return {"arm": group.arm, "epochs": group.epochs, "baseline": group.baseline, **values}
 
 
 def verdicts(groups: Sequence[Group]) -> list[str]:

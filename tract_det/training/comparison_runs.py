@@ -10,7 +10,7 @@ from tract_det.engine.jobs import Ended, Job, run_jobs
 from tract_det.engine.writers import clock
 from tract_det.errors import DivergedError, UserError
 from tract_det.evaluation.comparison import Curve, mean_curve
-from tract_det.evaluation.comparison_report import Group, judge, table, verdicts
+from tract_det.evaluation.comparison_report import Group, as_values, judge, table, verdicts
 from tract_det.evaluation.runs import Record, read_run
 from tract_det.files import write_json, write_text
 from tract_det.training.comparison import (
@@ -185,7 +185,7 @@ def report(planned: Comparison, command: str) -> None:
         "command": command,
         "metric": planned.metric,
         "images": planned.images,
-        "rows": rows,
+        "rows": [as_values(row) for row in rows],
         "verdicts": verdicts(arms),
         "runs": records,
     }
