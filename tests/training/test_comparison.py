@@ -96,6 +96,16 @@ def test_keys_of_tract_are_swept_only_where_tract_is_on(tmp_path, images):
     assert planned.runs[4].cfg.MODEL.TRACT.LAMBDA == 1
 
 
+def test_a_swept_value_that_the_arm_has_anyway_is_the_same_run(tmp_path, images):
+    sweeps = {"MODEL.TRACT.LAMBDA": ["0.1", "1"]}
+    planned = build(design(tmp_path, images, sweeps=sweeps, seeds=1))
+    assert [variant.folder for variant in planned.variants] == ["plain", "tract", "tract+LAMBDA=1"]
+    first = build(design(tmp_path, images, seeds=1))
+    for run in first.runs:
+        write_run(first, run, 50.0)
+    assert [run.variant.name for run in missing(planned)] == ["tract LAMBDA=1"]
+
+
 def test_the_baseline_is_judged_by_nothing():
     plain, tract = Variant("plain"), Variant("tract", (("SOLVER.BASE_LR", "1"),))
     assert baseline_of(plain, [plain, tract], "plain") is None

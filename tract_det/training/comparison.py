@@ -7,7 +7,7 @@ see as many images.
 
 import importlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fvcore.common.config import CfgNode
 from tract_det.config import tasks
 from tract_det.config.arms import the_one
 from tract_det.config.files import find_configs, flat, read_config, run_name
+from tract_det.config.machinery import value_at
 from tract_det.errors import UserError
 from tract_det.training.task import Task
 
@@ -40,20 +41,26 @@ class Variant:
     Attributes:
         arm: its name.
         settings: the swept keys that it has, with their values as typed.
+        changes: those among them that are not what the arm has anyway.
     """
 
     arm: str
     settings: tuple[tuple[str, str], ...] = ()
+    changes: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
         """`tract`, or `tract LAMBDA=0.05`."""
-        return " ".join([self.arm, *(f"{_short(key)}={value}" for key, value in self.settings)])
+        return " ".join([self.arm, *_in_words(self.settings)])
 
     @property
     def folder(self) -> str:
-        """The name, as a folder's."""
-        return self.name.replace(" ", "+").replace("/", "_")
+        """`tract`, or `tract+LAMBDA=0.05`: a run is the same whether its values were swept or not."""
+        return "+".join([self.arm, *_in_words(self.changes)]).replace("/", "_")
+
+
+def _in_words(settings: Iterable[tuple[str, str]]) -> Iterator[str]:
+    return (f"{_short(key)}={value}" for key, value in settings)
 
 
 def _short(key: str) -> str:
@@ -221,10 +228,17 @@ def _variants(design: Design, arms: Sequence[str], load_cfg: LoadCfg) -> list[Va
     """Every arm with every combination of the swept values; TrAct's keys only where it is on."""
     variants = []
     for arm in arms:
-        is_tract = load_cfg(design.config_files, design.pairs, arm).MODEL.TRACT.ENABLED
+        own = load_cfg(design.config_files, design.pairs, arm)
+        is_tract = own.MODEL.TRACT.ENABLED
         keys = [key for key in design.sweeps if is_tract or not key.startswith("MODEL.TRACT.")]
         for values in itertools.product(*(design.sweeps[key] for key in keys)):
-            variants.append(Variant(arm, tuple(zip(keys, values, strict=True))))
+            settings = tuple(zip(keys, values, strict=True))
+            pairs = [*design.pairs, *itertools.chain(*settings)]
+            swept = load_cfg(design.config_files, pairs, arm)
+            changes = [
+                pair for pair in settings if value_at(swept, pair[0]) != value_at(own, pair[0])
+            ]
+            variants.append(Variant(arm, settings, tuple(changes)))
     return variants
 
 
