@@ -55,7 +55,7 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """`tract`, or `tract+LAMBDA=0.05`: a run is the same whether its values were swept or not."""
+        """`tract`, or `tract+LAMBDA=0.05`; a value that the arm has anyway leaves no trace."""
         return "+".join([self.arm, *_in_words(self.changes)]).replace("/", "_")
 
 
