@@ -46,8 +46,9 @@ def compare(images, output, *flags, until=None):
 
 
 def results(output):
-    """The comparison without what depends on the clock."""
+    """The comparison without what depends on the clock and the folder."""
     content = json.loads((output / "comparison.json").read_text())
+    del content["command"]
     for row in content["rows"]:
         del row["cost"]
     for run in content["runs"]:
