@@ -87,9 +87,7 @@ def at_stem(stem: nn.Module, x: Tensor, dz: Tensor) -> Batch:
     """From a layer's input and the gradient by its output, both float64."""
     if isinstance(stem, nn.Conv2d):
         mode = "constant" if stem.padding_mode == "zeros" else stem.padding_mode
-        sides = (
-            stem._reversed_padding_repeated_twice
-        )  # right for "same"; else padding may have changed
+        sides = stem._reversed_padding_repeated_twice  # not updated where `padding` is
         if not isinstance(stem.padding, str):
             sides = [side for side in reversed(stem.padding) for _ in range(2)]
         padded = F.pad(x, sides, mode=mode)
