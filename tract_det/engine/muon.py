@@ -15,9 +15,9 @@ _ITERATION = "zeropower_via_newtonschulz"
 class Muon(timm.optim.Muon):
     """`timm.optim.Muon`, in the precision that the device is fast in.
 
-    timm orthogonalises in bfloat16, which is made for GPUs. A CPU without instructions for it takes
-    15 times (128 x 1152) to 35 times (512 x 4608) as long as in float32, and a step of a small
-    detector more than a minute (measured on two cores of an AMD EPYC, PyTorch 2.14).
+    timm orthogonalises in bfloat16, which is made for GPUs. On a CPU without instructions for it,
+    that takes 15 times (128 x 1152) to 35 times (512 x 4608) as long as in float32 (one thread,
+    PyTorch 2.14), and a step of a small detector more than a minute.
     """
 
     def step(self, closure: Any = None) -> Any:
