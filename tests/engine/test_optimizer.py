@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from timm.optim import muon
 from torch import nn
 
 from tract_det.engine.choices import OPTIMIZERS
@@ -139,6 +140,7 @@ def test_the_step_of_muon_is_orthogonal_and_that_of_the_rest_is_adamws(generator
     hidden, *rest = [(p.detach() - b) for p, b in zip(model.parameters(), before, strict=True)]
     singular = torch.linalg.svdvals(hidden) / 0.02
     assert singular.min() > 0.5 and singular.max() < 1.5
+    assert muon.zeropower_via_newtonschulz(hidden, 1, [(1, 0, 0)]).dtype == torch.bfloat16
     for change in rest:  # AdamW's first step is its rate, whatever the gradient
         torch.testing.assert_close(change.abs(), torch.full_like(change, 0.002), rtol=1e-3, atol=0)
 
@@ -213,3 +215,16 @@ def test_a_stem_of_the_same_rule_needs_no_second_optimizer():
     assert isinstance(optimizer, torch.optim.SGD)
     own = [group for group in optimizer.param_groups if group.get("stem")]
     assert len(own) == 1 and own[0]["lr_scale"] == 0.1 and own[0]["weight_decay"] == 0.1
+
+
+def test_muon_iterates_in_float32_on_a_cpu(generator):
+    """bfloat16 would leave three digits of the step."""
+    weight = nn.Parameter(torch.zeros(6, 9))
+    optimizer = build_optimizer([{"params": [weight]}], Rule("Muon", momentum=0.0), lr=1.0)
+    weight.grad = torch.randn(6, 9, generator=generator)
+    X = weight.grad.double() / weight.grad.double().norm()
+    for a, b, c in muon.resolve_ns_coefficients("quintic", muon._COEFFICIENTS):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    optimizer.step()
+    torch.testing.assert_close(-weight.detach(), X.float(), rtol=1e-4, atol=1e-5)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import Lamb, Muon
+from timm.optim import Lamb
 from torch import nn
 
+from tract_det.engine.muon import Muon
 from tract_det.errors import UserError
 
 _NORMS = (
