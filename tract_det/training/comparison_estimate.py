@@ -21,6 +21,8 @@ from tract_det.training.comparison_runs import missing
 from tract_det.training.task import Task
 
 _WARM_UP, _MEASURED = 3, 10  # steps until the speed is steady, and those that count
+_SECONDS = 20.0  # after which fewer steps have to do
+_ENOUGH = -1  # stops the loop as a signal does
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,13 @@ def measure(task: Task, cfg: CfgNode, threads: int) -> Measured:
         built = session.build(task, cfg, training, task.read_weights(cfg))
         engine, _ = session.prepare(cfg, built, device)
         steps: list[Step] = []
+
+        def note(step: Step) -> None:
+            steps.append(step)
+            is_long = sum(step.seconds for step in steps) > _SECONDS
+            if len(steps) >= _WARM_UP + 2 and is_long:
+                stop.number = stop.number or _ENOUGH
+
         with StopSignal() as stop:
             train(
                 engine,
@@ -108,10 +117,12 @@ def measure(task: Task, cfg: CfgNode, threads: int) -> Measured:
                 max_iter=_WARM_UP + _MEASURED,
                 accumulation=cfg.SOLVER.ACCUMULATION,
                 lr_at=lambda step: 0.0,
-                after_step=steps.append,
+                after_step=note,
                 stop=stop,
                 memory_format=built.memory_format,
             )
+        if stop.number not in (0, _ENOUGH):
+            raise KeyboardInterrupt
         network = ds.whole_model(engine)
         few = min(len(test), max(8, 2 * cfg.TEST.IMS_PER_BATCH))
         times = []
