@@ -15,8 +15,6 @@ readers, optimizer, log and checks.
 
 import argparse
 import copy
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -37,6 +35,7 @@ from tract_det.data.detection_loaders import collate
 from tract_det.data.voc import Annotation
 from tract_det.engine import ds
 from tract_det.engine.loop import Step, StopSignal, train
+from tract_det.engine.provenance import hardware
 from tract_det.errors import UserError
 from tract_det.training import assembly, classification, detection, session
 from tract_det.training.task import BuiltModel, Task
@@ -69,8 +68,7 @@ def bare_steps(
 def build(task: Task, cfg: CfgNode, device: torch.device) -> tuple[Any, BuiltModel]:
     """The training split, and the model from random weights, with TrAct as the config says."""
     split, _ = task.read_data(cfg)
-    built = task.build_model(cfg, None, split.class_names, False)
-    assembly.put_tract(cfg, built.model, built.input_variance)
+    built = session.build(task, cfg, split, None)
     return split, built
 
 
@@ -291,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
         times["bare"].append(timed(bare_loop, device))
         times["tract_det"].append(timed(trainer, device))
     rates = {name: images / statistics.median(seconds) for name, seconds in times.items()}
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {device}")
+    print(f"{hardware(device)}")
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}")
     title = args.config_file or "default config"
     print(f"{title}: {batch} images per step, {args.rounds} rounds of {args.steps} steps")

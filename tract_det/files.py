@@ -72,3 +72,18 @@ def plain_values(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy's arrays and numbers
         return plain_values(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, but for half a line at the end of a killed run.
+
+    Raises:
+        UserError: the file is missing, or a line is no JSON.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: give the OUTPUT_DIR of a training run")
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error

@@ -1,6 +1,5 @@
 """Pictures as PNG files: detections on images, curves of training runs, filters of a stem."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from tract_det.errors import UserError
-from tract_det.files import atomically
+from tract_det.files import atomically, read_metrics
 
 Color = tuple[float, float, float, float]  # RGBA, 0..1
 
@@ -119,9 +118,7 @@ def training_curves(path: Path, runs: Mapping[str, Path]) -> None:
     """
     figure, (loss_axis, map_axis) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for name, metrics in runs.items():
-        if not metrics.is_file():
-            raise UserError(f"{metrics} is missing: give the OUTPUT_DIR of a training run")
-        entries = [json.loads(line) for line in metrics.read_text().splitlines()]
+        entries = read_metrics(metrics)
         for axis, key in ((loss_axis, "loss"), (map_axis, "voc_area.mAP")):
             points = [
                 (entry["iteration"], entry[key]) for entry in entries if entry.get(key) is not None

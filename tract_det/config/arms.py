@@ -7,6 +7,7 @@ other; the order of the parts does not matter.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def _in_order(name: str) -> str:
     return "+".join(sorted(parts, key=lambda part: (_SWITCH not in _keys_of(part), part)))
 
 
+@cache
 def _keys_of(part: str) -> dict[str, Any]:
     return flat(read_config(FOLDER / f"{part}.yaml"))
 

@@ -313,9 +313,9 @@ def verdict(
     if over_lengths is not None:
         clauses.append(f"speed-up over lengths: {_speed_up_in_words(over_lengths, 'bootstrap')}")
     clauses += [
-        f"{one.failed} of {len(one.runs)} runs of {one.name} failed"
-        for one in (arm, baseline)
-        if one.failed
+        f"{side.failed} of {len(side.runs)} runs of {side.name} failed"
+        for side in (arm, baseline)
+        if side.failed
     ]
     return "; ".join(clauses) + "."
 

@@ -1,15 +1,13 @@
 """What a training run has left in its folder: the curve of a metric and the time that it took."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from tract_det.errors import UserError
 from tract_det.evaluation.comparison import Curve
+from tract_det.files import read_metrics
 
 
 @dataclass(frozen=True)
@@ -27,21 +25,6 @@ class Record:
     seconds: float
 
 
-def read_entries(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, but for half a line at the end of a run that was killed.
-
-    Raises:
-        UserError: the file is missing, or a line is no JSON.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} is missing: give the OUTPUT_DIR of a training run")
-    try:
-        lines = path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-
-
 def read_run(folder: Path, metric: str, *, steps: int, batch: int, images: int) -> Record:
     """Reads the run in a folder.
 
@@ -55,7 +38,7 @@ def read_run(folder: Path, metric: str, *, steps: int, batch: int, images: int) 
     Raises:
         UserError: `metrics.jsonl` is missing or damaged.
     """
-    entries = read_entries(folder / "metrics.jsonl")
+    entries = read_metrics(folder / "metrics.jsonl")
     points = {
         entry["iteration"]: math.nan if entry[metric] is None else entry[metric]
         for entry in entries

@@ -103,14 +103,14 @@ def _without_padding(
     network: nn.Module, layer: nn.Module, batches: Iterable[Any]
 ) -> Iterator[Tensor]:
     """What the layer sees of each image, without the zeros that a detector puts around it."""
-    given: list[torch.Size] = []
+    sizes: list[torch.Size] = []
 
     def note(batch: Any) -> Any:
-        given.append(batch[0].shape)
+        sizes.append(batch[0].shape)
         return batch
 
     for seen in inputs_of(network, layer, map(note, batches)):
-        height, width = given.pop()[-2:]
+        height, width = sizes.pop()[-2:]
         yield seen[..., :height, :width] if isinstance(layer, nn.Conv2d) else seen
 
 
@@ -153,6 +153,12 @@ def _stop_in_words(stop_at: float) -> str:
 def stop_step(stop_at: float, max_iter: int) -> int:
     """MODEL.TRACT.STOP_AT as a step; 0 = never. A fraction has at least one step with TrAct."""
     return max(1, round(stop_at * max_iter)) if 0 < stop_at < 1 else int(stop_at)
+
+
+def scaled_stop(cfg: CfgNode, factor: float) -> dict[str, int]:
+    """MODEL.TRACT.STOP_AT of a training so many times as long; a fraction stays as it is."""
+    stop_at = cfg.MODEL.TRACT.STOP_AT
+    return {"MODEL.TRACT.STOP_AT": max(1, round(stop_at * factor))} if stop_at >= 1 else {}
 
 
 def build_lambda(cfg: CfgNode, input_variance: float, max_iter: int) -> LambdaAt | None:

@@ -106,9 +106,7 @@ def length_keys(cfg: CfgNode, images: int, epochs: float, period: float) -> dict
     keys |= {"SOLVER.MAX_ITER": steps} if solver.MAX_ITER else {"SOLVER.EPOCHS": epochs}
     if any(step >= 1 for step in solver.STEPS):
         keys["SOLVER.STEPS"] = [step * factor for step in solver.STEPS]
-    if cfg.MODEL.TRACT.STOP_AT >= 1:
-        keys["MODEL.TRACT.STOP_AT"] = max(1, round(cfg.MODEL.TRACT.STOP_AT * factor))
-    return keys
+    return keys | assembly.scaled_stop(cfg, factor)
 
 
 def _pixel_options(cfg: CfgNode, meta: Meta) -> dict[str, Any]:

@@ -228,15 +228,15 @@ def _variants(design: Design, arms: Sequence[str], load_cfg: LoadCfg) -> list[Va
     """Every arm with every combination of the swept values; TrAct's keys only where it is on."""
     variants = []
     for arm in arms:
-        own = load_cfg(design.config_files, design.pairs, arm)
-        is_tract = own.MODEL.TRACT.ENABLED
+        unswept = load_cfg(design.config_files, design.pairs, arm)
+        is_tract = unswept.MODEL.TRACT.ENABLED
         keys = [key for key in design.sweeps if is_tract or not key.startswith("MODEL.TRACT.")]
         for values in itertools.product(*(design.sweeps[key] for key in keys)):
             settings = tuple(zip(keys, values, strict=True))
             pairs = [*design.pairs, *itertools.chain(*settings)]
             swept = load_cfg(design.config_files, pairs, arm)
             changes = [
-                pair for pair in settings if value_at(swept, pair[0]) != value_at(own, pair[0])
+                pair for pair in settings if value_at(swept, pair[0]) != value_at(unswept, pair[0])
             ]
             variants.append(Variant(arm, settings, tuple(changes)))
     return variants

@@ -1,6 +1,7 @@
 """Makes the runs of a comparison and reports what they say."""
 
 import shutil
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
@@ -24,6 +25,9 @@ from tract_det.visualize import Line, comparison
 # A run that diverged has this file, with the error: it would diverge again.
 _DIVERGED = "diverged.txt"
 _LOG = "log.txt"
+
+# Exit codes of a trainer that a signal has stopped: it has saved a checkpoint.
+_STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 
 def read(planned: Comparison, run: PlannedRun) -> Record | None:
@@ -83,8 +87,8 @@ def run_missing(
         nonlocal done
         done += 1
         run = by_name[ended.job.name]
-        outcome = _settle(planned, run, ended)
-        if outcome.startswith("failed"):
+        outcome, has_failed = _settle(planned, run, ended)
+        if has_failed:
             failures.append(run.name)
         progress = f"[{done}/{len(planned.runs)}] {run.name}"
         print(f"{progress}: {outcome} ({clock(ended.seconds)})", flush=True)
@@ -103,23 +107,23 @@ def _job(run: PlannedRun) -> Job:
     return Job(run.name, command, run.folder / _LOG)
 
 
-def _settle(planned: Comparison, run: PlannedRun, ended: Ended) -> str:
-    """Notes how a run has ended; returns it in words."""
+def _settle(planned: Comparison, run: PlannedRun, ended: Ended) -> tuple[str, bool]:
+    """Notes how a run has ended; returns it in words, and whether it has failed."""
     log = run.folder / _LOG
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     last = lines[-1].removeprefix("error: ") if lines else "without a word"
     if ended.code == DivergedError.exit_code:
         write_text(run.folder / _DIVERGED, last + "\n")
-        return f"diverged: {last}"
+        return f"diverged: {last}", False
     record = read(planned, run)
     if ended.code == 0 and record and record.is_finished and record.curve:
         # Nothing resumes a finished run, and an optimizer's state is larger than the weights.
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
         (run.folder / "last_checkpoint").unlink(missing_ok=True)
-        return f"{planned.metric} {record.curve.values[-1]:.2f}"
-    if "go on with --resume" in last:
-        return "stopped, its checkpoint is saved"
-    return f"failed: {last} (see {log})"
+        return f"{planned.metric} {record.curve.values[-1]:.2f}", False
+    if ended.code in _STOPPED:
+        return "stopped, its checkpoint is saved", False
+    return f"failed: {last} (see {log})", True
 
 
 # The report
@@ -176,7 +180,8 @@ def report(planned: Comparison, command: str) -> None:
     if not any(run is not None for group in arms for run in group.runs.values()):
         raise UserError(f"no run in {planned.output} is finished: nothing to compare yet")
     rows = judge(arms)
-    text = "\n\n".join([table(rows, planned.metric), *verdicts(arms)])
+    sentences = verdicts(arms)
+    text = "\n\n".join([table(rows, planned.metric), *sentences])
     print(f"\n{text}\n")
     heading = f"`{command}`\n\n{_origin(records)}\n\n![metric](comparison.png)"
     write_text(planned.output / "comparison.md", f"{heading}\n\n{text}\n")
@@ -186,7 +191,7 @@ def report(planned: Comparison, command: str) -> None:
         "metric": planned.metric,
         "images": planned.images,
         "rows": [as_values(row) for row in rows],
-        "verdicts": verdicts(arms),
+        "verdicts": sentences,
         "runs": records,
     }
     write_json(planned.output / "comparison.json", content)

@@ -22,6 +22,7 @@ from tract_det.errors import UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator, format_table
 from tract_det.files import write_json
 from tract_det.modeling.faster_rcnn import resize_shorter_side
+from tract_det.training import assembly
 from tract_det.training.detectors import build_detector, check_backend, read_detector_weights
 from tract_det.training.task import Meta, Plan, Task
 from tract_det.visualize import Picture, detection_grid
@@ -77,9 +78,7 @@ def length_keys(cfg: CfgNode, images: int, epochs: float, period: float) -> dict
     keys["SOLVER.MAX_ITER"] = max_iter
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         keys["SOLVER.STEPS"] = sorted({max(1, round(step * factor)) for step in solver.STEPS})
-    if cfg.MODEL.TRACT.STOP_AT >= 1:
-        keys["MODEL.TRACT.STOP_AT"] = max(1, round(cfg.MODEL.TRACT.STOP_AT * factor))
-    return keys
+    return keys | assembly.scaled_stop(cfg, factor)
 
 
 def build_loader(cfg: CfgNode, split: VOCSplit, meta: Meta, start: int) -> Iterable[Any]:
