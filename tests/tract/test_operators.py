@@ -47,7 +47,7 @@ def conv_arguments(generator, geometry, key=NO_KEY, dtype=torch.float32):
     dZ = torch.randn(shape[0], 4 * groups, *out, generator=generator).to(dtype)
     total = patch_gram_sum(images, *conv, groups)
     count = total.new_full((), patch_count(images, *conv))
-    return dZ, images, total, count, packed(images, *conv), groups, dtype, True, 0.1, key
+    return dZ, images, total, count, None, packed(images, *conv), groups, dtype, True, 0.1, key
 
 
 def linear_arguments(generator, N, key=NO_KEY, dtype=torch.float32):
@@ -55,7 +55,7 @@ def linear_arguments(generator, N, key=NO_KEY, dtype=torch.float32):
     X = torch.randn(N, 12, generator=generator).to(dtype)
     dZ = torch.randn(N, 5, generator=generator).to(dtype)
     total, count = (row_gram_sum(X[None]), torch.tensor(float(N)).double())
-    sums = (None, None) if N < 12 else (total, count)
+    sums = (None, None, None) if N < 12 else (total, count, None)
     return dZ, X, *sums, dtype, 0.1, key
 
 

@@ -5,16 +5,19 @@ of its layer when it runs, so that a compiled model follows a schedule without r
 its side effects, see `operators`.
 """
 
-from typing import Any, Sequence  # noqa: UP035 - torch 2.4 takes only this one in an operator
+from collections.abc import Callable
+from typing import Any, Sequence, TypeVar  # noqa: UP035 - torch 2.4 takes only this one in an operator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tract_det.tract.device import await_beside, beside_forward, is_accelerated
 from tract_det.tract.gradient import conv_gradient, linear_gradient
 from tract_det.tract.operators import operator
 from tract_det.tract.solve import (
+    damped_factor,
     damped_power,
     damped_power_rows,
     damped_solve,
@@ -22,11 +25,14 @@ from tract_det.tract.solve import (
     effective_lambda,
     float64_is_cheap,
     needs_float64,
+    solve_with,
     trace,
 )
 from tract_det.tract.state import NO_KEY, STATES, Diagnosis, State
 from tract_det.tract.sums import Sums
 from tract_det.tract.windows import Windows, windows_of
+
+SumsT = TypeVar("SumsT", Sums, Sums | None)
 
 
 def _settings(lambda_: float, key: int) -> tuple[float, bool, State | None]:
@@ -37,20 +43,64 @@ def _settings(lambda_: float, key: int) -> tuple[float, bool, State | None]:
     return state.lambda_, state.relative, state
 
 
-def _needs_float64(total: Tensor, count: Tensor, lambda_: float, key: int) -> bool:
+def _damping(total: Tensor, count: Tensor, lambda_: float, relative: bool) -> Tensor:
+    """The damping of each group, `(groups,)`, float64."""
+    return effective_lambda(trace(total) / (count * total.shape[-1]), lambda_, relative)
+
+
+def _needs_float64(dZ: Tensor, total: Tensor, count: Tensor, lambda_: float, key: int) -> bool:
+    """Whether `dZ^T X` has to be computed in float64."""
+    if is_accelerated(dZ):
+        return False
     value, relative, _ = _settings(lambda_, key)
-    gram_trace = trace(total) / count.clamp(min=1)
-    damping = effective_lambda(gram_trace / total.shape[-1], value, relative)
-    return needs_float64(gram_trace, damping)
+    count = count.clamp(min=1)
+    damping = effective_lambda(trace(total) / count / total.shape[-1], value, relative)
+    return float64_is_cheap(dZ, total.shape[-1]) or needs_float64(trace(total) / count, damping)
 
 
-def _solve(plain: Tensor, total: Tensor, count: Tensor, lambda_: float, key: int) -> Tensor:
+def prepared(
+    sums: Callable[[], SumsT], input: Tensor, *, lambda_: float = 0.0, key: int = NO_KEY
+) -> SumsT:
+    """The sums over a layer's input; on an accelerator made beside the forward pass, and factored.
+
+    Args:
+        sums: makes them.
+        input: of the layer.
+        lambda_: damping; not used where `key` names a layer.
+        key: key of the layer's state, or `NO_KEY`.
+    """
+    if torch.compiler.is_compiling() or not is_accelerated(input):
+        return sums()
+    with torch.no_grad(), beside_forward(input):
+        made = sums()
+        return made if made is None else made._replace(factor=_factor(made, lambda_, key))
+
+
+def _factor(sums: Sums, lambda_: float, key: int) -> Tensor | None:
+    """The Cholesky factor of `X^T X + N lambda_ I`; None if it takes more than these sums."""
+    lambda_, relative, state = _settings(lambda_, key)
+    if state is not None and (state.pending is not None or state.power != 1):
+        return None
+    N = sums.number.clamp(min=1)
+    damping = _damping(sums.total, N, lambda_, relative)
+    return damped_factor(sums.total, damping * N, dtype=torch.float64)
+
+
+def _solve(
+    plain: Tensor,
+    total: Tensor,
+    count: Tensor,
+    factor: Tensor | None,
+    lambda_: float,
+    key: int,
+) -> Tensor:
     """TrAct's gradient, `(groups, M, K)`; zero before the last micro-batch of a step.
 
     Args:
         plain: `dZ^T X`, `(groups, M, K)`.
         total: `X^T X`, `(groups, K, K)`.
         count: `N`, a scalar.
+        factor: as in `Sums`.
         lambda_: damping, where there is no layer.
         key: key of the layer's state, or `NO_KEY`.
     """
@@ -60,9 +110,11 @@ def _solve(plain: Tensor, total: Tensor, count: Tensor, lambda_: float, key: int
         if totals is None:
             return torch.zeros_like(plain)
         total, count, plain = totals
-    N, K = count.clamp(min=1), total.shape[-1]
-    damping = effective_lambda(trace(total) / (N * K), lambda_, relative)
-    if state is None or state.power == 1:
+    N = count.clamp(min=1)
+    damping = _damping(total, N, lambda_, relative)
+    if factor is not None:
+        solved = solve_with(factor, plain) * N
+    elif state is None or state.power == 1:
         # N G + N lambda_ instead of G + lambda_: saves a division of all K^2 entries.
         solved = damped_solve(plain, total, damping * N) * N
     else:
@@ -90,12 +142,18 @@ def _solve_rows(plain: Tensor, X: Tensor, lambda_: float, key: int) -> Tensor:
     return solved
 
 
+def _result(solved: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor, as the operators promise."""
+    return solved.to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
 @operator("conv_weight_gradient", repeatable=False)
 def _conv_weight_gradient(
     dZ: Tensor,
     input: Tensor,
     total: Tensor,
     count: Tensor,
+    factor: Tensor | None,
     geometry: Sequence[int],
     groups: int,
     dtype: torch.dtype,
@@ -103,18 +161,17 @@ def _conv_weight_gradient(
     lambda_: float,
     key: int,
 ) -> tuple[Tensor, Tensor]:
-    K = total.shape[-1]
-    exact = float64_is_cheap(dZ, K) or _needs_float64(total, count, lambda_, key)
+    exact = _needs_float64(dZ, total, count, lambda_, key)
     plain, grad_bias = conv_gradient(
         input.detach(), dZ.detach(), Windows.unpack(geometry), groups, bias=bias, exact=exact
     )
-    by_group = plain.reshape(groups, -1, K)
-    solved = _solve(by_group, total, count, lambda_, key).reshape(plain.shape)
-    return solved.to(dtype).contiguous(), grad_bias.to(dtype)
+    by_group = plain.reshape(groups, -1, total.shape[-1])
+    solved = _solve(by_group, total, count, factor, lambda_, key).reshape(plain.shape)
+    return _result(solved, dtype), grad_bias.to(dtype)
 
 
 @_conv_weight_gradient.register_fake
-def _(dZ, input, total, count, geometry, groups, dtype, *others):  # type: ignore[no-untyped-def]
+def _(dZ, input, total, count, factor, geometry, groups, dtype, *others):  # type: ignore[no-untyped-def]
     size = (dZ.shape[1], input.shape[1] // groups, *Windows.unpack(geometry).kernel)
     return dZ.new_empty(size, dtype=dtype), dZ.new_empty(dZ.shape[1], dtype=dtype)
 
@@ -125,6 +182,7 @@ def _linear_weight_gradient(
     input: Tensor,
     total: Tensor | None,
     count: Tensor | None,
+    factor: Tensor | None,
     dtype: torch.dtype,
     lambda_: float,
     key: int,
@@ -133,13 +191,13 @@ def _linear_weight_gradient(
     if total is None or count is None:
         solved = _solve_rows(linear_gradient(X, dZ, True)[None], X, lambda_, key)
     else:
-        exact = float64_is_cheap(dZ, X.shape[-1]) or _needs_float64(total, count, lambda_, key)
-        solved = _solve(linear_gradient(X, dZ, exact)[None], total, count, lambda_, key)
-    return solved[0].to(dtype).contiguous()
+        plain = linear_gradient(X, dZ, _needs_float64(dZ, total, count, lambda_, key))
+        solved = _solve(plain[None], total, count, factor, lambda_, key)
+    return _result(solved[0], dtype)
 
 
 @_linear_weight_gradient.register_fake
-def _(dZ, input, total, count, dtype, *others):  # type: ignore[no-untyped-def]
+def _(dZ, input, total, count, factor, dtype, *others):  # type: ignore[no-untyped-def]
     return dZ.new_empty((dZ.shape[-1], input.shape[-1]), dtype=dtype)
 
 
@@ -152,13 +210,15 @@ class _Conv2d(torch.autograd.Function):
         bias: Tensor | None,
         total: Tensor,
         count: Tensor,
+        factor: Tensor | None,
         conv: tuple[Any, ...],
         lambda_: float,
         key: int,
     ) -> Tensor:
         ctx.conv, ctx.lambda_, ctx.key, ctx.dtype = conv, lambda_, key, weight.dtype
         ctx.geometry = windows_of(input.shape[2:], weight.shape[2:], *conv[:3]).pack()
-        ctx.save_for_backward(input, total, count, weight if ctx.needs_input_grad[0] else None)
+        trained = weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(input, trained, total, count, factor)
         # Detached because autocast caches its low-precision copy of a weight that requires grad. A
         # copy made here has no autograd history, and other uses of the weight would get it.
         return F.conv2d(input, weight.detach(), None if bias is None else bias.detach(), *conv)
@@ -166,8 +226,9 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dZ: Tensor) -> tuple[Tensor | None, ...]:
-        input, total, count, weight = ctx.saved_tensors
+        input, weight, *sums = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.conv
+        await_beside(*sums)
         grad_input = None
         with torch.autocast(dZ.device.type, enabled=False):
             if weight is not None:
@@ -178,11 +239,11 @@ class _Conv2d(torch.autograd.Function):
                 )
                 grad_input = grad_input.to(input.dtype)
             grad_weight, sum_dZ = _conv_weight_gradient(
-                *(dZ, input, total, count, ctx.geometry, groups, ctx.dtype),
+                *(dZ, input, *sums, ctx.geometry, groups, ctx.dtype),
                 *(ctx.needs_input_grad[2], ctx.lambda_, ctx.key),
             )
         grad_bias = sum_dZ if ctx.needs_input_grad[2] else None
-        return grad_input, grad_weight, grad_bias, *(None,) * 5
+        return grad_input, grad_weight, grad_bias, *(None,) * 6
 
 
 class _Linear(torch.autograd.Function):
@@ -194,27 +255,28 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         total: Tensor | None,
         count: Tensor | None,
+        factor: Tensor | None,
         lambda_: float,
         key: int,
     ) -> Tensor:
         ctx.lambda_, ctx.key, ctx.dtype = lambda_, key, weight.dtype
-        ctx.save_for_backward(input, total, count, weight if ctx.needs_input_grad[0] else None)
+        trained = weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(input, trained, total, count, factor)
         return F.linear(input, weight.detach(), None if bias is None else bias.detach())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dZ: Tensor) -> tuple[Tensor | None, ...]:
-        input, total, count, weight = ctx.saved_tensors
+        input, weight, *sums = ctx.saved_tensors
+        await_beside(*sums)
         grad_input = grad_bias = None
         with torch.autocast(dZ.device.type, enabled=False):
             if weight is not None:
                 grad_input = (dZ @ weight.to(dZ.dtype)).to(input.dtype)
             if ctx.needs_input_grad[2]:
                 grad_bias = dZ.flatten(0, -2).sum(0, dtype=ctx.dtype) if dZ.dim() > 1 else dZ
-            grad_weight = _linear_weight_gradient(
-                dZ, input, total, count, ctx.dtype, ctx.lambda_, ctx.key
-            )
-        return grad_input, grad_weight, grad_bias, *(None,) * 4
+            grad_weight = _linear_weight_gradient(dZ, input, *sums, ctx.dtype, ctx.lambda_, ctx.key)
+        return grad_input, grad_weight, grad_bias, *(None,) * 5
 
 
 def learning_conv2d(
@@ -240,7 +302,7 @@ def learning_conv2d(
         padding: as for `F.conv2d`.
         dilation: as for `F.conv2d`.
         groups: as for `F.conv2d`.
-        sums: `X^T X` and `N`.
+        sums: as `prepared` makes them.
         lambda_: damping; not used where `key` names a layer.
         key: key of the layer's state, or `NO_KEY`.
     """
@@ -271,8 +333,8 @@ def learning_linear(
         input: `(..., K)`.
         weight: `(M, K)`.
         bias: `(M,)` or None.
-        sums: `X^T X` and `N`; None = solve the `N x N` system of this batch.
+        sums: as `prepared` makes them; None = solve the `N x N` system of this batch.
         lambda_: damping; not used where `key` names a layer.
         key: key of the layer's state, or `NO_KEY`.
     """
-    return _Linear.apply(input, weight, bias, *(sums or (None, None)), lambda_, key)
+    return _Linear.apply(input, weight, bias, *(sums or (None, None, None)), lambda_, key)

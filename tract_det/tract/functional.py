@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tract_det.tract.autograd import learning_conv2d, learning_linear
+from tract_det.tract.autograd import learning_conv2d, learning_linear, prepared
 from tract_det.tract.state import check_lambda
 from tract_det.tract.sums import conv_sums, over_ranks, smaller_system
 
@@ -62,7 +62,11 @@ def tract_conv2d(
     if not trains(weight):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     conv = (stride, padding, dilation, groups)
-    sums = over_ranks(*conv_sums(input, tuple(weight.shape[2:]), *conv), sync=sync)
+    sums = prepared(
+        lambda: over_ranks(*conv_sums(input, tuple(weight.shape[2:]), *conv), sync=sync),
+        input,
+        lambda_=lambda_,
+    )
     return learning_conv2d(input, weight, bias, *conv, sums, lambda_=lambda_)
 
 
@@ -93,5 +97,5 @@ def tract_linear(
     check_lambda(lambda_)
     if not trains(weight):
         return F.linear(input, weight, bias)
-    sums = smaller_system(input, sync=sync)
+    sums = prepared(lambda: smaller_system(input, sync=sync), input, lambda_=lambda_)
     return learning_linear(input, weight, bias, sums, lambda_=lambda_)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tract_det.tract import launches
+from tract_det.tract.device import is_accelerated
 from tract_det.tract.windows import BLOCK_BYTES, Windows, crop
 
 # Bytes of `dZ` in one block of whole images. Larger blocks get fresh pages from the operating
@@ -31,11 +33,6 @@ def _blocks(dZ: Tensor, K: int) -> Iterator[tuple[int, int, int, int]]:
         K: patch length.
     """
     B, M, Ho, Wo = dZ.shape
-    # A GPU is most efficient with everything at once, but half precision is copied to float32, and
-    # blocks bound the size of the copy.
-    if dZ.device.type != "cpu" and dZ.dtype in (torch.float32, torch.float64):
-        yield 0, B, 0, Ho
-        return
     images_bytes, rows_bytes = _IMAGES_BYTES, _ROWS_BYTES
     if K in _MIDDLE_K:
         images_bytes = rows_bytes = _MIDDLE_BYTES
@@ -64,6 +61,8 @@ def conv_gradient(
         `(M, C / groups, kh, kw)` and `(M,)`. For several blocks they are float64; for one block
         they are bit for bit what PyTorch's kernel returns.
     """
+    if is_accelerated(dZ):
+        return _accelerated_gradient(input, dZ, windows, groups)
     if exact and bias:  # float32 is enough for the sum, and the same as PyTorch's to the bit
         _, sum_dZ = conv_gradient(input, dZ, windows, groups, bias=True, exact=False)
         return conv_gradient(input, dZ, windows, groups, bias=False, exact=True)[0], sum_dZ
@@ -94,6 +93,16 @@ def conv_gradient(
     return total[0], total[1] if bias else dZ.new_zeros(M)
 
 
+def _accelerated_gradient(
+    input: Tensor, dZ: Tensor, windows: Windows, groups: int
+) -> tuple[Tensor, Tensor]:
+    parts = zip(input.chunk(groups, 1), dZ.chunk(groups, 1), strict=True)
+    gradients, sums = zip(*(launches.gradient_sum(x, z, windows) for x, z in parts), strict=True)
+    gradient = gradients[0] if groups == 1 else torch.cat(gradients)
+    sum_dZ = sums[0] if groups == 1 else torch.cat(sums)
+    return gradient.view(-1, input.shape[1] // groups, *windows.kernel), sum_dZ
+
+
 def linear_gradient(input: Tensor, dZ: Tensor, exact: bool) -> Tensor:
     """`dZ^T X` of a linear layer.
 
@@ -105,9 +114,11 @@ def linear_gradient(input: Tensor, dZ: Tensor, exact: bool) -> Tensor:
     Returns:
         `(M, K)`, float64.
     """
+    if is_accelerated(dZ):
+        return launches.linear_gradient_sum(input, dZ)
     dtype = torch.float64 if exact or input.dtype == torch.float64 else torch.float32
     total = dZ.new_zeros((dZ.shape[1], input.shape[1]), dtype=torch.float64)
-    rows = max(1, BLOCK_BYTES // (8 * input.shape[1])) if dZ.device.type == "cpu" else len(input)
+    rows = BLOCK_BYTES // (8 * input.shape[1])
     for X, z in zip(input.split(max(1, rows)), dZ.split(max(1, rows)), strict=True):
         total += z.to(dtype).mT @ X.to(dtype)
     return total

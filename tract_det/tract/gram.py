@@ -22,14 +22,14 @@ benchmarks/tract_design_notes.md.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Sequence  # noqa: UP035 - the one that torch 2.4 takes in an operator
+from typing import Sequence  # noqa: UP035 - the one that torch 2.4 takes in an operator
 
 import torch
 from torch import Tensor
 
+from tract_det.tract import launches
 from tract_det.tract.correlation import correlation_sum
+from tract_det.tract.device import float32_products, is_accelerated
 from tract_det.tract.operators import operator
 from tract_det.tract.solve import FEW_PATCHES, trace
 from tract_det.tract.windows import BLOCK_BYTES, Windows, crop, windows_of
@@ -48,35 +48,6 @@ _FLOAT64_MEAN_SQUARE = 30.0
 _COLUMNS = 128
 
 
-@contextmanager
-def _float32_products() -> Iterator[None]:
-    """Float32 products at full precision; TF32 and bf16 settings are meant for the network."""
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the user chose by the newer `fp32_precision`, which excludes this one
-        with _ieee_products():
-            yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def _ieee_products() -> Iterator[None]:
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
-
-
 def row_gram_sum(rows: Tensor) -> Tensor:
     """`X^T X` of explicit rows, a block at a time.
 
@@ -86,6 +57,8 @@ def row_gram_sum(rows: Tensor) -> Tensor:
     Returns:
         `(..., K, K)`, float64.
     """
+    if is_accelerated(rows):
+        return launches.row_gram_sum(rows)
     first, *others = rows.split(_block_rows(rows.shape[-1]), -2)
     total = _product(first).double()
     for X in others:
@@ -98,9 +71,7 @@ def _product(X: Tensor) -> Tensor:
     N, K = X.shape[-2:]
     if K > _FLOAT64_K and X.dtype != torch.float64:
         product = _float32_product(X)
-        # CPU only: on a GPU, reading the answer back would synchronise.
-        small = trace(product) <= _FLOAT64_MEAN_SQUARE * N * K
-        if X.device.type != "cpu" or bool(small.all()):
+        if bool((trace(product) <= _FLOAT64_MEAN_SQUARE * N * K).all()):
             return product
     X = X.double()
     return X.mT @ X
@@ -117,7 +88,7 @@ def _float32_product(rows: Tensor) -> Tensor:
     K = rows.shape[-1]
     product = rows.new_empty((*rows.shape[:-2], K, K), dtype=torch.float32)
     lows = range(0, K, _COLUMNS)
-    with _float32_products():
+    with float32_products():
         for X, out in zip(
             rows.float().reshape(-1, *rows.shape[-2:]), product.view(-1, K, K), strict=True
         ):
@@ -140,7 +111,7 @@ def _direct_sum(x: Tensor, windows: Windows, groups: int, first_row: int = 0) ->
     images = max(1, block // (step * Wo))
     columns = (origin[1], origin[1] + (Wo - 1) * stride[1] + reach[1])
     total = torch.zeros((groups, K, K), dtype=torch.float64, device=x.device)
-    if len(x) * Ho * Wo <= FEW_PATCHES * K and x.device.type == "cpu":
+    if len(x) * Ho * Wo <= FEW_PATCHES * K:
         x = x.double()  # cheap, and float32 would lose too much: see `float64_is_cheap`
     for top in range(first_row, Ho, step):
         first = origin[0] + top * stride[0]
@@ -154,7 +125,10 @@ def _direct_sum(x: Tensor, windows: Windows, groups: int, first_row: int = 0) ->
 
 
 def _gram_sum(x: Tensor, windows: Windows, groups: int) -> Tensor:
-    """`X^T X`, `(groups, K, K)`, by the faster algorithm for this geometry."""
+    """`X^T X`, `(groups, K, K)`, by the fastest algorithm for this device and geometry."""
+    if is_accelerated(x):
+        sums = [launches.gram_sum(part, windows) for part in x.chunk(groups, 1)]
+        return sums[0][None] if groups == 1 else torch.stack(sums)
     taps, step = math.prod(windows.kernel), math.prod(windows.stride)
     if (
         len(x)  # MKL refuses empty transforms

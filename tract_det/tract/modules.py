@@ -1,16 +1,16 @@
 """The two layers as modules, with the parameters, state-dict keys and outputs of their parents."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tract_det.tract.autograd import learning_conv2d, learning_linear
+from tract_det.tract.autograd import learning_conv2d, learning_linear, prepared
 from tract_det.tract.solve import condition_number
 from tract_det.tract.state import Pending, State, TrActError, check_lambda
-from tract_det.tract.sums import conv_sums, over_ranks, smaller_system
+from tract_det.tract.sums import Sums, conv_sums, over_ranks, smaller_system
 from tract_det.tract.windows import touching, windows_of
 
 
@@ -65,12 +65,17 @@ class TrActConv2d(TrActLayer, nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.learns(weight):
             return super()._conv_forward(input, weight, bias)
-        sums = over_ranks(*self._sums(input.detach()), sync=self.tract.sync)
+        sums = self.prepared(lambda: self._sums(input.detach()), input)
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = self._padded(input), (0, 0)
         conv = (self.stride, padding, self.dilation, self.groups)
         return learning_conv2d(input, weight, bias, *conv, sums, key=self.tract.key)
+
+    def prepared(self, sums: Callable[[], tuple[Tensor, int]], input: Tensor) -> Sums:
+        """What the backward pass needs of `sums`, which makes `X^T X` and `N` of this rank."""
+        sync, key = self.tract.sync, self.tract.key
+        return prepared(lambda: over_ranks(*sums(), sync=sync), input, key=key)
 
     def _padded(self, input: Tensor) -> Tensor:
         """The input padded as the parent class pads it for modes other than "zeros"."""
@@ -124,7 +129,8 @@ class TrActLinear(TrActLayer, nn.Linear):
         if not self.learns(self.weight):
             return F.linear(input, self.weight, self.bias)
         pending = self.tract.pending is not None
-        sums = smaller_system(input, sync=self.tract.sync, pending=pending)
+        sync, key = self.tract.sync, self.tract.key
+        sums = prepared(lambda: smaller_system(input, sync=sync, pending=pending), input, key=key)
         return learning_linear(input, self.weight, self.bias, sums, key=self.tract.key)
 
 

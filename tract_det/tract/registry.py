@@ -10,7 +10,6 @@ from torch.overrides import TorchFunctionMode
 from tract_det.tract.autograd import learning_conv2d
 from tract_det.tract.modules import TrActConv2d, TrActLayer, TrActLinear
 from tract_det.tract.state import TrActError
-from tract_det.tract.sums import over_ranks
 
 # Layer class -> its TrAct class. Classes must match exactly: the forward of a subclass may do more
 # than its parent's (detectron2's convolution applies a norm), and TrAct would silently drop that.
@@ -115,12 +114,12 @@ class _InnerConv2d(TrActConv2d):
         groups: int = 1,
     ) -> Tensor:
         """`F.conv2d` with TrAct's weight gradient; `size` is that of the layer's input."""
+        patches = self.tract.gram_patches
         if input.shape[-2:] == size:
-            total, count = self._sums(input.detach())
+            sums = self.prepared(lambda: self._sums(input.detach()), input)
         else:
             self._check_sizes(size)
-            total, count = self._sums_of(input.detach(), self.tract.gram_patches)
-        sums = over_ranks(total, count, sync=self.tract.sync)
+            sums = self.prepared(lambda: self._sums_of(input.detach(), patches), input)
         conv = (stride, padding, dilation, groups)
         return learning_conv2d(input, weight, bias, *conv, sums, key=self.tract.key)
 

@@ -6,6 +6,8 @@ The measurements behind the constants: benchmarks/tract_design_notes.md.
 import torch
 from torch import Tensor
 
+from tract_det.tract.device import is_accelerated
+
 # Beyond this condition number float32 loses the gradient. Standardised pixels stay below it, at
 # about K / lambda_; pixels in [0, 255] with a `lambda_` meant for standardised ones exceed it.
 _FLOAT32_CONDITION = 1e5
@@ -31,22 +33,23 @@ def effective_lambda(mean_square: Tensor, lambda_: float, relative: bool) -> Ten
         lambda_: damping.
         relative: whether `lambda_` is in units of `mean_square`.
     """
+    if not relative:
+        return torch.full_like(mean_square, lambda_)
     # A black batch has a mean square of zero. Its gradient is zero, and must not become NaN.
-    unit = torch.where(mean_square == 0, 1.0, mean_square) if relative else 1.0
-    return lambda_ * torch.ones_like(mean_square) * unit
+    return lambda_ * torch.where(mean_square == 0, 1.0, mean_square)
 
 
 def needs_float64(gram_trace: Tensor, damping: Tensor) -> bool:
     """Whether float32 would lose the gradient in the solve.
 
-    Checked on the CPU only: on a GPU, reading the answer back would synchronise. There the solve is
-    always float64, and products have the precision of the user's settings.
+    Asked on a CPU only: on an accelerator, reading the answer back would synchronise. There the
+    solve is always float64, and centred products suffice (`launches`).
 
     Args:
         gram_trace: `trace(G)`, `(groups,)`.
         damping: `(groups,)`.
     """
-    if gram_trace.device.type != "cpu":
+    if is_accelerated(gram_trace):
         return False
     return bool((gram_trace > _FLOAT32_CONDITION * damping).any())
 
@@ -62,7 +65,34 @@ def float64_is_cheap(dZ: Tensor, K: int) -> bool:
         K: patch length.
     """
     few = dZ.numel() <= FEW_PATCHES * K * dZ.shape[1]
-    return dZ.device.type == "cpu" and (few or 2 * dZ.numel() * K <= _CHEAP_FLOPS)
+    return not is_accelerated(dZ) and (few or 2 * dZ.numel() * K <= _CHEAP_FLOPS)
+
+
+def damped_factor(gram: Tensor, lambda_: float | Tensor, *, dtype: torch.dtype) -> Tensor:
+    """The Cholesky factor `L` of `G + lambda_ I = L L^T`.
+
+    Args:
+        gram: `G`, `(groups, K, K)`.
+        lambda_: damping, a number, or one for each group, `(groups,)`.
+        dtype: of the gradient that is to be solved for; it decides the precision.
+
+    Returns:
+        `(groups, K, K)`, lower triangular; NaN for groups that are not positive definite.
+    """
+    damping = torch.as_tensor(lambda_, dtype=torch.float64, device=gram.device)
+    large = gram.shape[-1] > _FLOAT64_K and not is_accelerated(gram)
+    fast = large and dtype == torch.float32 and not needs_float64(trace(gram), damping)
+    damped = gram.to(torch.float32 if fast else torch.float64, copy=True)
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
+    factor, info = torch.linalg.cholesky_ex(damped)
+    return factor.masked_fill_((info != 0)[..., None, None], torch.nan)
+
+
+def solve_with(factor: Tensor, grad: Tensor) -> Tensor:
+    """`grad (L L^T)^-1`, `(groups, M, K)`, in the dtype of `grad`."""
+    # Solving from the right keeps the rows in place: faster than `cholesky_solve`.
+    half = torch.linalg.solve_triangular(factor.mT, grad.to(factor.dtype), upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False).to(grad.dtype)
 
 
 def damped_solve(grad: Tensor, gram: Tensor, lambda_: float | Tensor) -> Tensor:
@@ -76,18 +106,7 @@ def damped_solve(grad: Tensor, gram: Tensor, lambda_: float | Tensor) -> Tensor:
     Returns:
         `(groups, M, K)` in the dtype of `grad`; NaN for groups that are not positive definite.
     """
-    damping = torch.as_tensor(lambda_, dtype=torch.float64, device=gram.device)
-    large = gram.shape[-1] > _FLOAT64_K and gram.device.type == "cpu"
-    fast = large and grad.dtype == torch.float32 and not needs_float64(trace(gram), damping)
-    dtype = torch.float32 if fast else torch.float64
-    damped = gram.to(dtype, copy=True)
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
-    factor, info = torch.linalg.cholesky_ex(damped)
-    # Solving from the right keeps the rows in place: faster than `cholesky_solve`.
-    half = torch.linalg.solve_triangular(factor.mT, grad.to(dtype), upper=True, left=False)
-    solved = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
-    failed = torch.where(info == 0, 0.0, torch.nan).to(dtype)
-    return (solved + failed[..., None, None]).to(grad.dtype)
+    return solve_with(damped_factor(gram, lambda_, dtype=grad.dtype), grad)
 
 
 def damped_solve_rows(grad: Tensor, rows: Tensor, lambda_: float | Tensor) -> Tensor:

@@ -20,10 +20,12 @@ class Sums(NamedTuple):
     Attributes:
         total: `X^T X`, `(groups, K, K)`, float64.
         number: `N`, a float64 scalar.
+        factor: the Cholesky factor of `X^T X + N lambda_ I`; None = made when it is needed.
     """
 
     total: Tensor
     number: Tensor
+    factor: Tensor | None = None
 
 
 def over_ranks(total: Tensor, count: int, *, sync: bool) -> Sums:
@@ -44,7 +46,7 @@ def over_ranks(total: Tensor, count: int, *, sync: bool) -> Sums:
 
     group = dist.group.WORLD
     assert group is not None
-    pooled = Sums(*(collectives.all_reduce(part, "sum", group) for part in sums))
+    pooled = Sums(*(collectives.all_reduce(part, "sum", group) for part in sums[:2]))
     if not torch.compiler.is_compiling():
         _wait_for_previous(pooled)
     return pooled
@@ -61,7 +63,7 @@ def _wait_for_previous(sums: Sums) -> None:
     for part in _PREVIOUS:
         if hasattr(part, "trigger_wait"):
             part.trigger_wait()
-    _PREVIOUS[:] = sums
+    _PREVIOUS[:] = sums[:2]
 
 
 def conv_sums(

@@ -81,6 +81,7 @@ def crop(x: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
     for axis, (first, last) in ((3, columns), (2, rows)):
         before = min(max(-first, 0), last - first)
         start = min(max(first, 0), x.shape[axis])
-        x = x.narrow(axis, start, max(min(last, x.shape[axis]) - start, 0))
-        pads += [before, last - first - before - x.shape[axis]]
+        length = max(min(last, x.shape[axis]) - start, 0)
+        x = x if length == x.shape[axis] else x.narrow(axis, start, length)
+        pads += [before, last - first - before - length]
     return F.pad(x, pads) if any(pads) else x
