@@ -20,6 +20,8 @@ from tract_det import (
     tract_diagnostics,
 )
 from tract_det.tract import sums
+from tract_det.tract.gram import patch_gram
+from tract_det.tract.solve import condition_number
 
 
 def stem(lambda_=0.1, **keywords):
@@ -272,6 +274,13 @@ def test_no_rows_give_a_linear_layer_a_zero_gradient(relative):
     layer = apply_tract(nn.Sequential(nn.Linear(6, 2)), relative=relative)
     layer(torch.zeros(0, 6)).sum().backward()
     assert torch.equal(layer[0].weight.grad, torch.zeros(2, 6))
+
+
+def test_the_condition_of_a_large_system_is_known_to_5_percent(generator):
+    grams = torch.stack([patch_gram(photo_like(generator, 8, 3, 64, 64), 10)[0] for _ in range(2)])
+    for damping in (torch.tensor([0.1, 0.001]).double(), torch.tensor([10.0, 10.0]).double()):
+        expected = torch.linalg.cond(grams + damping[:, None, None] * torch.eye(300)).max()
+        assert 0.95 < float(condition_number(grams, damping) / expected) <= 1 + 1e-9
 
 
 def test_diagnostics_of_a_batch_that_is_not_finite_are_not_a_number():

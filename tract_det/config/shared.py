@@ -42,6 +42,8 @@ def tract_keys() -> dict[str, Any]:
         "STOP_AT": 0.0,
         # Random patches of each batch and rank to estimate the Gram matrix from; 0 = all, exact.
         "GRAM_PATCHES": 0,
+        # MiB that TrAct may take on a GPU beyond the plain layer; with fewer it takes longer.
+        "WORKSPACE": 256,
         "SYNC": True,  # one Gram matrix over the images of all ranks; False: each rank has its own
         # Names of the layers that learn by TrAct; [] = find the first layer. all, for classifiers =
         # every convolution without groups and every linear layer that learns.
@@ -191,6 +193,10 @@ def _check_tract(cfg: CfgNode) -> None:
     require(
         tract.GRAM_PATCHES >= 0,
         f"MODEL.TRACT.GRAM_PATCHES is {tract.GRAM_PATCHES}: it must not be negative",
+    )
+    require(
+        tract.WORKSPACE >= 1,
+        f"MODEL.TRACT.WORKSPACE is {tract.WORKSPACE}: it must be at least 1 (MiB)",
     )
     require(
         tract.STOP_AT >= 0 and (tract.STOP_AT < 1 or tract.STOP_AT.is_integer()),

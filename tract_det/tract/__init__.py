@@ -1,5 +1,6 @@
 """TrAct, the method. Imports torch and nothing else."""
 
+from tract_det.tract.device import set_workspace
 from tract_det.tract.functional import tract_conv2d, tract_linear
 from tract_det.tract.gram import patch_gram
 from tract_det.tract.modifier import apply_tract, find_stem, remove_tract, trainable_layers
@@ -28,6 +29,7 @@ __all__ = [
     "set_image_sizes",
     "set_lambda",
     "set_micro_batches",
+    "set_workspace",
     "tract_conv2d",
     "tract_diagnostics",
     "tract_linear",

@@ -206,13 +206,14 @@ def set_image_sizes(
 def tract_diagnostics(model: nn.Module) -> dict[str, float]:
     """Statistics of the last backward pass through the TrAct layers of a model, for a log.
 
-    They take an eigenvalue decomposition of a `K x K` matrix: log them every few steps.
+    They are read from the device, so log them every few steps.
 
     Returns:
         `tract_lambda`, the effective damping (mean over groups); `tract_condition`, the condition
-        number of `G + lambda_ I` (largest over groups); `stem_plain_grad_norm` and
-        `stem_grad_norm`, the norms of `dZ^T X` and of TrAct's gradient. With several layers, each
-        key ends with the layer's name. Empty while TrAct is off and before the first gradient.
+        number of `G + lambda_ I` (largest over groups, to 5 % for K above 256);
+        `stem_plain_grad_norm` and `stem_grad_norm`, the norms of `dZ^T X` and of TrAct's gradient.
+        With several layers, each key ends with the layer's name. Empty while TrAct is off and
+        before the first gradient.
     """
     layers = [(name, layer) for name, layer in tract_layers(model) if layer.tract.enabled]
     diagnostics: dict[str, float] = {}

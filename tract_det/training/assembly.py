@@ -8,7 +8,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from tract_det import apply_tract, find_stem, set_lambda, set_micro_batches
+from tract_det import apply_tract, find_stem, set_lambda, set_micro_batches, set_workspace
 from tract_det.config.machinery import plain
 from tract_det.engine import ds
 from tract_det.engine.optimizer import (
@@ -137,6 +137,7 @@ def put_tract(cfg: CfgNode, model: nn.Module, input_variance: float) -> None:
         gram_patches=tract.GRAM_PATCHES,
     )
     set_micro_batches(model, cfg.SOLVER.ACCUMULATION)
+    set_workspace(tract.WORKSPACE)
     words = lambda_in_words(tract.LAMBDA, tract.UNIT, input_variance)
     schedule = "" if tract.SCHEDULE == "constant" else f", {tract.SCHEDULE} to {tract.LAMBDA_END:g}"
     power = "" if tract.POWER == 1 else f", power {tract.POWER:g} of the inverse"
