@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
+from tests.names import NAMES
 from tract_det.cli import call
 from tract_det.engine.checkpoint import save_weights
 from tract_det.errors import UserError
@@ -92,6 +93,16 @@ def test_detections_have_their_box_class_score_and_the_colour_of_the_legend(tmp_
     drawn = [to_rgb(patch.get_edgecolor()) for patch in detections]
     assert drawn == [colors["dog"], colors["bus"]]
     assert [to_rgb(text.get_bbox_patch().get_facecolor()) for text in axis.texts] == drawn
+
+
+def test_any_name_of_a_class_is_drawn_as_it_is_written(tmp_path, figures):
+    boxes = [[1.0, 2, 30, 20]] * len(NAMES)
+    scores, labels = [0.9] * len(NAMES), range(len(NAMES))
+    entry = picture(tmp_path / "image.png", boxes, scores, labels)
+    detection_grid(tmp_path / "grid.png", [entry], NAMES)
+    assert len(figures[0].legends[0].get_texts()) == len(NAMES) + 1
+    texts = [text.get_text() for text in figures[0].axes[0].texts]
+    assert "$\\frac{1}$ 0.90" in texts and "<script>alert(1)</script> 0.90" in texts
 
 
 def test_more_than_ten_classes_have_twenty_colours(tmp_path, figures):

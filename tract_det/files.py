@@ -1,5 +1,6 @@
 """Atomic writing: a file appears under its name only once it is complete."""
 
+import hashlib
 import json
 import math
 import os
@@ -7,8 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from tract_det.errors import UserError
+
+_NOT_IN_FILE_NAMES = frozenset('/\\:*?"<>|%')
+_LONGEST_PART = 150
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -49,6 +54,32 @@ def make_folder(path: Path, key: str = "") -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{key} {path} cannot be made: {error.strerror}".lstrip()) from error
+
+
+def file_name_part(text: str) -> str:
+    """A name from the data as a part of a file's name; different texts give different parts.
+
+    Separators, control characters and what some systems refuse are percent-encoded, so that a name
+    is never a path. A part is at most 150 bytes long; longer ones end with a hash.
+    """
+    encoded = "".join(
+        quote(c, safe="", errors="surrogatepass")
+        if c in _NOT_IN_FILE_NAMES or not c.isprintable()
+        else c
+        for c in text
+    )
+    if encoded.strip(".") == "":  # "." and "..", and an empty name
+        encoded = "%2E" * len(encoded) or "%"
+    if len(encoded.encode()) <= _LONGEST_PART:
+        return encoded
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return encoded.encode()[: _LONGEST_PART - 17].decode(errors="ignore") + f"-{digest}"
+
+
+def shortened(text: str, length: int = 40) -> str:
+    """A name from the data in one line of at most so many characters, for tables and pictures."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return line if len(line) <= length else line[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """Pictures as PNG files: detections on images, curves of training runs, filters of a stem."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from tract_det.errors import UserError
-from tract_det.files import atomically, read_metrics
+from tract_det.files import atomically, read_metrics, shortened
 
 Color = tuple[float, float, float, float]  # RGBA, 0..1
 
@@ -40,6 +41,19 @@ class Picture:
     scores: np.ndarray
 
 
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """A dollar sign in a name is no mathematics."""
+    with plt.rc_context({"text.parse_math": False}):
+        yield
+
+
+def _label(name: str) -> str:
+    """A name as a label of the legend, which leaves out those that begin with an underscore."""
+    return shortened(f" {name}" if name.startswith("_") else name)
+
+
+@_as_written()
 def detection_grid(
     path: Path,
     pictures: Sequence[Picture],
@@ -63,6 +77,7 @@ def detection_grid(
         rows, columns, figsize=(3.2 * columns, 3.2 * rows), squeeze=False, layout="constrained"
     )
     colors = plt.get_cmap("tab20" if len(class_names) > 10 else "tab10")
+    shown = [_label(name) for name in class_names]
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, picture in zip(axes.flat, pictures, strict=False):
@@ -73,12 +88,12 @@ def detection_grid(
         for box, label, score in zip(picture.boxes, picture.labels, picture.scores, strict=True):
             if score >= score_thresh:
                 color = colors(int(label) % colors.N)
-                _detection(axis, box, f"{class_names[int(label)]} {score:.2f}", color)
+                _detection(axis, box, f"{shown[int(label)]} {score:.2f}", color)
     handles = [
         Rectangle((0, 0), 1, 1, fill=False, edgecolor="grey", linestyle="--", label="ground truth"),
         *(
             Rectangle((0, 0), 1, 1, fill=False, edgecolor=colors(k % colors.N), label=name)
-            for k, name in enumerate(class_names)
+            for k, name in enumerate(shown)
         ),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8))
@@ -106,6 +121,7 @@ def _rectangle(axis: Axes, box: np.ndarray, **style: object) -> None:
     axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, **style))  # type: ignore[arg-type]
 
 
+@_as_written()
 def training_curves(path: Path, runs: Mapping[str, Path]) -> None:
     """Draws the loss and the mAP of one or more training runs over their steps.
 
@@ -157,6 +173,7 @@ class Line:
     finals: Mapping[int, float]
 
 
+@_as_written()
 def comparison(path: Path, lines: Sequence[Line], metric: str) -> None:
     """Draws the metric over the epochs, and the final metrics of all seeds.
 

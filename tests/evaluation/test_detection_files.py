@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 
 from tests.evaluation.detections import CLASSES, evaluate, image, random_split
+from tests.names import NAMES
 from tract_det.errors import UserError
-from tract_det.evaluation.detection_files import read_detections
+from tract_det.evaluation.detection_files import (
+    ImageDetections,
+    read_detections,
+    write_detections,
+)
 
 
 @pytest.mark.parametrize("rule", ["devkit", "detectron2"])
@@ -41,6 +46,19 @@ def test_files_have_the_challenges_form_and_nothing_else_is_left(tmp_path):
     assert (tmp_path / "comp4_det_test_cat.txt").read_text() == ""
     dogs = "one 0.3333333432674408 1.0 2.0 10.0 20.5\ntwo 1.0 3.0 3.0 9.0 9.0\n"
     assert (tmp_path / "comp4_det_test_dog.txt").read_text() == dogs
+
+
+def test_no_class_name_writes_outside_its_folder(tmp_path):
+    detections = {"a": ImageDetections(np.zeros((len(NAMES), 4)), *numbers_of(NAMES))}
+    write_detections(tmp_path / "run" / "here", "test", NAMES, detections)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["here"]
+    read = read_detections(tmp_path / "run" / "here", "test", NAMES)
+    assert sorted(read["a"].labels.tolist()) == list(range(len(NAMES)))
+
+
+def numbers_of(names):
+    return np.full(len(names), 0.5), np.arange(len(names))
 
 
 def write_files(folder: Path, lines: str = "", competition: str = "comp4") -> Path:

@@ -52,7 +52,7 @@ def parse_annotation(xml: Path) -> Record:
         raise UserError(f"{xml}: starts with <{tree.tag}>, not <annotation>: not a VOC annotation")
     record = Record(xml, tree.findtext("filename") or "", _size(tree, xml), [], [], [], [], [])
     for number, element in enumerate(tree.iterfind("object"), 1):
-        name = (element.findtext("name") or "").strip()
+        name = " ".join((element.findtext("name") or "").split())
         where = f"{xml}: object {number} ({name or 'no name'})"
         if not name:
             raise UserError(f"{where}: no <name>: write its class")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tract_det.errors import UserError
-from tract_det.files import write_text
+from tract_det.files import file_name_part, write_text
 
 # The challenge's detection competitions: trained on its own data only (3), or on any data (4).
 _COMPETITIONS = ("comp3", "comp4")
@@ -107,6 +107,8 @@ def read_detections(
 
 
 def _detection_file(folder: Path, competition: str, split: str, class_name: str) -> Path:
+    """The challenge's name of the file; what no file name can have is escaped."""
+    split, class_name = file_name_part(split), file_name_part(class_name)
     return folder / f"{competition}_det_{split}_{class_name}.txt"
 
 

@@ -15,6 +15,7 @@ from tract_det.evaluation.coco import coco_ap
 from tract_det.evaluation.detection_files import ImageDetections, write_detections
 from tract_det.evaluation.metrics import DIVERGED_MEND
 from tract_det.evaluation.voc_ap import RULES, Detections, Objects, mean_ap, voc_ap
+from tract_det.files import shortened
 
 
 class Annotation(Protocol):
@@ -205,8 +206,8 @@ def format_table(results: dict[str, Any]) -> str:
     """Formats the results of `DetectionEvaluator.evaluate`: a row per class, means, and COCO."""
     columns = [(rule, ap) for rule in ("voc_07", "voc_area") for ap in ("AP", "AP_50_95")]
     names = list(results["voc_07"]["AP"])
-    width = max(map(len, [*names, "class"]))
-    rows = [(name, [results[rule][ap][name] for rule, ap in columns]) for name in names]
+    width = max(map(len, ["class", *map(shortened, names)]))
+    rows = [(shortened(name), [results[rule][ap][name] for rule, ap in columns]) for name in names]
     rows.append(("mean", [results[rule][f"m{ap}"] for rule, ap in columns]))
     head = ("07 @.5", "07 @.5:.95", "area @.5", "area @.5:.95")
     lines = [
