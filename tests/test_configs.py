@@ -248,7 +248,7 @@ SMALL = REPO / "configs/CIFAR/cpu_small.yaml"
         ),
         (["MODEL.TRACT.SCHEDULE", "linear"], "MODEL.TRACT.SCHEDULE linear and LAMBDA_END -1.0"),
         (["MODEL.TRACT.LAMBDA_END", "0"], "MODEL.TRACT.LAMBDA_END is 0.0"),
-        (["MODEL.TRACT.POWER", "-0.5"], "MODEL.TRACT.POWER is -0.5: it must be at least 0"),
+        (["MODEL.TRACT.POWER", "-0.5"], "MODEL.TRACT.POWER is -0.5: it must not be negative"),
         (["MODEL.TRACT.STOP_AT", "-1"], "MODEL.TRACT.STOP_AT is -1"),
         (["MODEL.TRACT.STOP_AT", "1.5"], r"STOP_AT is 1\.5: it takes a fraction of the training"),
     ],

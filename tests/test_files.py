@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.names import NAMES
-from tract_det.files import file_name_part, shortened
+from tract_det.errors import shortened
+from tract_det.files import file_name_part
 
 
 def test_ordinary_names_stay_as_they_are():

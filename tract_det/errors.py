@@ -1,8 +1,14 @@
 """The errors that a tool prints as a single line, without a traceback."""
 
+_LONGEST = 2_000
+_ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+
 
 class UserError(ValueError):
     """The user can mend this: the message names the file, key or module, and says how.
+
+    A message with very long names from the data loses its middle: the file or key stands at its
+    beginning, the mend at its end.
 
     Attributes:
         exit_code: that of a program which ends by it.
@@ -10,8 +16,20 @@ class UserError(ValueError):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        message = super().__str__()
+        if len(message) <= _LONGEST:
+            return message
+        return f"{message[: _LONGEST // 2]} {_ELLIPSIS} {message[-_LONGEST // 2 :]}"
+
 
 class DivergedError(UserError):
     """A loss or an output is not finite; with the same settings it would be so again."""
 
     exit_code = 3
+
+
+def shortened(text: str, length: int = 40) -> str:
+    """A text of the user's in one line of at most so many characters: for messages and tables."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return line if len(line) <= length else line[: length - 1] + _ELLIPSIS

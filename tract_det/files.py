@@ -76,12 +76,6 @@ def file_name_part(text: str) -> str:
     return encoded.encode()[: _LONGEST_PART - 17].decode(errors="ignore") + f"-{digest}"
 
 
-def shortened(text: str, length: int = 40) -> str:
-    """A name from the data in one line of at most so many characters, for tables and pictures."""
-    line = "".join(c if c.isprintable() else " " for c in text)
-    return line if len(line) <= length else line[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file; see `atomically`."""
     atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from tract_det.errors import UserError
-from tract_det.files import atomically, read_metrics, shortened
+from tract_det.errors import UserError, shortened
+from tract_det.files import atomically, read_metrics
 
 Color = tuple[float, float, float, float]  # RGBA, 0..1
 

@@ -10,7 +10,25 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from tract_det.config.machinery import ConfigFiles, load, one_of, require
-from tract_det.config.shared import check_common, solver_keys, tract_keys, with_run_keys
+from tract_det.config.ranges import (
+    BELOW_ONE,
+    COUNT,
+    COUNT_OR_NONE,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Number,
+    Numbers,
+    Rule,
+    check,
+)
+from tract_det.config.shared import (
+    SHARED_RANGES,
+    check_common,
+    solver_keys,
+    tract_keys,
+    with_run_keys,
+)
 from tract_det.data.choices import AUTO_AUGMENTS, CLASSIFICATION_SETS, CROPS, INTERPOLATIONS
 from tract_det.evaluation.metrics import CLASSIFICATION_METRICS
 from tract_det.modeling.choices import CLASSIFIER_NORMS, LOSSES, PATCH_NORMS
@@ -174,12 +192,48 @@ def load_cfg(config_files: ConfigFiles, overrides: Sequence[str] = (), arm: str 
     return load(get_cfg(), validate, config_files, overrides, arm, task="a classifier")
 
 
+RANGES: dict[str, Rule] = {
+    **SHARED_RANGES,
+    "MODEL.VALUE_RANGE": POSITIVE,
+    "MODEL.WIDTH": COUNT,
+    "MODEL.DROP_RATE": BELOW_ONE,
+    "MODEL.DROP_PATH_RATE": BELOW_ONE,
+    "MODEL.EMA.DECAY": BELOW_ONE,
+    "MODEL.EMA.PERIOD": COUNT,
+    "INPUT.SIZE": COUNT,
+    "INPUT.SCALE": Numbers(),
+    "INPUT.RATIO": Numbers(),
+    "INPUT.PADDING": COUNT_OR_NONE,
+    "INPUT.ROTATION": Number(0, 180),
+    "INPUT.MAGNITUDE": Number(0, 30, whole=True),
+    "INPUT.NUM_OPS": COUNT,
+    "INPUT.ERASING": FRACTION,
+    "INPUT.RESIZE_TEST": Number(-1, 2**31 - 1, whole=True),
+    "INPUT.REPEATS": COUNT,
+    "MIX.MIXUP_ALPHA": NOT_NEGATIVE,
+    "MIX.CUTMIX_ALPHA": NOT_NEGATIVE,
+    "MIX.PROB": FRACTION,
+    "MIX.SWITCH_PROB": FRACTION,
+    "MIX.SMOOTHING": FRACTION,
+    "DATASETS.HOLDOUT": BELOW_ONE,
+    "DATASETS.HOLDOUT_SEED": Number(0, 2**32 - 1, whole=True),
+    "DATASETS.LIMIT": COUNT_OR_NONE,
+    "DATASETS.CACHE": COUNT_OR_NONE,
+    "SOLVER.EPOCHS": NOT_NEGATIVE,
+    "SOLVER.MAX_ITER": COUNT_OR_NONE,
+    "SOLVER.WARMUP_EPOCHS": NOT_NEGATIVE,
+    "SOLVER.CHECKPOINT_EPOCHS": POSITIVE,
+    "TEST.EVAL_EPOCHS": NOT_NEGATIVE,
+}
+
+
 def validate(cfg: CfgNode) -> None:
     """Refuses values out of range and contradictions.
 
     Raises:
         UserError: the message names the key.
     """
+    check(cfg, RANGES)
     check_common(cfg)
     _check_data(cfg)
     one_of(cfg, "MODEL.NORM", CLASSIFIER_NORMS)
@@ -191,7 +245,6 @@ def validate(cfg: CfgNode) -> None:
         model.STANDARDIZE or not model.PIXEL_MEAN,
         "MODEL.PIXEL_MEAN is set, but MODEL.STANDARDIZE False does not use it: leave one out",
     )
-    require(model.VALUE_RANGE > 0, f"MODEL.VALUE_RANGE is {model.VALUE_RANGE}: it must be positive")
     require(
         not (model.COMPILE and model.CHECKPOINTING),
         "MODEL.COMPILE and MODEL.CHECKPOINTING do not work together: set one of them False",
@@ -200,15 +253,6 @@ def validate(cfg: CfgNode) -> None:
         model.NORM != "SyncBN" or model.DEVICE != "cpu",
         "MODEL.NORM SyncBN needs MODEL.DEVICE cuda: on a CPU set BN or GN",
     )
-    for key in ("DROP_RATE", "DROP_PATH_RATE"):
-        require(
-            0 <= model[key] < 1, f"MODEL.{key} is {model[key]}: it must be at least 0 and below 1"
-        )
-    require(model.WIDTH > 0, f"MODEL.WIDTH is {model.WIDTH}: it must be positive")
-    require(
-        0 <= ema.DECAY < 1, f"MODEL.EMA.DECAY is {ema.DECAY}: it must be at least 0 and below 1"
-    )
-    require(ema.PERIOD > 0, f"MODEL.EMA.PERIOD is {ema.PERIOD}: it must be positive")
     require(
         ema.ENABLED or not cfg.TEST.BEST_METRIC.startswith("ema."),
         f"TEST.BEST_METRIC {cfg.TEST.BEST_METRIC} needs MODEL.EMA.ENABLED True",
@@ -222,27 +266,15 @@ def validate(cfg: CfgNode) -> None:
         f"SOLVER.STEPS is {list(solver.STEPS)}: it takes either fractions of the training (above 0 "
         "and below 1) or epochs",
     )
-    require(
-        solver.CHECKPOINT_EPOCHS > 0,
-        f"SOLVER.CHECKPOINT_EPOCHS is {solver.CHECKPOINT_EPOCHS}: it must be positive",
-    )
     _check_zero(cfg)
 
 
 def _check_data(cfg: CfgNode) -> None:
-    data, inputs, mix = cfg.DATASETS, cfg.INPUT, cfg.MIX
+    inputs = cfg.INPUT
     one_of(cfg, "DATASETS.NAME", CLASSIFICATION_SETS)
     one_of(cfg, "INPUT.CROP", CROPS)
     one_of(cfg, "INPUT.AUTO_AUGMENT", AUTO_AUGMENTS)
     one_of(cfg, "INPUT.INTERPOLATION", INTERPOLATIONS)
-    require(
-        0 <= data.HOLDOUT < 1,
-        f"DATASETS.HOLDOUT is {data.HOLDOUT}: it must be at least 0 and below 1",
-    )
-    for key in ("LIMIT", "CACHE", "HOLDOUT_SEED"):
-        require(data[key] >= 0, f"DATASETS.{key} is {data[key]}: it must not be negative")
-    for key in ("SIZE", "NUM_OPS", "REPEATS"):
-        require(inputs[key] > 0, f"INPUT.{key} is {inputs[key]}: it must be positive")
     require(
         inputs.RESIZE_TEST in (-1, 0) or inputs.RESIZE_TEST >= inputs.SIZE,
         f"INPUT.RESIZE_TEST {inputs.RESIZE_TEST} is less than INPUT.SIZE {inputs.SIZE}: the center "
@@ -253,14 +285,6 @@ def _check_data(cfg: CfgNode) -> None:
             len(inputs[key]) == 2 and 0 < inputs[key][0] <= inputs[key][1],
             f"INPUT.{key} is {inputs[key]}: it takes two positive numbers, the smaller one first",
         )
-    require(inputs.PADDING >= 0, f"INPUT.PADDING is {inputs.PADDING}: it must not be negative")
-    require(0 <= inputs.ROTATION <= 180, f"INPUT.ROTATION is {inputs.ROTATION}: it takes 0 to 180")
-    require(0 <= inputs.MAGNITUDE <= 30, f"INPUT.MAGNITUDE is {inputs.MAGNITUDE}: it takes 0 to 30")
-    require(0 <= inputs.ERASING <= 1, f"INPUT.ERASING is {inputs.ERASING}: it takes 0 to 1")
-    for key in ("PROB", "SWITCH_PROB", "SMOOTHING"):
-        require(0 <= mix[key] <= 1, f"MIX.{key} is {mix[key]}: it takes 0 to 1")
-    for key in ("MIXUP_ALPHA", "CUTMIX_ALPHA"):
-        require(mix[key] >= 0, f"MIX.{key} is {mix[key]}: it must not be negative")
 
 
 def _check_zero(cfg: CfgNode) -> None:

@@ -9,7 +9,26 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from tract_det.config.machinery import ConfigFiles, load, one_of, require, value_at
-from tract_det.config.shared import check_common, solver_keys, tract_keys, with_run_keys
+from tract_det.config.ranges import (
+    BELOW_ONE,
+    COUNT,
+    COUNT_OR_NONE,
+    FRACTION,
+    POSITIVE,
+    Anything,
+    Names,
+    Number,
+    Numbers,
+    Rule,
+    check,
+)
+from tract_det.config.shared import (
+    SHARED_RANGES,
+    check_common,
+    solver_keys,
+    tract_keys,
+    with_run_keys,
+)
 from tract_det.evaluation.metrics import METRICS
 from tract_det.evaluation.voc_ap import RULES
 from tract_det.modeling.choices import BACKBONES, DETECTOR_NORMS
@@ -156,21 +175,53 @@ def load_cfg(config_files: ConfigFiles, overrides: Sequence[str] = (), arm: str 
     return load(get_cfg(), validate, config_files, overrides, arm, task="a detector")
 
 
+RANGES: dict[str, Rule] = {
+    **SHARED_RANGES,
+    "MODEL.DETECTRON2.OPTS": Anything(),
+    "MODEL.FPN.OUT_CHANNELS": COUNT,
+    "MODEL.ANCHOR_GENERATOR.SIZES": Numbers(POSITIVE, may_be_empty=False),
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": Numbers(POSITIVE, may_be_empty=False),
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": COUNT,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": COUNT,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": COUNT,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": COUNT,
+    "MODEL.RPN.NMS_THRESH": FRACTION,
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": COUNT,
+    "MODEL.RPN.POSITIVE_FRACTION": FRACTION,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": COUNT,
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION": FRACTION,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": FRACTION,
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST": FRACTION,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": COUNT,
+    "MODEL.ROI_BOX_HEAD.DROPOUT": BELOW_ONE,
+    "INPUT.MIN_SIZE_TRAIN": Numbers(Number(whole=True)),  # bounds: see `validate`
+    "INPUT.MAX_SIZE_TRAIN": COUNT,
+    "INPUT.MIN_SIZE_TEST": Number(whole=True),  # likewise
+    "INPUT.MAX_SIZE_TEST": COUNT,
+    "DATASETS.TRAIN": Names(),
+    "DATASETS.TEST": Names(),
+    "DATASETS.CLASSES": Names(),
+    "SOLVER.MAX_ITER": COUNT,
+    "SOLVER.WARMUP_ITERS": COUNT_OR_NONE,
+    "SOLVER.CHECKPOINT_PERIOD": COUNT,
+    "TEST.EVAL_PERIOD": COUNT_OR_NONE,
+    "TEST.DETECTIONS_PER_IMAGE": COUNT,
+}
+
+
 def validate(cfg: CfgNode) -> None:
     """Refuses values out of range and contradictions.
 
     Raises:
         UserError: the message names the key.
     """
+    check(cfg, RANGES)
     solver = cfg.SOLVER
     check_common(cfg)
     one_of(cfg, "MODEL.BACKBONE.NAME", BACKBONES)
     one_of(cfg, "MODEL.BACKBONE.NORM", DETECTOR_NORMS)
     one_of(cfg, "TEST.VOC_RULE", RULES)
     one_of(cfg, "TEST.BEST_METRIC", METRICS)
-    for key in ("TRAIN", "TEST", "CLASSES"):
-        numbers = [name for name in cfg.DATASETS[key] if not isinstance(name, str)]
-        require(not numbers, f"DATASETS.{key} takes names, not {numbers}: quote them")
     for part, sizes in (("TRAIN", cfg.INPUT.MIN_SIZE_TRAIN), ("TEST", [cfg.INPUT.MIN_SIZE_TEST])):
         largest = cfg.INPUT[f"MAX_SIZE_{part}"]
         for size in sizes:
@@ -182,8 +233,6 @@ def validate(cfg: CfgNode) -> None:
         all(type(step) is int and step > 0 for step in solver.STEPS),
         f"SOLVER.STEPS is {list(solver.STEPS)}: a detector takes steps, whole numbers from 1",
     )
-    for key in ("MAX_ITER", "CHECKPOINT_PERIOD"):
-        require(solver[key] > 0, f"SOLVER.{key} is {solver[key]}: it must be positive")
     require(bool(cfg.DATASETS.TEST), "DATASETS.TEST is empty: name a split to evaluate on")
     require(
         len(cfg.MODEL.TRACT.STEM) < 2 and cfg.MODEL.TRACT.STEM != ["all"],

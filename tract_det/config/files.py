@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tract_det.errors import UserError
+from tract_det.errors import UserError, shortened
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+# A configuration has some hundred values, three deep. A few bytes of YAML can stand for billions.
+_LARGEST_FILE = 2**20
+_MOST_VALUES = 10_000
+_DEEPEST = 20
 
 # A switch and a training set that were in a file's name before there were arms.
 _OLD_NAME = re.compile(r"(?P<base>.*?)(_(?P<arm>tract|frozen))?(?P<years>_0712)?\.yaml$")
@@ -36,7 +41,14 @@ def find_config(name: str | Path) -> Path:
 
 def _find(name: str | Path) -> Path | None:
     places = (Path(name), CONFIGS.parent / name, CONFIGS / name)
-    return next((path for path in places if path.is_file()), None)
+    return next((path for path in places if _is_file(path)), None)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def find_configs(name: str | Path) -> tuple[list[Path], str]:
@@ -75,24 +87,25 @@ def read_config(path: Path) -> Mapping[str, Any]:
     Raises:
         UserError: it cannot be read; the message names the file.
     """
-    # Not imported with this module, which `--help` needs for the names of the arms.
-    import yaml
-    from fvcore.common.config import CfgNode
+    merged: dict[str, Any] = {}
+    for _, tree in layers(path):
+        _lay_over(merged, tree)
+    return merged
 
-    try:
-        loaded = CfgNode.load_yaml_with_base(str(path))
-    except FileNotFoundError as error:
-        base = str(error.filename)
-        names, arm = _what_replaces(base)
-        now = f": it is now {' and '.join(names)}" if names else ""
-        now += f", with ARM: {arm}" if arm else ""
-        raise UserError(f"config file {path}: its _BASE_ {base} does not exist{now}") from error
-    except (OSError, yaml.YAMLError, AssertionError, TypeError, AttributeError) as error:
-        message = " ".join(str(error).split())
-        raise UserError(f"config file {path} cannot be read: {message}") from error
-    if not isinstance(loaded, Mapping):
-        raise UserError(f"config file {path} cannot be read: it holds no keys")
-    return loaded
+
+def _lay_over(below: dict[str, Any], above: Mapping[str, Any]) -> None:
+    """Changes `below`: sections are merged, other values replaced."""
+    for key, value in above.items():
+        if isinstance(value, Mapping) and isinstance(below.get(key), dict):
+            _lay_over(below[key], value)
+        else:
+            below[key] = _copy_of_sections(value)
+
+
+def _copy_of_sections(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _copy_of_sections(item) for key, item in value.items()}
 
 
 def layers(path: Path) -> list[tuple[Path, Mapping[str, Any]]]:
@@ -101,22 +114,86 @@ def layers(path: Path) -> list[tuple[Path, Mapping[str, Any]]]:
     Merged in this order they are what `read_config` gives.
 
     Raises:
-        UserError: as `read_config`.
+        UserError: one cannot be read; the message names the file.
     """
-    read_config(path)
-    return _layers(path)
+    return _layers(path, ())
 
 
-def _layers(path: Path) -> list[tuple[Path, Mapping[str, Any]]]:
+def _layers(path: Path, above: tuple[Path, ...]) -> list[tuple[Path, Mapping[str, Any]]]:
+    if path.resolve() in above:
+        raise UserError(f"config file {path} is a _BASE_ of itself: name another one")
+    tree = _read_yaml(path)
+    bases = tree.pop("_BASE_", [])
+    names = [bases] if isinstance(bases, str) else bases
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"config file {path} cannot be read: _BASE_ takes the name of a file")
+    found = []
+    for name in names:
+        base = path.parent / (Path(name).expanduser() if name.startswith("~/") else name)
+        if not _is_file(base):
+            replacements, arm = _what_replaces(str(base))
+            now = f": it is now {' and '.join(replacements)}" if replacements else ""
+            now += f", with ARM: {arm}" if arm else ""
+            where = shortened(str(base), 300)
+            raise UserError(f"config file {path}: its _BASE_ {where} does not exist{now}")
+        found += _layers(base, (*above, path.resolve()))
+    return [*found, (path, tree)]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    # Not imported with this module, which `--help` needs for the names of the arms.
     import yaml
 
-    tree = dict(yaml.safe_load(path.read_text()))
-    bases = tree.pop("_BASE_", [])
-    below = [bases] if isinstance(bases, str) else bases
-    return [
-        *(layer for base in below for layer in _layers(path.parent / Path(base).expanduser())),
-        (path, tree),
-    ]
+    def unreadable(why: object) -> UserError:
+        return UserError(f"config file {path} cannot be read: {' '.join(str(why).split())[:300]}")
+
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_FILE + 1)
+        tree = yaml.safe_load(data[:_LARGEST_FILE].decode("utf-8-sig"))
+    except RecursionError:
+        raise unreadable("it is nested too deeply") from None
+    # ValueError: text that is not UTF-8, and dates and numbers that do not exist.
+    except (OSError, yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+        raise unreadable(error) from error
+    if len(data) > _LARGEST_FILE:
+        raise unreadable("it has more than a mebibyte, which no configuration needs")
+    if not isinstance(tree, dict):
+        raise unreadable("it holds no keys")
+    try:
+        check_values(tree)
+    except UserError as error:
+        raise unreadable(error) from None
+    return tree
+
+
+def check_values(tree: Any) -> None:
+    """Refuses what no key takes: dates, bytes, keys that are no text, values without end.
+
+    Raises:
+        UserError: the message names the key.
+    """
+    left = _MOST_VALUES
+    waiting: list[tuple[str, Any, int]] = [("", tree, 0)]
+    while waiting:
+        key, value, depth = waiting.pop()
+        left -= 1
+        if left < 0 or depth > _DEEPEST:
+            raise UserError(f"'{shortened(key)}' has too many values, or holds itself")
+        if isinstance(value, Mapping):
+            prefix = f"{key}." if key else ""
+            waiting += [(f"{prefix}{name}", item, depth + 1) for name, item in value.items()]
+            numbers = [name for name in value if not isinstance(name, str)]
+            if numbers and depth == 0:
+                raise UserError(f"the key {shortened(str(numbers[0]))} is no text")
+        elif isinstance(value, list | tuple):
+            waiting += [(key, item, depth + 1) for item in value]
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UserError(f"'{shortened(key)}' has a whole number beyond 64 bits")
+        elif value is not None and not isinstance(value, str | int | float):
+            raise UserError(
+                f"'{shortened(key)}' is a {type(value).__name__}, which no key takes: quote it"
+            )
 
 
 def run_name(paths: list[Path]) -> str:

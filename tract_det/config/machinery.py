@@ -15,9 +15,9 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from tract_det.config import arms
-from tract_det.config.files import find_configs, flat, layers, run_name
+from tract_det.config.files import check_values, find_configs, flat, layers, run_name
 from tract_det.config.pairs import refuse_half_pairs
-from tract_det.errors import UserError
+from tract_det.errors import UserError, shortened
 
 # Keys of earlier versions, and what says the same now.
 _REPLACED = {"MODEL.TRACT.RELATIVE": "MODEL.TRACT.UNIT trace"}
@@ -119,7 +119,16 @@ def _find_all(config_files: ConfigFiles) -> tuple[list[Path], list[str]]:
 def pairs_to_tree(pairs: Sequence[str]) -> CfgNode:
     """`["A.B", "1"]` becomes `{"A": {"B": 1}}`."""
     refuse_half_pairs(pairs)
-    return _tree({key: _decode(text) for key, text in zip(pairs[::2], pairs[1::2], strict=True)})
+    values = {}
+    for key, text in zip(pairs[::2], pairs[1::2], strict=True):
+        try:
+            values[key] = _decode(text)
+            check_values({key: values[key]})
+        except UserError as error:
+            raise UserError(f"override {error}") from None
+        except (ValueError, RecursionError, MemoryError, OverflowError):
+            raise UserError(f"override '{key}': {shortened(text)} is no value") from None
+    return _tree(values)
 
 
 def _tree(values: Mapping[str, Any]) -> CfgNode:
@@ -191,7 +200,8 @@ def _nearest(key: str, known: list[str]) -> str:
 
 def _coerce(value: Any, default: Any, key: str, where: str) -> Any:
     """The value, converted to the type of its default: unlike yacs, it accepts 1 for 1.0."""
-    value = CfgNode._decode_cfg_value(value)
+    with suppress(ValueError, RecursionError, MemoryError, OverflowError):
+        value = CfgNode._decode_cfg_value(value)
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if isinstance(default, list):
@@ -201,7 +211,8 @@ def _coerce(value: Any, default: Any, key: str, where: str) -> Any:
             return [value]
     if type(value) is not type(default):
         raise UserError(
-            f"{where}'{key}' takes {type(default).__name__}, like {default!r}, not {value!r}"
+            f"{where}'{key}' takes {type(default).__name__}, like {default!r}, not "
+            f"{shortened(repr(value))}"
         )
     return value
 

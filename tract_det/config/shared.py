@@ -1,11 +1,22 @@
 """The keys that the configurations of detectors and classifiers share, and their checks."""
 
-import math
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
 from tract_det.config.machinery import one_of, require
+from tract_det.config.ranges import (
+    BELOW_ONE,
+    COUNT,
+    COUNT_OR_NONE,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Names,
+    Number,
+    Numbers,
+    Rule,
+)
 from tract_det.engine.choices import LAMBDA_SCHEDULES, LR_SCHEDULES, OPTIMIZERS
 from tract_det.modeling.choices import LAMBDA_UNITS, STEM_INITS
 
@@ -95,8 +106,46 @@ def with_run_keys(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
+SHARED_RANGES: dict[str, Rule] = {
+    "SEED": Number(0, 2**32 - 1, whole=True),
+    "LOG_PERIOD": COUNT,
+    "MODEL.PIXEL_MEAN": Numbers(),
+    "MODEL.PIXEL_STD": Numbers(),
+    "MODEL.BACKBONE.FREEZE_AT": Number(-1, 5, whole=True),
+    "MODEL.TRACT.LAMBDA": POSITIVE,
+    "MODEL.TRACT.LAMBDA_END": Number(0, above=True, also=-1),
+    "MODEL.TRACT.POWER": NOT_NEGATIVE,
+    "MODEL.TRACT.STOP_AT": NOT_NEGATIVE,
+    "MODEL.TRACT.GRAM_PATCHES": COUNT_OR_NONE,
+    "MODEL.TRACT.WORKSPACE": COUNT,
+    "MODEL.TRACT.STEM": Names(),
+    "INPUT.FLIP_PROB": FRACTION,
+    "INPUT.COLOR_JITTER": FRACTION,
+    "DATALOADER.NUM_WORKERS": Number(0, 1024, whole=True),
+    "SOLVER.IMS_PER_BATCH": COUNT,
+    "SOLVER.ACCUMULATION": COUNT,
+    "SOLVER.BASE_LR": POSITIVE,
+    "SOLVER.BASE_LR_END": NOT_NEGATIVE,
+    "SOLVER.FALLBACK_LR": Number(0, also=-1),
+    "SOLVER.MOMENTUM": BELOW_ONE,
+    "SOLVER.BETAS": Numbers(),
+    "SOLVER.EPS": NOT_NEGATIVE,
+    "SOLVER.WEIGHT_DECAY": NOT_NEGATIVE,
+    "SOLVER.WEIGHT_DECAY_NORM": NOT_NEGATIVE,
+    "SOLVER.WEIGHT_DECAY_BIAS": NOT_NEGATIVE,
+    "SOLVER.STEM.BASE_LR": Number(0, also=-1),
+    "SOLVER.STEM.WEIGHT_DECAY": Number(0, also=-1),
+    "SOLVER.STEM.MOMENTUM": Number(0, 1, below=True, also=-1),
+    "SOLVER.STEPS": Numbers(),
+    "SOLVER.GAMMA": NOT_NEGATIVE,
+    "SOLVER.WARMUP_FACTOR": FRACTION,
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
+    "TEST.IMS_PER_BATCH": COUNT,
+}
+
+
 def check_common(cfg: CfgNode) -> None:
-    """Refuses values out of range and contradictions in the shared keys.
+    """Refuses contradictions in the shared keys, and words that are no choice.
 
     Raises:
         UserError: the message names the key.
@@ -104,26 +153,10 @@ def check_common(cfg: CfgNode) -> None:
     model, solver = cfg.MODEL, cfg.SOLVER
     one_of(cfg, "SOLVER.OPTIMIZER", OPTIMIZERS)
     one_of(cfg, "SOLVER.STEM.OPTIMIZER", ("", *OPTIMIZERS))
-    for key in ("STEPS", "BETAS"):
-        words = [value for value in solver[key] if type(value) not in (int, float)]
-        require(not words, f"SOLVER.{key} takes numbers, not {words}")
     require(
         len(solver.BETAS) == 2 and all(0 <= beta < 1 for beta in solver.BETAS),
         "SOLVER.BETAS takes two numbers, each at least 0 and below 1",
     )
-    for key in ("MOMENTUM", "EPS", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS"):
-        require(solver[key] >= 0, f"SOLVER.{key} is {solver[key]}: it must not be negative")
-    require(
-        solver.FALLBACK_LR == -1 or solver.FALLBACK_LR >= 0,
-        f"SOLVER.FALLBACK_LR is {solver.FALLBACK_LR}: it must be at least 0, or -1 for that of "
-        "SOLVER.BASE_LR",
-    )
-    for key in ("BASE_LR", "WEIGHT_DECAY", "MOMENTUM"):
-        value = solver.STEM[key]
-        require(
-            value == -1 or value >= 0,
-            f"SOLVER.STEM.{key} is {value}: it must be at least 0, or -1 for that of SOLVER.{key}",
-        )
     require(
         not solver.NESTEROV or (solver.MOMENTUM > 0 and solver.STEM.MOMENTUM != 0),
         "SOLVER.NESTEROV True needs a positive SOLVER.MOMENTUM and SOLVER.STEM.MOMENTUM",
@@ -135,17 +168,6 @@ def check_common(cfg: CfgNode) -> None:
     one_of(cfg, "SOLVER.LR_SCHEDULER_NAME", LR_SCHEDULES)
     one_of(cfg, "MODEL.STEM_INIT", STEM_INITS)
     one_of(cfg, "MODEL.DEVICE", ("", "cpu", "cuda"))
-    for key, value in (("SEED", cfg.SEED), ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS)):
-        require(value >= 0, f"{key} is {value}: it must not be negative")
-    for key in ("FLIP_PROB", "COLOR_JITTER"):
-        require(0 <= cfg.INPUT[key] <= 1, f"INPUT.{key} is {cfg.INPUT[key]}: it takes 0 to 1")
-    for key in ("IMS_PER_BATCH", "ACCUMULATION", "BASE_LR"):
-        require(solver[key] > 0, f"SOLVER.{key} is {solver[key]}: it must be positive")
-    require(cfg.LOG_PERIOD > 0, f"LOG_PERIOD is {cfg.LOG_PERIOD}: it must be positive")
-    require(
-        cfg.TEST.IMS_PER_BATCH > 0,
-        f"TEST.IMS_PER_BATCH is {cfg.TEST.IMS_PER_BATCH}: it must be positive",
-    )
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         require(len(model[key]) in (0, 3), f"MODEL.{key} takes three numbers (RGB), or []")
     require(
@@ -164,26 +186,9 @@ def _check_tract(cfg: CfgNode) -> None:
     one_of(cfg, "MODEL.TRACT.UNIT", LAMBDA_UNITS)
     freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
     require(
-        -1 <= freeze_at <= 5,
-        f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}: it takes -1 (the default) to 5",
-    )
-    require(
         not (tract.ENABLED and freeze_at > 0),
         f"MODEL.BACKBONE.FREEZE_AT {freeze_at} freezes the stem that MODEL.TRACT trains: set "
         "MODEL.BACKBONE.FREEZE_AT 0",
-    )
-    require(
-        tract.LAMBDA > 0 and math.isfinite(tract.LAMBDA),
-        f"MODEL.TRACT.LAMBDA is {tract.LAMBDA}: it must be positive (the paper uses 0.05 to 0.2)",
-    )
-    require(
-        tract.POWER >= 0 and math.isfinite(tract.POWER),
-        f"MODEL.TRACT.POWER is {tract.POWER}: it must be at least 0 (plain) and finite; TrAct's is "
-        "1",
-    )
-    require(
-        tract.LAMBDA_END == -1 or (tract.LAMBDA_END > 0 and math.isfinite(tract.LAMBDA_END)),
-        f"MODEL.TRACT.LAMBDA_END is {tract.LAMBDA_END}: it must be positive, or -1 for no schedule",
     )
     require(
         (tract.SCHEDULE == "constant") == (tract.LAMBDA_END == -1),
@@ -191,15 +196,7 @@ def _check_tract(cfg: CfgNode) -> None:
         "other: set LAMBDA_END for linear and cosine, and leave it at -1 for constant",
     )
     require(
-        tract.GRAM_PATCHES >= 0,
-        f"MODEL.TRACT.GRAM_PATCHES is {tract.GRAM_PATCHES}: it must not be negative",
-    )
-    require(
-        tract.WORKSPACE >= 1,
-        f"MODEL.TRACT.WORKSPACE is {tract.WORKSPACE}: it must be at least 1 (MiB)",
-    )
-    require(
-        tract.STOP_AT >= 0 and (tract.STOP_AT < 1 or tract.STOP_AT.is_integer()),
+        tract.STOP_AT < 1 or tract.STOP_AT.is_integer(),
         f"MODEL.TRACT.STOP_AT is {tract.STOP_AT}: it takes a fraction of the training (above 0 and "
         "below 1), a step, or 0 for never",
     )

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 
 from tract_det.distributed import gather, is_main
-from tract_det.errors import DivergedError, UserError
+from tract_det.errors import DivergedError, UserError, shortened
 from tract_det.evaluation.coco import coco_ap
 from tract_det.evaluation.detection_files import ImageDetections, write_detections
 from tract_det.evaluation.metrics import DIVERGED_MEND
 from tract_det.evaluation.voc_ap import RULES, Detections, Objects, mean_ap, voc_ap
-from tract_det.files import shortened
 
 
 class Annotation(Protocol):
