@@ -4,6 +4,7 @@ Whatever does not fit is refused by name before the model is changed.
 """
 
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -236,6 +237,35 @@ def _check_fit(
                 f"{refusal}: '{key}' is {tuple(tensor.shape)} in the file and "
                 f"{tuple(model_state[key].shape)} in the model; check {shape}"
             )
+        if key in model_state and not tensor.isfinite().all():
+            raise UserError(
+                f"MODEL.WEIGHTS {weights.source}: '{key}' has values that are not finite: the "
+                "training that wrote the file has diverged, or it is damaged"
+            )
+    if deeper := _deeper_block(model_state, state, needed):
+        raise UserError(f"{refusal}: it is deeper, with '{deeper}'; check {missing}")
+
+
+def _deeper_block(model_state: State, state: State, body: Sequence[str]) -> str:
+    """A tensor of a block that the model's stage lacks: ResNet-34's in a ResNet-18; "" if none.
+
+    Args:
+        model_state: the model's state dict.
+        state: the tensors to load.
+        body: names of the model's tensors that are not in its head.
+    """
+    blocks = {match.groups() for key in body if (match := _BLOCK.match(key))}
+    stages = {stage for stage, _ in blocks}
+    for key in state:
+        match = _BLOCK.match(key)
+        is_known = match is None or match[1] not in stages or match.groups() in blocks
+        if key not in model_state and not is_known:
+            return key
+    return ""
+
+
+# The stage and the number of the block that a tensor belongs to.
+_BLOCK = re.compile(r"(.*?)\.(\d+)\.")
 
 
 def _heads(model: nn.Module) -> list[str]:

@@ -7,10 +7,17 @@ keys of its own (`detectron2_files`). No reader runs code from a file
 (`torch.load(..., weights_only=True)`), since checkpoints come from the internet.
 """
 
+import argparse
 import json
+import math
+import re
+import warnings
+import zipfile
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePath, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 from urllib.error import URLError
 
@@ -19,7 +26,7 @@ import safetensors.torch
 import torch
 import torchvision
 
-from tract_det.errors import UserError
+from tract_det.errors import UserError, shortened
 from tract_det.files import atomically
 from tract_det.modeling.detectron2_files import (
     Meta,
@@ -87,7 +94,87 @@ def read_weights(
         state, meta = _read_safetensors(path, where)
     else:
         state, meta = _read_torch(path, where)
+    _check_meta(meta, where)
+    state, prefixes = _without_prefixes(state)
+    if prefixes:
+        warnings.warn(
+            f"{where}: its names lost the prefix {' and '.join(prefixes)}, which a wrapper of the "
+            "model has put there",
+            stacklevel=2,
+        )
+    for name, tensor in state.items():
+        if fault := _fault(tensor):
+            raise UserError(f"{where}: the tensor '{shortened(name)}' {fault}")
     return Weights(source, state, meta)
+
+
+# What wrappers of a model put in front of every name: DistributedDataParallel, torch.compile,
+# trainers, and mmpretrain in front of a backbone beside its head.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
+_BACKBONE, _BESIDE_BACKBONE = "backbone.", ("head.", "neck.")
+
+
+def _without_prefixes(state: State) -> tuple[State, list[str]]:
+    """The tensors by the names that the model itself gives them, and the prefixes taken off."""
+    prefixes = []
+    while state:
+        usual = [prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in state)]
+        if not usual:
+            break
+        prefixes.append(usual[0])
+        state = {key.removeprefix(usual[0]): tensor for key, tensor in state.items()}
+    is_body = [key.startswith(_BACKBONE) for key in state]
+    if any(is_body) and all(key.startswith((_BACKBONE, *_BESIDE_BACKBONE)) for key in state):
+        prefixes.append(_BACKBONE)
+        state = {key.removeprefix(_BACKBONE): tensor for key, tensor in state.items()}
+    return state, prefixes
+
+
+def _fault(tensor: torch.Tensor) -> str:
+    """Why a tensor is no weight; "" if it may be one."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        kind = "complex" if tensor.is_complex() else "quantised or sparse"
+        return f"is {kind}: save the model with dense tensors of real numbers"
+    if tensor.is_meta:
+        return "has no values (it is on the meta device): save the model after it has got them"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "repeats its values to look larger than it is: save a contiguous one"
+    return ""
+
+
+# What the keys of `meta` hold.
+_TEXTS = ("version", "backbone", "norm", "model")
+_STATISTICS = ("pixel_mean", "pixel_std")
+
+
+def _check_meta(meta: Any, where: str) -> None:
+    """Refuses metadata of another type than this project writes.
+
+    Raises:
+        UserError: the message names the entry.
+    """
+
+    def refuse(key: str, wanted: str) -> UserError:
+        return UserError(
+            f"{where}: '{key}' in its metadata is {shortened(repr(meta[key]))}, not {wanted}: take "
+            "the entry out of the file's `meta`"
+        )
+
+    if not isinstance(meta, dict):
+        raise UserError(f"{where}: its metadata is no dict: leave `meta` out of the file")
+    for key in _STATISTICS:
+        values = meta.get(key, [1.0, 1.0, 1.0])
+        is_list = isinstance(values, list | tuple) and len(values) == 3
+        if not is_list or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+            raise refuse(key, "three numbers (RGB)")
+        if key == "pixel_std" and min(values) <= 0:
+            raise refuse(key, "three positive numbers (RGB)")
+    names = meta.get("class_names", [])
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise refuse("class_names", "a list of names")
+    for key in _TEXTS:
+        if not isinstance(meta.get(key, ""), str):
+            raise refuse(key, "a text")
 
 
 def write_weights(
@@ -153,29 +240,73 @@ def _read_safetensors(path: Path, source: str) -> tuple[State, Meta]:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             record = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+            if not isinstance(record, dict) or not isinstance(record.get("keys", []), list):
+                raise ValueError(f"its metadata '{_METADATA}' is not what this project writes")
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{source} cannot be read as a file of tensors: {error}") from error
-    order = [key for key in record.get("keys", []) if key in state]
+    order = [key for key in record.get("keys", []) if isinstance(key, str) and key in state]
     return {key: state[key] for key in dict.fromkeys([*order, *state])}, record.get("meta", {})
 
 
 def _read_torch(path: Path, source: str) -> tuple[State, Meta]:
     """The state dict of a torch file, bare or under `model` or `state_dict`, and its `meta`."""
+    _refuse_inflated(path, source)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with _plain_containers():
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise almost anything
-        raise UserError(
-            f"{source} cannot be read as a file of tensors: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise UserError(f"{source} cannot be read as a file of tensors: {_why(error)}") from error
     meta = _torch_meta(content)
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
         raise UserError(f"{source} holds no state dict (names and tensors)")
-    # DistributedDataParallel puts `module.` in front of every name.
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}, meta
+    return {str(name): tensor for name, tensor in content.items()}, meta
+
+
+def _plain_containers() -> AbstractContextManager[None]:
+    """Lets a file hold command lines and paths, as torchvision's and timm's trainers write them.
+
+    They are containers of values, and nothing here looks at them.
+    """
+    if not hasattr(torch.serialization, "safe_globals"):  # torch 2.4
+        return nullcontext()
+    paths = (PurePath, PurePosixPath, PosixPath)
+    return torch.serialization.safe_globals([argparse.Namespace, SimpleNamespace, *paths])
+
+
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+
+
+def _why(error: Exception) -> str:
+    """Why torch refuses a file, without its advice to trust it."""
+    kind = _GLOBAL.search(str(error))
+    if kind:
+        return (
+            f"it holds an object of {kind[1]}, which could run code: save the tensors alone, with "
+            "torch.save({'model': model.state_dict()}, path)"
+        )
+    return shortened(" ".join(str(error).split()), 200)
+
+
+def _refuse_inflated(path: Path, source: str) -> None:
+    """Refuses a file whose parts are compressed, which torch never does: they could be anything.
+
+    Raises:
+        UserError: they would take much more memory than the file.
+    """
+    try:
+        with zipfile.ZipFile(path) as parts:
+            size = sum(part.file_size for part in parts.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile):  # an older file, or damaged: torch tells
+        return
+    if size > 2 * path.stat().st_size + 2**20:
+        raise UserError(
+            f"{source} cannot be read as a file of tensors: its parts are compressed to a fraction "
+            f"of their {size:,} bytes, as torch never writes them"
+        )
 
 
 def _torch_meta(content: Any) -> Meta:
