@@ -252,13 +252,17 @@ def test_tract_moves_only_the_stems_gradient(detector):
     detector.zero_grad()
 
 
-def test_bf16_autocast_trains_and_detects(detector):
+def test_bf16_autocast_trains_and_detects_with_boxes_in_float32(detector):
+    """Eight significant bits place a corner to a pixel in 256."""
     images, targets = batch(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = detector.train()(images, targets)
         assert all(torch.isfinite(value) for value in losses.values())
         found = detector.eval()(images)
-    assert all(torch.isfinite(one["boxes"]).all() for one in found)
+    boxes = torch.cat([image["boxes"] for image in found])
+    assert boxes.dtype == torch.float32 and torch.isfinite(boxes).all()
+    inside = boxes[(boxes > 0) & (boxes < 96)]
+    assert (inside.bfloat16() != inside).float().mean() > 0.9
 
 
 def test_an_evaluation_may_come_before_a_training_that_needs_the_pixels_gradient():

@@ -141,6 +141,8 @@ class FasterRCNN(nn.Module):
         features = self.backbone(batch.tensors)
         if isinstance(features, Tensor):
             features = {"0": features}
+        # RoIAlign and the anchors take the type of the features, and bf16 has 8 significant bits.
+        features = {level: maps.float() for level, maps in features.items()}
         proposals, rpn_losses = self.rpn(batch, features, targets)
         detections, losses = self.roi_heads(features, proposals, batch.image_sizes, targets)
         if self.training:

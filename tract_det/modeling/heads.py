@@ -1,9 +1,9 @@
 """The two stages of Faster R-CNN: the region proposal network and the box head.
 
 They are torchvision's, except that the loss of a batch is the mean over its images of each image's
-own loss, and that a seed can fix which anchors and proposals of an image are sampled for the loss.
-The device is asked for numbers three times in a training step, for all images at once; non-maximum
-suppression and RoIAlign, torchvision's own, wait besides.
+own loss, that a seed can fix which anchors and proposals of an image are sampled for the loss, and
+that boxes stay in float32 under autocast. The device is asked for numbers three times in a training
+step, for all images at once; non-maximum suppression and RoIAlign, torchvision's own, wait besides.
 
 Paper: Ren, He, Girshick, Sun, "Faster R-CNN", NeurIPS 2015.
 """
@@ -77,6 +77,24 @@ class BoxHeadOptions:
     score_thresh: float = 0.05
     nms_thresh: float = 0.5
     detections_per_image: int = 100
+
+
+class Float32RPNHead(RPNHead):
+    """torchvision's head of the first stage; its outputs are float32 under autocast as well."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Objectness and boxes of each level's anchors."""
+        objectness, boxes = super().forward(x)
+        return [level.float() for level in objectness], [level.float() for level in boxes]
+
+
+class Float32Predictor(FastRCNNPredictor):
+    """torchvision's output layers of the second stage; likewise."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `(boxes, K + 1)`, and box regression `(boxes, 4 * (K + 1))`."""
+        logits, boxes = super().forward(x)
+        return logits.float(), boxes.float()
 
 
 class ImagewiseRPN(RegionProposalNetwork):
@@ -243,7 +261,7 @@ def build_rpn(anchors: AnchorGenerator, channels: int, options: ProposalOptions)
     """The first stage, for features of so many channels."""
     rpn = ImagewiseRPN(
         anchors,
-        RPNHead(channels, anchors.num_anchors_per_location()[0]),
+        Float32RPNHead(channels, anchors.num_anchors_per_location()[0]),
         fg_iou_thresh=_FG_IOU,
         bg_iou_thresh=_BG_IOU,
         batch_size_per_image=options.batch_size,
@@ -273,7 +291,7 @@ def build_roi_heads(
     roi_heads = ImagewiseRoIHeads(
         MultiScaleRoIAlign(levels, output_size=POOLED_SIZE, sampling_ratio=2),
         box_head,
-        FastRCNNPredictor(width, num_classes + 1),
+        Float32Predictor(width, num_classes + 1),
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
         batch_size_per_image=options.batch_size,
