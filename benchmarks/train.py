@@ -34,8 +34,9 @@ from tract_det.config import detection as detection_config
 from tract_det.data.detection_loaders import collate
 from tract_det.data.voc import Annotation
 from tract_det.engine import ds
-from tract_det.engine.loop import Step, StopSignal, train
+from tract_det.engine.loop import StopSignal, train
 from tract_det.engine.provenance import hardware
+from tract_det.engine.step import Step
 from tract_det.errors import UserError
 from tract_det.training import assembly, classification, detection, session
 from tract_det.training.task import BuiltModel, Task
@@ -75,7 +76,7 @@ def build(task: Task, cfg: CfgNode, device: torch.device) -> tuple[Any, BuiltMod
 def detector(cfg: CfgNode, device: torch.device) -> Loops:
     """A detector: as `tract-det train` trains it, and bare."""
     split, built = build(detection.TASK, cfg, device)
-    bare_model = copy.deepcopy(built.network).to(device)
+    bare_model = copy.deepcopy(built.network).to(device).to(memory_format=built.memory_format)
     engine, _ = session.prepare(cfg, built, device)
     loader = detection.build_loader(cfg, split, built.meta, 0)
     if cfg.MODEL.DETECTRON2.CONFIG_FILE:
@@ -88,11 +89,12 @@ def detector(cfg: CfgNode, device: torch.device) -> Loops:
 
     def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
         images, targets = batch
-        losses = model(
+        inputs = (
             [image.to(device) for image in images],
             [{key: target[key].to(device) for key in ("boxes", "labels")} for target in targets],
         )
-        return sum(losses.values())
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.SOLVER.AMP.ENABLED):
+            return sum(model(*inputs).values())
 
     return loops(cfg, engine, loader, bare_model, loss_of, collate)
 
@@ -261,8 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     engine, batches, bare = (classifier if args.classifier else detector)(cfg, device)
     batch = cfg.SOLVER.IMS_PER_BATCH
     images = args.steps * batch
-    is_channels_last = args.classifier and cfg.MODEL.CHANNELS_LAST
-    form = torch.channels_last if is_channels_last else torch.preserve_format
+    form = torch.channels_last if cfg.MODEL.CHANNELS_LAST else torch.preserve_format
 
     def trainer() -> None:
         steps: list[Step] = []

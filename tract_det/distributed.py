@@ -64,13 +64,34 @@ def gather(item: T) -> list[T]:
     return items
 
 
-def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """Returns whether the flag is set on at least one rank. Every rank must call it."""
-    if not is_initialized() or world_size() == 1:
-        return flag
-    tensor = torch.tensor(int(flag), device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return bool(tensor.item())
+class AnyRank:
+    """Whether a flag is set on at least one rank, agreed on without waiting for the other ranks.
+
+    With several ranks the answer is that to the call before: its sum over the ranks was on its way
+    meanwhile. It travels between the processes and takes no part in the work of their devices.
+    Every rank must make one, and call it equally often.
+    """
+
+    def __init__(self) -> None:
+        self._is_alone = not is_initialized() or world_size() == 1
+        self._group: Any = None  # the default one
+        self._call: tuple[torch.Tensor, Any] | None = None
+        if not self._is_alone and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo")
+
+    def __call__(self, flag: bool) -> bool:
+        """Returns whether the flag of the call before was set on any rank; alone, of this one."""
+        if self._is_alone:
+            return flag
+        if self._call is not None:
+            last_flag, work = self._call
+            work.wait()
+            if last_flag.numpy().any():
+                return True
+        tensor = torch.tensor([flag], dtype=torch.uint8)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._call = tensor, work
+        return False
 
 
 def average_buffers(model: nn.Module) -> None:

@@ -139,7 +139,7 @@ def test_twenty_steps_have_the_losses_of_detectron2s_trainer(tract, generator, p
     batches = [made_up(generator) for _ in range(20)]
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.01, momentum=0.9)
     engine = ds.initialize(detector, optimizer, ds.ds_config(batch_size=2, accumulation=1))
-    losses, expected = [], []
+    steps, expected = [], []
     torch.manual_seed(2)
     with StopSignal() as stop:
         train(
@@ -149,7 +149,7 @@ def test_twenty_steps_have_the_losses_of_detectron2s_trainer(tract, generator, p
             max_iter=20,
             accumulation=1,
             lr_at=lambda step: 0.01,
-            after_step=lambda step: losses.append(step.losses["loss"]),
+            after_step=steps.append,
             stop=stop,
         )
     cfg.SOLVER.BASE_LR = 0.01
@@ -162,6 +162,7 @@ def test_twenty_steps_have_the_losses_of_detectron2s_trainer(tract, generator, p
     trainer = Recorder(model, [batch for _, batch in batches], build_optimizer(cfg, model))
     torch.manual_seed(2)
     trainer.train(0, 20)
+    losses = [step.losses["loss"] for step in steps]
     assert losses == pytest.approx(expected, rel=1e-4) and len(losses) == 20
     for key, tensor in detector.state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[key], rtol=1e-4, atol=1e-5)

@@ -46,6 +46,14 @@ def test_ranks_and_accumulation_tile_the_global_batch(micro, accumulation, world
         assert [t["index"] for _, targets in steps for t in targets] == [i for i, _ in batch]
 
 
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_batches_are_in_pinned_memory_where_there_is_a_gpu(has_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: has_gpu)
+    training = detection_loader(Noisy(), micro_batch=2, seed=0)
+    evaluation = detection_evaluation_loader(Noisy(), batch_size=2)
+    assert training.pin_memory == evaluation.pin_memory == has_gpu
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_samples_do_not_depend_on_workers(workers):
     alone, helped = (

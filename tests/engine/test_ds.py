@@ -3,8 +3,12 @@
 import platform
 
 import pytest
+import torch
+from torch import nn
 
 from tests.conftest import run_python
+from tests.counts import Waits
+from tract_det.engine import ds
 
 FAULTS = """
 import resource, torch
@@ -59,3 +63,60 @@ def test_no_thread_of_a_process_group_outlives_it():
     assert done.returncode == 0, done.stderr
     before, after = (int(x.split()[1]) for x in done.stdout.splitlines() if "threads" in x)
     assert before > 0 and after == 0
+
+
+@pytest.fixture
+def process():
+    """A process group of this process alone; DeepSpeed accepts only one in a process."""
+    ds.start("cpu")
+    yield
+    ds.stop()
+
+
+@pytest.mark.parametrize("bound", [0.3, 1.7, 1e4])
+def test_gradients_are_clipped_as_deepspeed_clips_them_but_without_waiting(bound, process):
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 13, 3), nn.Linear(7, 31), nn.Linear(31, 5))
+    frozen = model[1].bias.requires_grad_(False)
+    config = ds.ds_config(batch_size=1, accumulation=1, clip_norm=bound)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p is not frozen], lr=0.1)
+    engine = ds.initialize(model, optimizer, config)
+    gradients = [torch.randn_like(p) for p in model.parameters()]
+
+    def clipped(clip):
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = None if parameter is frozen else gradient.clone()
+        clip()
+        return [p.grad for p in model.parameters() if p is not frozen]
+
+    with Waits() as waits:
+        ours = clipped(engine.clip_fp32_gradients)
+    assert waits.counts == {}
+    theirs = clipped(lambda: clip_grad_norm_(parameters=model.parameters(), max_norm=bound))
+    assert all(map(torch.equal, ours, theirs))
+    untouched = [g for g, p in zip(gradients, model.parameters(), strict=True) if p is not frozen]
+    assert all(map(torch.equal, ours, untouched)) == (bound == 1e4)
+
+
+def test_deepspeed_waits_for_the_device_only_where_it_is_told_to():
+    """Its timer of each pass, and the norm of the gradients where nothing is clipped by it."""
+    make = {"batch_size": 2, "accumulation": 1}
+    assert ds.ds_config(**make)["timers"]["throughput"] == {"enabled": False}
+    timers = {"throughput": {"enabled": True}}
+    assert ds.ds_config(**make, extra={"timers": timers})["timers"] == timers
+
+    def zero(clip_norm=0.0, **options):
+        return ds.ds_config(**make, clip_norm=clip_norm, extra={"zero_optimization": options})[
+            "zero_optimization"
+        ]
+
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    offers_it = "compute_grad_norm" in DeepSpeedZeroConfig.model_fields
+    assert zero(stage=2) == {"stage": 2} | ({"compute_grad_norm": False} if offers_it else {})
+    assert zero(stage=2, compute_grad_norm=True) == {"stage": 2, "compute_grad_norm": True}
+    for needs_it in ({"stage": 0}, {"stage": 3}, {"stage": 1, "offload_optimizer": {}}):
+        assert zero(**needs_it) == needs_it
+    assert zero(clip_norm=1.0, stage=2) == {"stage": 2}

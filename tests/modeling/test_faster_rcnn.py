@@ -4,6 +4,8 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import FrozenBatchNorm2d
 
 from tract_det import apply_tract, find_stem
@@ -54,9 +56,6 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_images(detector):
 
 def test_where_every_image_fills_its_quota_the_loss_is_torchvisions(detector):
     # The same modules in torchvision's own classes, with one sampling for both.
-    from torchvision.models.detection.roi_heads import RoIHeads
-    from torchvision.models.detection.rpn import RegionProposalNetwork
-
     images, targets = batch(2)
     detector.train()
     torch.manual_seed(0)
@@ -70,6 +69,60 @@ def test_where_every_image_fills_its_quota_the_loss_is_torchvisions(detector):
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name])
+
+
+class ImageByImage:
+    """The losses as the definition has them: torchvision's own, of one image after the other."""
+
+    @staticmethod
+    def of_anchors(rpn, objectness, deltas, labels, targets):
+        n = len(labels)
+        images = zip(
+            objectness.reshape(n, -1, 1), deltas.reshape(n, -1, 4), labels, targets, strict=True
+        )
+        losses = [
+            RegionProposalNetwork.compute_loss(rpn, scores, boxes, [label], [target])
+            for scores, boxes, label, target in images
+        ]
+        return tuple(torch.stack(part).mean() for part in zip(*losses, strict=True))
+
+    @staticmethod
+    def of_proposals(heads, features, proposals, shapes, targets):
+        proposals, _, labels, deltas = heads.select_training_samples(proposals, targets)
+        found = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, proposals, shapes)))
+        counts = [len(image) for image in labels]
+        images = zip(*(part.split(counts) for part in found), labels, deltas, strict=True)
+        losses = [fastrcnn_loss(a, b, [label], [target]) for a, b, label, target in images]
+        classifier, box = (torch.stack(part).mean() for part in zip(*losses, strict=True))
+        return [], {"loss_classifier": classifier, "loss_box_reg": box}
+
+
+@pytest.mark.parametrize("objects", [2, 0])
+def test_losses_and_gradients_are_those_of_image_by_image_to_the_bit(
+    detector, monkeypatch, objects
+):
+    """And so is the choice of proposals; `objects` are in the last image."""
+    detector.train()
+    images, targets = batch(3)
+    for key in ("boxes", "labels"):
+        targets[-1][key] = targets[-1][key][:objects]
+
+    def step():
+        detector.zero_grad()
+        losses = detector(images, targets)
+        sum(losses.values()).backward()
+        return losses, [p.grad.clone() for p in detector.parameters()]
+
+    losses, gradients = step()
+    rpn, heads = type(detector.rpn), type(detector.roi_heads)
+    monkeypatch.setattr(rpn, "compute_loss", ImageByImage.of_anchors)
+    monkeypatch.setattr(rpn, "filter_proposals", RegionProposalNetwork.filter_proposals)
+    monkeypatch.setattr(heads, "forward", ImageByImage.of_proposals)
+    expected, expected_gradients = step()
+    assert losses.keys() == expected.keys()
+    assert all(torch.equal(losses[name], value) for name, value in expected.items())
+    assert all(map(torch.equal, gradients, expected_gradients))
+    detector.zero_grad()
 
 
 def test_a_seed_fixes_the_sampling_whatever_the_global_generator(detector):
@@ -199,10 +252,24 @@ def test_tract_moves_only_the_stems_gradient(detector):
     detector.zero_grad()
 
 
-def test_bf16_autocast_trains_and_detects(detector):
+def test_bf16_autocast_trains_and_detects_with_boxes_in_float32(detector):
+    """Eight significant bits place a corner to a pixel in 256."""
     images, targets = batch(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = detector.train()(images, targets)
         assert all(torch.isfinite(value) for value in losses.values())
         found = detector.eval()(images)
-    assert all(torch.isfinite(one["boxes"]).all() for one in found)
+    boxes = torch.cat([image["boxes"] for image in found])
+    assert boxes.dtype == torch.float32 and torch.isfinite(boxes).all()
+    inside = boxes[(boxes > 0) & (boxes < 96)]
+    assert (inside.bfloat16() != inside).float().mean() > 0.9
+
+
+def test_an_evaluation_may_come_before_a_training_that_needs_the_pixels_gradient():
+    detector = build_faster_rcnn(backbone="resnet18_fpn", norm="GN", **SMALL).eval()
+    images, targets = batch(1)
+    with torch.inference_mode():
+        detector(images)
+    image = (images[0].float() / 255).requires_grad_()
+    sum(detector.train()([image], targets).values()).backward()
+    assert image.grad.abs().max() > 0

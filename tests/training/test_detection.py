@@ -22,7 +22,7 @@ from tests.training.runs import (
 from tract_det.cli import call
 from tract_det.config.detection import load_cfg
 from tract_det.engine.checkpoint import save_weights
-from tract_det.errors import UserError
+from tract_det.errors import DivergedError, UserError
 from tract_det.modeling.classifiers import build_classifier
 from tract_det.modeling.weight_files import Weights
 from tract_det.training.assembly import freeze_at
@@ -246,6 +246,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(voc_tree, 
     with pytest.raises(UserError, match=r"the loss is not finite at step .* images: a0"):
         call("train", tiny_options(voc_tree, tmp_path / "out", SOLVER__BASE_LR=1e30))
     assert not (tmp_path / "out/model_final.pth").exists()
+
+
+@pytest.mark.parametrize("period", ["SOLVER__CHECKPOINT_PERIOD", "TEST__EVAL_PERIOD"])
+def test_a_run_that_diverged_between_two_lines_of_the_log_leaves_nothing(
+    voc_tree, tmp_path, period
+):
+    changes = {"SOLVER__BASE_LR": 1e30, "SOLVER__MAX_ITER": 9, "LOG_PERIOD": 9, period: 4}
+    with pytest.raises(DivergedError, match=r"the loss is not finite at step [234]: .* images: a0"):
+        call("train", tiny_options(voc_tree, tmp_path, **changes))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert not names & {"last_checkpoint", "model_best.pth", "model_final.pth", "metrics.jsonl"}
 
 
 def test_a_pointer_to_a_checkpoint_that_is_not_there_is_no_checkpoint(voc_tree, tmp_path):

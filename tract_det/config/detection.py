@@ -67,6 +67,9 @@ def _model() -> CfgNode:
                 "OPTS": [],
             },
             "FPN": {"OUT_CHANNELS": 256},  # channels of every level of the feature pyramid
+            # True: channels_last memory format, of the batch and, under ZeRO 0, of the weights.
+            "CHANNELS_LAST": False,
+            "COMPILE": False,  # True: torch.compile of the backbone, with its feature pyramid
             # How the first layer is initialised: "" = as its library does; whitened = by filters
             # that whiten the patches of 256 training images. Not with WEIGHTS.
             "STEM_INIT": "",

@@ -1,10 +1,8 @@
 """The training loop and the inference loop. They know no model, data set or config."""
 
-import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -13,31 +11,10 @@ from torch import nn
 
 from tract_det import distributed
 from tract_det.engine import ds
-from tract_det.errors import DivergedError
+from tract_det.engine.step import Step, Unread
 
 # Images and targets: lists of tensors and of dicts for a detector, tensors for a classifier.
 Batch = tuple[Any, ...]
-
-
-@dataclass
-class Step:
-    """What the loop tells `after_step` about a finished optimizer step.
-
-    Attributes:
-        iteration: number of steps done, this one included.
-        losses: by name, this rank's means over the micro-batches; their sum is `loss`.
-        lr: learning rate.
-        seconds: wall time.
-        data_seconds: the part of it spent waiting for the loader.
-        images: number of images in the global batch.
-    """
-
-    iteration: int
-    losses: dict[str, float] = field(default_factory=dict)
-    lr: float = 0.0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
-    images: int = 0
 
 
 class StopSignal:
@@ -88,35 +65,38 @@ def train(
         max_iter: number of steps in all.
         accumulation: micro-batches per step.
         lr_at: gives the learning rate of a step, counted from 0.
-        after_step: called on every rank when a step is done.
-        stop: checked after each step; a signal to any rank stops all of them.
+        after_step: called on every rank when a step is done; its losses are not read yet.
+        stop: a signal to any rank stops all of them after the same step, at most one later.
         before_step: called on every rank with the number of steps done.
         memory_format: of the images, if they are one tensor.
 
     Raises:
-        DivergedError: a loss is not finite; names the step, the losses and the images.
+        DivergedError: a loss is not finite; names the step, the losses and the images. It is
+            noticed when a step is read, at the latest when the training ends, in whatever way.
     """
     engine.train()
-    stream = iter(batches)
-    for iteration in range(start, max_iter):
-        began = time.perf_counter()
-        step = Step(iteration + 1, lr=lr_at(iteration))
-        ds.set_lr(engine, step.lr)
-        if before_step is not None:
-            before_step(iteration)
-        for _ in range(accumulation):
-            images, targets = _to(engine.device, _timed_next(stream, step), memory_format)
-            losses = engine(images, targets)
-            loss = sum(losses.values())
-            _record(step, losses, targets, accumulation)
-            engine.backward(loss)
-            engine.step()
-            step.images += len(images) * distributed.world_size()
-        step.seconds = time.perf_counter() - began
-        after_step(step)
-        if distributed.any_rank(bool(stop.number), engine.device):
-            return iteration + 1
-    return max_iter
+    stream, unread, is_set = iter(batches), Unread(accumulation), distributed.AnyRank()
+    try:
+        for iteration in range(start, max_iter):
+            began = time.perf_counter()
+            step = Step(iteration + 1, lr=lr_at(iteration), unread=unread)
+            ds.set_lr(engine, step.lr)
+            if before_step is not None:
+                before_step(iteration)
+            for _ in range(accumulation):
+                images, targets = _to(engine.device, _timed_next(stream, step), memory_format)
+                losses = engine(images, targets)
+                unread.add(step, losses, targets)
+                engine.backward(sum(losses.values()))
+                engine.step()
+                step.images += len(images) * distributed.world_size()
+            step.seconds = time.perf_counter() - began
+            after_step(step)
+            if is_set(bool(stop.number)):
+                return iteration + 1
+        return max_iter
+    finally:  # an error may be a consequence of losses that are not finite: this says so
+        unread.read()
 
 
 def _timed_next(stream: Iterator[Batch], step: Step) -> Batch:
@@ -131,34 +111,20 @@ def _to(
     value: Any,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> Any:
-    """`value` with its tensors on the device, four-dimensional ones in this memory format."""
+    """`value` with its tensors on the device, four-dimensional ones in this memory format.
+
+    What goes to a GPU does not wait for it: the loader has put it into pinned memory. What comes
+    from there is complete.
+    """
     if torch.is_tensor(value):
         form = memory_format if value.ndim == 4 else torch.preserve_format
-        return value.to(device, non_blocking=device != "cpu", memory_format=form)
+        is_upload = torch.device(device).type != "cpu"
+        return value.to(device, non_blocking=is_upload, memory_format=form)
     if isinstance(value, dict):
         return {key: _to(device, item, memory_format) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_to(device, item, memory_format) for item in value)
     return value
-
-
-def _record(
-    step: Step, losses: Mapping[str, torch.Tensor], targets: Any, accumulation: int
-) -> None:
-    """Adds a micro-batch's losses to the step's means; refuses losses that are not finite."""
-    values = {name: float(value.detach()) for name, value in losses.items()}
-    values["loss"] = sum(values.values())
-    if not math.isfinite(values["loss"]):
-        names = ""
-        if isinstance(targets, list):
-            names = "images: " + ", ".join(str(t.get("image_id", "?")) for t in targets) + "; "
-        parts = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        raise DivergedError(
-            f"the loss is not finite at step {step.iteration}: {parts}; {names}lower "
-            "SOLVER.BASE_LR, lengthen the warm-up or set SOLVER.CLIP_GRADIENTS.ENABLED True"
-        )
-    for name, value in values.items():
-        step.losses[name] = step.losses.get(name, 0.0) + value / accumulation
 
 
 @torch.inference_mode()

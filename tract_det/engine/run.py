@@ -11,7 +11,7 @@ from torch import nn
 from tract_det import distributed
 from tract_det.engine import checkpoint, ds
 from tract_det.engine.ema import Ema
-from tract_det.engine.loop import Step
+from tract_det.engine.step import Step
 from tract_det.engine.writers import Writers, say
 from tract_det.errors import UserError
 
@@ -113,20 +113,27 @@ class Run:
         if step.iteration == self.max_iter:  # `finish` evaluates and saves
             return
         if self.eval_period > 0 and step.iteration % self.eval_period == 0:
+            self.writers.read()  # a model that has diverged is not evaluated
             models = self._models()
             self._note(self.evaluate(*models), step.iteration, models)
         if step.iteration % self.checkpoint_period == 0:
             self.save(step.iteration)
 
     def save(self, iteration: int) -> None:
-        """Saves what resuming needs, unless this step is saved already."""
+        """Saves what resuming needs, unless this step is saved already.
+
+        Raises:
+            DivergedError: a loss so far is not finite; nothing is saved then.
+        """
         if iteration == self.saved:
             return
+        self.writers.read()
         ema = None
         if self.ema is not None:
             buffers = distributed.gather(checkpoint.buffers_of(self.ema.model))
             ema = {"state": self.ema.state_dict(), "buffers": buffers}
-        pending = distributed.gather([dataclasses.asdict(step) for step in self.writers.pending])
+        steps = [dataclasses.replace(step, unread=None) for step in self.writers.pending]
+        pending = distributed.gather([dataclasses.asdict(step) for step in steps])
         state = {"best": self.best, "pending": pending, "identity": self.identity, "ema": ema}
         checkpoint.save(self.engine, self.output, iteration, state)
         self.saved = iteration

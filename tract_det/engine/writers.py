@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from tract_det import distributed
-from tract_det.engine.loop import Step
+from tract_det.engine.step import Step
 from tract_det.files import write_text
 
 _METRICS = "metrics.jsonl"
@@ -44,8 +44,9 @@ def clock(seconds: float) -> str:
 class Writers:
     """Collects the steps of a run and writes them out every `period` steps, on the main rank.
 
-    Losses are means over the period and over the ranks; `images_per_second` excludes the time for
-    evaluation and checkpoints. Every rank must call `step` and `scalars`.
+    Only then are the losses read. They are means over the period and over the ranks;
+    `images_per_second` excludes the time for evaluation and checkpoints. Every rank must call
+    `step` and `scalars`.
 
     Args:
         output: the run's folder.
@@ -84,15 +85,24 @@ class Writers:
     def step(self, step: Step) -> None:
         """Takes in a step; writes a line at the end of a period."""
         self.pending.append(step)
-        self.images += step.images
-        self.seconds += step.seconds
         if self._bar is not None:
             self._bar.update()
         if step.iteration % self.period == 0 or step.iteration == self.max_iter:
             self._flush()
 
+    def read(self) -> None:
+        """Reads the losses so far.
+
+        Raises:
+            DivergedError: they are not finite.
+        """
+        if self.pending:
+            self.pending[-1].read()
+
     def _flush(self) -> None:
+        self.read()
         steps, self.pending = self.pending, []
+        self._count(steps)
         means = {
             name: sum(step.losses[name] for step in steps) / len(steps) for name in steps[0].losses
         }
@@ -130,8 +140,13 @@ class Writers:
         with self._path.open("a") as file:
             file.write(json.dumps({"iteration": iteration, "time": time.time(), **entry}) + "\n")
 
+    def _count(self, steps: list[Step]) -> None:
+        self.images += sum(step.images for step in steps)
+        self.seconds += sum(step.seconds for step in steps)
+
     def close(self) -> None:
         """Closes the files, and prints time, throughput and memory."""
+        self._count(self.pending)
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:

@@ -16,6 +16,7 @@ Networks", CVPR 2017.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -64,9 +65,24 @@ class DetectorTransform(GeneralizedRCNNTransform):
     antialiased resizing: a model is evaluated on what it was trained on.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._known_statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
     def normalize(self, image: Tensor) -> Tensor:
         """`(C, H, W)` in uint8 or in [0, 1] to standardised fp32."""
-        return super().normalize(image if image.is_floating_point() else image.float() / 255)
+        mean, std = self._statistics(image.device)
+        image = image if image.is_floating_point() else image.float() / 255
+        return (image - mean) / std
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation `(C, 1, 1)`, which are copied to a device only once."""
+        if device not in self._known_statistics:
+            values = (self.image_mean, self.image_std)
+            with torch.inference_mode(False):  # a training may come after the evaluation
+                mean, std = torch.tensor(values, device=device)[..., None, None]
+            self._known_statistics[device] = mean, std
+        return self._known_statistics[device]
 
     def resize(
         self, image: Tensor, target: dict[str, Tensor] | None = None
@@ -125,6 +141,8 @@ class FasterRCNN(nn.Module):
         features = self.backbone(batch.tensors)
         if isinstance(features, Tensor):
             features = {"0": features}
+        # RoIAlign and the anchors take the type of the features, and bf16 has 8 significant bits.
+        features = {level: maps.float() for level, maps in features.items()}
         proposals, rpn_losses = self.rpn(batch, features, targets)
         detections, losses = self.roi_heads(features, proposals, batch.image_sizes, targets)
         if self.training:

@@ -1,25 +1,35 @@
 """The two stages of Faster R-CNN: the region proposal network and the box head.
 
 They are torchvision's, except that the loss of a batch is the mean over its images of each image's
-own loss, and that a seed can fix which anchors and proposals of an image are sampled for the loss.
+own loss, that a seed can fix which anchors and proposals of an image are sampled for the loss, and
+that boxes stay in float32 under autocast. The device is asked for numbers three times in a training
+step, for all images at once; non-maximum suppression and RoIAlign, torchvision's own, wait besides.
 
 Paper: Ren, He, Girshick, Sun, "Faster R-CNN", NeurIPS 2015.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
+
+from tract_det.modeling.matching import BalancedSampler, BoxCoder, Matcher, positions
 
 Losses = dict[str, Tensor]
 
 POOLED_SIZE = 7  # height and width of a box's features after RoIAlign
+
+# IoU with an object from which an anchor counts as one, and below which as background.
+_FG_IOU, _BG_IOU = 0.7, 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,53 +79,61 @@ class BoxHeadOptions:
     detections_per_image: int = 100
 
 
-class BalancedSampler:
-    """Chooses the anchors or proposals of each image that count in the loss.
+class Float32RPNHead(RPNHead):
+    """torchvision's head of the first stage; its outputs are float32 under autocast as well."""
 
-    At most `positive_fraction` of `batch_size_per_image` are objects, the rest is background
-    (Faster R-CNN, section 3.1.3).
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Objectness and boxes of each level's anchors."""
+        objectness, boxes = super().forward(x)
+        return [level.float() for level in objectness], [level.float() for level in boxes]
 
-    Attributes:
-        seeds: for the images to come, one each; empty = torch's global generator.
-    """
 
-    def __init__(self, batch_size_per_image: int, positive_fraction: float, salt: int) -> None:
-        self.batch_size_per_image = batch_size_per_image
-        self.positive_fraction = positive_fraction
-        self.salt = salt  # so that the two samplers of a detector draw differently
-        self.seeds: list[int] = []
+class Float32Predictor(FastRCNNPredictor):
+    """torchvision's output layers of the second stage; likewise."""
 
-    def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Masks `(anchors,)` of each image's chosen objects, and of its chosen background.
-
-        Args:
-            labels: `(anchors,)` for each image: positive for an object, 0 for background, negative
-                for an anchor to ignore.
-        """
-        positives, negatives = [], []
-        for image_labels in labels:
-            generator = None
-            if self.seeds:
-                generator = torch.Generator(image_labels.device)
-                generator.manual_seed(2 * self.seeds.pop(0) + self.salt)
-            quota = int(self.batch_size_per_image * self.positive_fraction)
-            positive = self._draw(image_labels >= 1, quota, generator)
-            quota = self.batch_size_per_image - int(positive.sum())
-            positives.append(positive)
-            negatives.append(self._draw(image_labels == 0, quota, generator))
-        return positives, negatives
-
-    @staticmethod
-    def _draw(candidates: Tensor, quota: int, generator: torch.Generator | None) -> Tensor:
-        indices = candidates.nonzero().squeeze(1)
-        order = torch.randperm(len(indices), generator=generator, device=indices.device)
-        chosen = torch.zeros_like(candidates)
-        chosen[indices[order[:quota]]] = True
-        return chosen
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `(boxes, K + 1)`, and box regression `(boxes, 4 * (K + 1))`."""
+        logits, boxes = super().forward(x)
+        return logits.float(), boxes.float()
 
 
 class ImagewiseRPN(RegionProposalNetwork):
     """torchvision's region proposal network; the loss is the mean over the images."""
+
+    def filter_proposals(
+        self,
+        proposals: Tensor,
+        objectness: Tensor,
+        image_shapes: list[tuple[int, int]],
+        num_anchors_per_level: list[int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The best proposals of each image, `(n, 4)`, and their scores.
+
+        Args:
+            proposals: `(B, anchors, 4)`.
+            objectness: logits `(B * anchors, 1)`.
+            image_shapes: height and width of each image without its padding.
+            num_anchors_per_level: of each image.
+        """
+        objectness = objectness.detach().reshape(len(proposals), -1)
+        best = self._get_top_n_idx(objectness, num_anchors_per_level)  # (B, k)
+        scores = objectness.gather(1, best).sigmoid()
+        boxes = proposals.gather(1, best[..., None].expand(-1, -1, 4))
+        boxes = torch.stack(list(map(clip_boxes_to_image, boxes, image_shapes)))
+        ends = accumulate(num_anchors_per_level[:-1])  # none if there is one level
+        levels = torch.stack([best >= end for end in ends] or [best < 0]).sum(0)
+        is_large = (boxes[..., 2:] - boxes[..., :2] >= self.min_size).all(-1)
+        is_kept = is_large & (scores >= self.score_thresh)
+        counts = is_kept.sum(1).tolist()
+        kept = positions(is_kept.flatten(), sum(counts))
+        images = [x.flatten(0, 1)[kept].split(counts) for x in (boxes, scores, levels)]
+        best_boxes, best_scores = [], []
+        for image_boxes, image_scores, image_levels in zip(*images, strict=True):
+            found = batched_nms(image_boxes, image_scores, image_levels, self.nms_thresh)
+            found = found[: self.post_nms_top_n()]
+            best_boxes.append(image_boxes[found])
+            best_scores.append(image_scores[found])
+        return best_boxes, best_scores
 
     def compute_loss(
         self,
@@ -132,18 +150,36 @@ class ImagewiseRPN(RegionProposalNetwork):
             labels: `(anchors,)` for each image.
             regression_targets: `(anchors, 4)` for each image.
         """
-        n = len(labels)
-        losses = [
-            super(ImagewiseRPN, self).compute_loss(scores, deltas, [label], [target])
-            for scores, deltas, label, target in zip(
-                objectness.reshape(n, -1, 1),
-                pred_bbox_deltas.reshape(n, -1, 4),
-                labels,
-                regression_targets,
+        positive, negative, objects, sizes = self.fg_bg_sampler.sample(labels)
+        background = [size - count for size, count in zip(sizes, objects, strict=True)]
+        pairs = zip(positive.split(objects), negative.split(background), strict=True)
+        sampled = torch.cat(list(chain.from_iterable(pairs)))  # image by image
+        loss_objectness = _mean_over_images(
+            F.binary_cross_entropy_with_logits(*image)
+            for image in zip(
+                objectness.flatten()[sampled].split(sizes),
+                torch.cat(labels)[sampled].split(sizes),
                 strict=True,
             )
-        ]
-        return _mean_of_pairs(losses)
+        )
+        targets = torch.cat(regression_targets)[positive]
+        return loss_objectness, _box_loss(pred_bbox_deltas[positive], targets, objects, sizes)
+
+
+class Truth(NamedTuple):
+    """What the sampled proposals of all images, one after the other, are.
+
+    Attributes:
+        labels: `(samples,)`, 1..K for an object, 0 for background.
+        deltas: `(samples, 4)`, what makes an object's box of the proposal.
+        objects: how many objects of each image.
+        sizes: how many samples of each image.
+    """
+
+    labels: Tensor
+    deltas: Tensor
+    objects: list[int]
+    sizes: list[int]
 
 
 class ImagewiseRoIHeads(RoIHeads):
@@ -169,13 +205,12 @@ class ImagewiseRoIHeads(RoIHeads):
             detections, and the losses by name, in training.
         """
         if self.training:
-            proposals, _, labels, regression_targets = self.select_training_samples(
-                proposals, targets
-            )
+            assert targets is not None
+            proposals, truth = self._sample(proposals, targets)
         box_features = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
         class_logits, box_regression = self.box_predictor(box_features)
         if self.training:
-            return [], _box_losses(class_logits, box_regression, labels, regression_targets)
+            return [], _box_losses(class_logits, box_regression, truth)
         detections = self.postprocess_detections(
             class_logits, box_regression, proposals, image_shapes
         )
@@ -183,6 +218,28 @@ class ImagewiseRoIHeads(RoIHeads):
             {"boxes": boxes, "scores": scores, "labels": classes}
             for boxes, scores, classes in zip(*detections, strict=True)
         ], {}
+
+    def _sample(
+        self, proposals: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], Truth]:
+        """The proposals of each image that count in the loss, and what they are.
+
+        The objects themselves are among the proposals.
+        """
+        boxes = [target["boxes"].to(proposals[0].dtype) for target in targets]
+        proposals = self.add_gt_proposals(proposals, boxes)
+        classes = [target["labels"] for target in targets]
+        matches, labels = self.assign_targets_to_proposals(proposals, boxes, classes)
+        positive, negative, objects, sizes = self.fg_bg_sampler.sample(labels)
+        sampled = torch.cat([positive, negative]).sort().values
+        # An image without objects has one of zeros, which no loss sees.
+        boxes = [image if len(image) else image.new_zeros(1, 4) for image in boxes]
+        starts = accumulate((len(image) for image in boxes[:-1]), initial=0)
+        matches = [match + start for match, start in zip(matches, starts, strict=True)]
+        chosen = torch.cat(proposals)[sampled]
+        deltas = self.box_coder.encode_single(torch.cat(boxes)[torch.cat(matches)[sampled]], chosen)
+        truth = Truth(torch.cat(labels)[sampled], deltas, objects, sizes)
+        return list(chosen.split(sizes)), truth
 
 
 class VGGHead(nn.Module):
@@ -204,9 +261,9 @@ def build_rpn(anchors: AnchorGenerator, channels: int, options: ProposalOptions)
     """The first stage, for features of so many channels."""
     rpn = ImagewiseRPN(
         anchors,
-        RPNHead(channels, anchors.num_anchors_per_location()[0]),
-        fg_iou_thresh=0.7,
-        bg_iou_thresh=0.3,
+        Float32RPNHead(channels, anchors.num_anchors_per_location()[0]),
+        fg_iou_thresh=_FG_IOU,
+        bg_iou_thresh=_BG_IOU,
         batch_size_per_image=options.batch_size,
         positive_fraction=options.positive_fraction,
         pre_nms_top_n=dict(zip(("training", "testing"), options.pre_nms, strict=True)),
@@ -214,6 +271,8 @@ def build_rpn(anchors: AnchorGenerator, channels: int, options: ProposalOptions)
         nms_thresh=options.nms_thresh,
     )
     rpn.fg_bg_sampler = BalancedSampler(options.batch_size, options.positive_fraction, salt=0)
+    rpn.proposal_matcher = Matcher(_FG_IOU, _BG_IOU, allow_low_quality_matches=True)
+    rpn.box_coder = BoxCoder(rpn.box_coder.weights)
     return rpn
 
 
@@ -232,7 +291,7 @@ def build_roi_heads(
     roi_heads = ImagewiseRoIHeads(
         MultiScaleRoIAlign(levels, output_size=POOLED_SIZE, sampling_ratio=2),
         box_head,
-        FastRCNNPredictor(width, num_classes + 1),
+        Float32Predictor(width, num_classes + 1),
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
         batch_size_per_image=options.batch_size,
@@ -243,38 +302,44 @@ def build_roi_heads(
         detections_per_img=options.detections_per_image,
     )
     roi_heads.fg_bg_sampler = BalancedSampler(options.batch_size, options.positive_fraction, salt=1)
+    roi_heads.box_coder = BoxCoder(roi_heads.box_coder.weights)
     return roi_heads
 
 
-def _box_losses(
-    class_logits: Tensor,
-    box_regression: Tensor,
-    labels: list[Tensor],
-    regression_targets: list[Tensor],
-) -> Losses:
+def _box_losses(class_logits: Tensor, box_regression: Tensor, truth: Truth) -> Losses:
     """Classification and box loss, each the mean over the images.
 
     Args:
-        class_logits: `(samples of all images, K + 1)`.
-        box_regression: `(samples of all images, 4 * (K + 1))`.
-        labels: `(samples,)` for each image.
-        regression_targets: `(samples, 4)` for each image.
+        class_logits: `(samples, K + 1)`.
+        box_regression: `(samples, 4 * (K + 1))`.
+        truth: of the samples.
     """
-    counts = [len(label) for label in labels]
-    losses = [
-        fastrcnn_loss(logits, deltas, [label], [target])
-        for logits, deltas, label, target in zip(
-            class_logits.split(counts),
-            box_regression.split(counts),
-            labels,
-            regression_targets,
-            strict=True,
-        )
-    ]
-    classifier, box = _mean_of_pairs(losses)
+    labels, targets, objects, sizes = truth
+    classifier = _mean_over_images(
+        F.cross_entropy(*image)
+        for image in zip(class_logits.split(sizes), labels.split(sizes), strict=True)
+    )
+    positive = positions(labels > 0, sum(objects))
+    deltas = box_regression.reshape(len(labels), -1, 4)[positive, labels[positive]]
+    box = _box_loss(deltas, targets[positive], objects, sizes)
     return {"loss_classifier": classifier, "loss_box_reg": box}
 
 
-def _mean_of_pairs(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    first, second = zip(*pairs, strict=True)
-    return torch.stack(first).mean(), torch.stack(second).mean()
+def _box_loss(deltas: Tensor, targets: Tensor, objects: list[int], sizes: list[int]) -> Tensor:
+    """The smooth L1 loss of the objects' boxes, the mean over the images.
+
+    Args:
+        deltas: `(objects of all images, 4)`.
+        targets: likewise.
+        objects: how many objects of each image.
+        sizes: what to divide each image's sum by: the number of its samples.
+    """
+    images = zip(deltas.split(objects), targets.split(objects), sizes, strict=True)
+    return _mean_over_images(
+        F.smooth_l1_loss(image_deltas, image_targets, beta=1 / 9, reduction="sum") / size
+        for image_deltas, image_targets, size in images
+    )
+
+
+def _mean_over_images(losses: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(losses)).mean()

@@ -266,7 +266,7 @@ def build_model(
         report,
         inner="model",
         memory_format=_memory_format(cfg),
-        compiled=settings.COMPILE,
+        compile=model.compile if settings.COMPILE else None,
         ema=_moving_average(cfg),
     )
 

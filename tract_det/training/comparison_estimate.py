@@ -12,7 +12,8 @@ import torch
 from fvcore.common.config import CfgNode
 
 from tract_det.engine import checkpoint, ds
-from tract_det.engine.loop import Step, StopSignal, train
+from tract_det.engine.loop import StopSignal, train
+from tract_det.engine.step import Step
 from tract_det.engine.writers import clock
 from tract_det.errors import UserError
 from tract_det.training import session
@@ -104,6 +105,7 @@ def measure(task: Task, cfg: CfgNode, threads: int) -> Measured:
         steps: list[Step] = []
 
         def note(step: Step) -> None:
+            step.read()  # its time is that of the device, too
             steps.append(step)
             is_long = sum(step.seconds for step in steps) > _SECONDS
             if len(steps) >= _WARM_UP + 2 and is_long:

@@ -1,11 +1,15 @@
 """Detectors as the config describes them: torchvision's Faster R-CNN, or a model of detectron2."""
 
+import dataclasses
 import importlib
 import logging
 import warnings
+from functools import partial
 from typing import Any
 
+import torch
 from fvcore.common.config import CfgNode
+from torch import Tensor, nn
 
 from tract_det.config.machinery import plain
 from tract_det.errors import UserError
@@ -14,6 +18,7 @@ from tract_det.modeling.heads import BoxHeadOptions, ProposalOptions
 from tract_det.modeling.loading import load_into
 from tract_det.modeling.weight_files import Weights, read_weights
 from tract_det.pixels import input_variance, pixel_statistics
+from tract_det.tract import TrActLayer
 from tract_det.training.assembly import freeze_at
 from tract_det.training.task import BuiltModel
 from tract_det.version import __version__
@@ -65,7 +70,30 @@ def build_detector(
 ) -> BuiltModel:
     """The detector with its weights; see `task.Task.build_model`."""
     build = _build_detectron2 if cfg.MODEL.DETECTRON2.CONFIG_FILE else _build_torchvision
-    return build(cfg, weights, class_names, strict)
+    built = build(cfg, weights, class_names, strict)
+    backbone = built.model.get_submodule("backbone")
+    if cfg.MODEL.CHANNELS_LAST:
+        backbone.register_forward_pre_hook(_in_channels_last)
+        built = dataclasses.replace(built, memory_format=torch.channels_last)
+    if cfg.MODEL.COMPILE:
+        built = dataclasses.replace(built, compile=partial(_compile_backbone, backbone))
+    return built
+
+
+def _in_channels_last(backbone: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The batch in that format: the images come one by one, and are put together in the model."""
+    return tuple(batch.contiguous(memory_format=torch.channels_last) for batch in args)
+
+
+def _compile_backbone(backbone: nn.Module) -> None:
+    """Compiles all but TrAct's layer, in place.
+
+    That layer knows the sizes of a batch's images, which would be constants of the compiled code.
+    """
+    for module in backbone.modules():
+        if isinstance(module, TrActLayer):
+            module.forward = torch.compiler.disable(module.forward)
+    backbone.compile()
 
 
 def _meta(class_names: tuple[str, ...], **others: Any) -> dict[str, Any]:

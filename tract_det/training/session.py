@@ -105,8 +105,8 @@ def prepare(cfg: CfgNode, built: BuiltModel, device: torch.device) -> tuple[Any,
     network = assembly.place(cfg, built.network, device)
     # Copied before DeepSpeed and the compiler put their hooks on the network.
     ema = built.ema(network) if built.ema is not None else None
-    if built.compiled:
-        built.model.compile()
+    if built.compile is not None:
+        built.compile()
     stem = assembly.named_stem(cfg)
     if stem and built.inner:
         stem = f"{built.inner}.{stem}"

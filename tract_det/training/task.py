@@ -68,7 +68,7 @@ class BuiltModel:
         inner: the name of the submodule that is the model itself: its weights are saved, and
             MODEL.TRACT.STEM counts from it. "" = the whole network.
         memory_format: of the images, and of the weights where ZeRO does not flatten them.
-        compiled: whether `inner` is compiled.
+        compile: compiles what is to be compiled of the network, in place; None = nothing.
         ema: makes the moving average of the network, which is on its device by then.
     """
 
@@ -78,7 +78,7 @@ class BuiltModel:
     report: LoadReport | None
     inner: str = ""
     memory_format: torch.memory_format = torch.preserve_format
-    compiled: bool = False
+    compile: Callable[[], object] | None = None
     ema: Callable[[nn.Module], Ema] | None = None
 
     @property
