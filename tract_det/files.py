@@ -1,5 +1,6 @@
 """Atomic writing: a file appears under its name only once it is complete."""
 
+import errno
 import hashlib
 import json
 import math
@@ -7,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from tract_det.errors import UserError
@@ -33,11 +34,46 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # or a power cut could leave the name without the content
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The error that a file cannot be written, with the mend where there is one."""
+    mend = ": free some space, then go on with --resume" if error.errno == errno.ENOSPC else ""
+    return UserError(f"{path} cannot be written: {error.strerror or error}{mend}")
+
+
+def write_binary(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a binary file; see `atomically`.
+
+    Unlike a name, an open file lets torch's writer report that the disk is full, not that the file
+    is broken.
+    """
+
+    def write_open(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            write(file)
+
+    atomically(path, write_open)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line to a UTF-8 text file.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def make_folder(path: Path, key: str = "") -> None:

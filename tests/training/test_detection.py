@@ -276,3 +276,22 @@ def test_the_tool_and_the_console_command_train_alike(voc_tree, tmp_path):
     done = run_python("-m", "tract_det.cli", "train", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_bits(tmp_path / "tool", tmp_path / "module")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mebibytes", [0, 1])
+def test_a_full_disk_ends_a_run_in_one_line(voc_tree, tmp_path, mebibytes):
+    """A limit on the size of files stands for the disk: metrics fit into it, checkpoints do not."""
+    arguments = tiny_options(voc_tree, tmp_path / "run", SOLVER__CHECKPOINT_PERIOD=2)
+    program = (
+        "import resource, sys\n"
+        "from tract_det.cli import main\n"
+        "limit, *sys.argv[1:] = sys.argv[1:]\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))\n"
+        "main()\n"
+    )
+    limit = mebibytes * 2**20 + 100
+    failed = run_python("-c", program, limit, "train", *arguments)
+    assert failed.returncode == 1
+    (line,) = (line for line in failed.stderr.splitlines() if line.startswith("error: "))
+    assert "cannot be written" in line and "Traceback" not in failed.stderr

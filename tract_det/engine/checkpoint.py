@@ -7,6 +7,7 @@
 `last_checkpoint` and the `.pth` files appear only when what they name or hold is complete.
 """
 
+import errno
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 from tract_det import distributed
 from tract_det.engine import ds
 from tract_det.errors import UserError
-from tract_det.files import atomically, write_text
+from tract_det.files import cannot_write, write_binary, write_text
 
 _POINTER = "last_checkpoint"
 _FOLDER = "checkpoints"
@@ -31,7 +32,7 @@ def save_weights(path: Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
         for key, value in model.state_dict().items()
     }
     content = {"model": {k: v.contiguous() for k, v in state.items()}, "meta": dict(meta)}
-    atomically(path, lambda temporary: torch.save(content, temporary))
+    write_binary(path, lambda file: torch.save(content, file))
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -76,7 +77,16 @@ def save(engine: Any, output: Path, iteration: int, state: Mapping[str, Any]) ->
         # Of each rank: with averages, an interrupted run would differ from an uninterrupted one.
         "buffers": distributed.gather(buffers_of(engine.module)),
     }
-    ds.save(engine, output / _FOLDER, tag, content)
+    try:
+        ds.save(engine, output / _FOLDER, tag, content)
+    except OSError as error:
+        raise cannot_write(output / _FOLDER / tag, error) from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "iostream" not in str(error):
+            raise
+        # So torch's writer reports that a disk is full, or a quota used up.
+        full = OSError(errno.ENOSPC, "the disk is full, or a quota is used up")
+        raise cannot_write(output / _FOLDER / tag, full) from error
     if distributed.is_main():
         write_text(output / _POINTER, tag + "\n")
         for old in (output / _FOLDER).glob("iter_*"):

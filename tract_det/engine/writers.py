@@ -4,8 +4,10 @@ import json
 import math
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from tqdm import tqdm
 
 from tract_det import distributed
 from tract_det.engine.step import Step
-from tract_det.files import write_text
+from tract_det.files import append_line, cannot_write, write_text
 
 _METRICS = "metrics.jsonl"
 
@@ -78,6 +80,7 @@ class Writers:
         if not distributed.is_main():
             return
         _keep_until(self._path, start)
+        _silence_board()
         self._board = SummaryWriter(str(output), purge_step=start + 1)
         if sys.stderr.isatty():
             self._bar = tqdm(total=max_iter, initial=start, unit="step", dynamic_ncols=True)
@@ -134,11 +137,13 @@ class Writers:
         """Writes a line of `metrics.jsonl` and to TensorBoard; non-finite values become null."""
         if self._board is None:
             return
-        for name, value in values.items():
-            self._board.add_scalar(name, value, iteration)
         entry = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"iteration": iteration, "time": time.time(), **entry}) + "\n")
+        append_line(self._path, json.dumps({"iteration": iteration, "time": time.time(), **entry}))
+        try:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, iteration)
+        except OSError as error:  # of an earlier line: TensorBoard's thread writes later
+            raise cannot_write(self._path.parent, error) from error
 
     def _count(self, steps: list[Step]) -> None:
         self.images += sum(step.images for step in steps)
@@ -150,13 +155,26 @@ class Writers:
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):  # the figures are in metrics.jsonl
+                self._board.close()
         if self.seconds:
             say(
                 f"trained {self.images} images in {clock(self.seconds)}: "
                 f"{self.images / self.seconds:.2f} images/s, peak memory "
                 f"{peak_memory(self.device):.2f} GiB a process"
             )
+
+
+def _silence_board() -> None:
+    """Leaves it to the next line to say that TensorBoard's thread could not write, in one line."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        is_board = type(args.thread).__module__.startswith("tensorboard.")
+        if not (is_board and isinstance(args.exc_value, OSError)):
+            before(args)
+
+    threading.excepthook = hook
 
 
 def _keep_until(path: Path, iteration: int) -> None:

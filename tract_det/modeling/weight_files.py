@@ -27,7 +27,7 @@ import torch
 import torchvision
 
 from tract_det.errors import UserError, shortened
-from tract_det.files import atomically
+from tract_det.files import atomically, write_binary
 from tract_det.modeling.detectron2_files import (
     Meta,
     is_detectron2,
@@ -210,7 +210,7 @@ def write_weights(
         )
     else:
         tensors.meta = dict(meta)  # type: ignore[attr-defined]
-        atomically(path, lambda temporary: torch.save(tensors, temporary))
+        write_binary(path, lambda file: torch.save(tensors, file))
     return list(renamed)
 
 
