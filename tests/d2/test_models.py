@@ -8,7 +8,14 @@ from detectron2 import model_zoo  # noqa: F401 - registers nothing, but must imp
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from detectron2.modeling import FPN, MViT, SwinTransformer, build_model
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    FPN,
+    MViT,
+    SwinTransformer,
+    build_model,
+    build_resnet_backbone,
+)
 
 from tests.d2.models import CONFIGS, error_of_stem, pixels, tract_cfg, watched
 from tract_det import TrActConv2d, TrActError, find_stem, remove_tract
@@ -148,6 +155,21 @@ def test_frozen_stems_are_refused_with_the_key_to_set():
     lazy.backbone.bottom_up.freeze_at = 2
     with pytest.raises(TrActError, match=r"FREEZE_AT 0"):
         instantiate(L(apply_tract)(model=lazy))
+
+
+def build_unfreezable_backbone(cfg, input_shape):
+    return build_resnet_backbone(cfg, input_shape).requires_grad_(True)
+
+
+def test_a_backbone_that_freezes_nothing_needs_no_key():
+    BACKBONE_REGISTRY.register(build_unfreezable_backbone)
+    try:
+        cfg = tract_cfg(CONFIGS / "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml")
+        cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_unfreezable_backbone", 2
+        model = build_model(cfg)
+    finally:
+        del BACKBONE_REGISTRY._obj_map["build_unfreezable_backbone"]
+    assert isinstance(model.backbone.stem.conv1, TrActConv2d)
 
 
 def test_without_the_key_nothing_changes():
