@@ -1,6 +1,7 @@
 """In every model that detectron2 ships, TrAct changes the stem's gradient, not outputs or keys."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
     FPN,
+    META_ARCH_REGISTRY,
     MViT,
     SwinTransformer,
+    build_backbone,
     build_model,
     build_resnet_backbone,
 )
+from torch import nn
 
 from tests.d2.models import CONFIGS, error_of_stem, pixels, tract_cfg, watched
 from tract_det import TrActConv2d, TrActError, find_stem, remove_tract
@@ -155,6 +159,28 @@ def test_frozen_stems_are_refused_with_the_key_to_set():
     lazy.backbone.bottom_up.freeze_at = 2
     with pytest.raises(TrActError, match=r"FREEZE_AT 0"):
         instantiate(L(apply_tract)(model=lazy))
+
+
+class Wrapped(nn.Module):
+    """A meta-architecture that registers other layers before its backbone, as DETR does."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.transformer = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+        self.joiner = nn.Sequential(nn.Sequential(OrderedDict(backbone=build_backbone(cfg))))
+
+
+@pytest.mark.parametrize(("file", "inner"), [("R_50_C4_1x", ""), ("R_50_FPN_1x", ".bottom_up")])
+def test_the_stem_is_sought_in_the_first_backbone(file, inner):
+    META_ARCH_REGISTRY.register(Wrapped)
+    try:
+        cfg = tract_cfg(CONFIGS / f"COCO-Detection/faster_rcnn_{file}.yaml")
+        cfg.MODEL.META_ARCHITECTURE = "Wrapped"
+        model = build_model(cfg)
+    finally:
+        del META_ARCH_REGISTRY._obj_map["Wrapped"]
+    stem = f"joiner.0.backbone{inner}.stem.conv1"
+    assert find_stem(model) == stem and isinstance(model.get_submodule(stem), TrActConv2d)
 
 
 def build_unfreezable_backbone(cfg, input_shape):
