@@ -9,6 +9,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from torch import nn
 
 from tract_det.d2.modifier import apply_tract
+from tract_det.d2.weights import check_file
 from tract_det.tract import TrActError, find_stem
 
 _TRACT = {
@@ -40,7 +41,8 @@ def add_tract_config(cfg: CfgNode) -> None:
 
     Call it after `get_cfg()` and before merging a file. Existing keys keep their values. While
     MODEL.TRACT.ENABLED is True, `cfg.MODEL.META_ARCHITECTURE` is "TrAct", whose builder this module
-    registers, and `cfg.MODEL.TRACT.META_ARCHITECTURE` is the model's own.
+    registers, and `cfg.MODEL.TRACT.META_ARCHITECTURE` is the model's own. `cfg.freeze()` refuses
+    a file in MODEL.WEIGHTS that says it is for other images than MODEL's and INPUT's.
 
     Raises:
         TrActError: the `cfg` is frozen and a key is missing, or it is not detectron2's.
@@ -82,9 +84,18 @@ class _TractCfg(CfgNode):
         return self["MODEL"]
 
     def freeze(self) -> None:
-        """As in detectron2, with the names, so that they are in the files that it writes."""
-        _set_names(self["MODEL"])
+        """As in detectron2; refuses MODEL.WEIGHTS that are for other images than the model's."""
+        _check_weights(self)
         super().freeze()
+
+
+def _check_weights(cfg: CfgNode) -> None:
+    model, step = cfg.MODEL, -1 if cfg.INPUT.FORMAT == "BGR" else 1
+    if len(model.PIXEL_MEAN) == 3:
+        takes = {"format": cfg.INPUT.FORMAT, "stride_in_1x1": model.RESNETS.STRIDE_IN_1X1}
+        for name in ("pixel_mean", "pixel_std"):
+            takes[name] = list(model[name.upper()])[::step]
+        check_file(model.WEIGHTS, takes)
 
 
 def _set_names(model: CfgNode) -> None:
@@ -108,6 +119,7 @@ def TrAct(cfg: CfgNode) -> nn.Module:  # noqa: N802
     """The model of MODEL.TRACT.META_ARCHITECTURE, whose stem learns by TrAct.
 
     Raises:
+        UserError: MODEL.WEIGHTS are for other images.
         TrActError: the architecture is not named, or the stem cannot learn; names the key to set.
     """
     tract = cfg.MODEL.get("TRACT")
@@ -116,6 +128,8 @@ def TrAct(cfg: CfgNode) -> nn.Module:  # noqa: N802
             "MODEL.META_ARCHITECTURE is TrAct, but MODEL.TRACT.META_ARCHITECTURE does not name the "
             "model's own: call add_tract_config(cfg) and set it to GeneralizedRCNN or another"
         )
+    if not cfg.is_frozen():  # otherwise `freeze` has
+        _check_weights(cfg)
     plain = cfg.clone()
     plain.defrost()
     add_tract_config(plain)

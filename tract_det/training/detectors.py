@@ -157,6 +157,7 @@ def _build_detectron2(
     if weights is not None:
         report = d2.load_into(model, weights, class_names, **statistics, strict=strict)
     elif cfg.MODEL.PIXEL_MEAN:
-        d2.check_pixels(model, *statistics.values(), "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD are")
+        whose = "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD are"
+        d2.check_pixels(d2.meta_of(model), *statistics.values(), whose)
     meta = _meta(class_names, detectron2=settings, freeze_at=stages, **d2.meta_of(model))
     return BuiltModel(model, meta, input_variance(meta["pixel_std"]), report)
