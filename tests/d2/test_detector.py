@@ -167,6 +167,19 @@ def test_twenty_steps_have_the_losses_of_detectron2s_trainer(tract, generator, p
         torch.testing.assert_close(tensor, model.state_dict()[key], rtol=1e-4, atol=1e-5)
 
 
+def test_proposals_that_are_not_finite_are_a_loss_that_is_not(generator):
+    """detectron2's FloatingPointError would end the run in a traceback, without step and images."""
+    detector, model, _ = pair()
+    (images, targets), inputs = made_up(generator)
+    for network in (detector, model):
+        network.train().proposal_generator.rpn_head.objectness_logits.weight.data.fill_(torch.nan)
+    with EventStorage(), pytest.raises(FloatingPointError):
+        model(inputs)
+    losses = detector(images, targets)
+    assert losses.keys() == {"loss_proposals"} and losses["loss_proposals"].isnan()
+    losses["loss_proposals"].backward()
+
+
 def test_bf16_does_not_round_the_boxes_of_roialign(generator):
     """RoIAlign casts boxes to the type of its features; the backbone returns float32."""
     detector, _, _ = pair()
