@@ -108,6 +108,7 @@ def _build_torchvision(
         freeze_at=stages,
         pixel_mean=mean,
         pixel_std=std,
+        aspect_ratios=list(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS),
     )
     return BuiltModel(model, meta, input_variance(std), report)
 
