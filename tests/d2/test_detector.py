@@ -12,14 +12,9 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from tests.d2.models import CONFIGS, pixels, tract_cfg
-from tract_det.d2 import (
-    add_tract_config,
-    apply_tract,
-    as_detector,
-    as_detectron2,
-    build_detector,
-    config_file,
-)
+from tract_det.d2 import add_tract_config, apply_tract, config_file
+from tract_det.d2.config_models import build_detector
+from tract_det.d2.detector import as_detector, as_detectron2
 from tract_det.engine import ds
 from tract_det.engine.loop import StopSignal, train
 from tract_det.errors import UserError

@@ -12,14 +12,10 @@ from detectron2.modeling import build_model
 
 from tests.conftest import run_python
 from tests.d2.models import CONFIGS
-from tract_det.d2 import (
-    add_tract_config,
-    build_detector,
-    load_into,
-    meta_of,
-    pixel_statistics_of,
-    read_weights,
-)
+from tract_det.d2 import add_tract_config
+from tract_det.d2.config_models import build_detector
+from tract_det.d2.weights import load_into, meta_of, pixel_statistics_of
+from tract_det.d2.weights import read as read_weights
 from tract_det.errors import UserError
 from tract_det.modeling.faster_rcnn import build_faster_rcnn
 from tract_det.modeling.loading import load_into as into_ours
