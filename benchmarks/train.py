@@ -182,12 +182,13 @@ def detectron2_loop(
     from detectron2.utils import comm
     from detectron2.utils.events import EventStorage
 
-    from tract_det import d2
+    from tract_det.d2 import apply_tract
+    from tract_det.d2.detector import as_detectron2
 
-    model = d2.as_detectron2(model)
+    model = as_detectron2(model)
     if cfg.MODEL.TRACT.ENABLED:
         tract = cfg.MODEL.TRACT
-        d2.apply_tract(model, tract.LAMBDA, unit=tract.UNIT)  # also passes the padding on to TrAct
+        apply_tract(model, tract.LAMBDA, unit=tract.UNIT)  # also passes the padding on to TrAct
     recipe = get_cfg()
     recipe.SOLVER.BASE_LR, recipe.SOLVER.WEIGHT_DECAY = cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY
     recipe.SOLVER.WARMUP_ITERS, recipe.SOLVER.STEPS = 0, ()

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,6 +17,17 @@ torch.set_num_threads(1)
 # Training runs inside the tests' own process leave its allocator alone.
 MALLOC = "MALLOC_TRIM_THRESHOLD_"
 os.environ.setdefault(MALLOC, "131072")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how many tests ran against detectron2, which is not on PyPI and may not be there."""
+    reports = [r for kind in terminalreporter.stats.values() for r in kind if hasattr(r, "when")]
+    ours = [r for r in reports if r.nodeid.startswith("tests/d2/")]
+    if ours:
+        ran = {r.nodeid for r in ours if r.when == "call" and "test_here.py" not in r.nodeid}
+        where = importlib.util.find_spec("detectron2")
+        place = Path(where.origin).parent if where else "which is not installed"
+        terminalreporter.write_line(f"{len(ran)} tests ran against detectron2 ({place})")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Converts a classifier's weights between the forms of torchvision, timm and detectron2.
+"""Converts weights between the forms of torchvision, timm and detectron2.
 
     python tools/convert_weights.py output/model_final.pth R-50.pkl
 

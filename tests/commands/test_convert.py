@@ -4,12 +4,15 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 from tests.conftest import REPO, run_python
 from tract_det.cli import call
 from tract_det.engine.checkpoint import save_weights
 from tract_det.errors import UserError
 from tract_det.modeling.classifiers import build_classifier
+from tract_det.modeling.faster_rcnn import build_faster_rcnn
+from tract_det.modeling.heads import BoxHeadOptions
 from tract_det.modeling.weight_files import read_weights
 
 
@@ -107,7 +110,92 @@ def test_what_is_left_out_of_a_classifier_of_nan_is_said(tmp_path, capsys):
     assert "left out: 2 tensors of IN's classifier, which are NaN" in said
 
 
-def test_a_detector_is_refused(tmp_path):
-    torch.save({"roi_heads.box_head.fc6.weight": torch.ones(1)}, tmp_path / "d.pth")
-    with pytest.raises(UserError, match=r"d\.pth is a whole detector"):
+SMALL = {"num_classes": 3, "fpn_channels": 16, "box_head": BoxHeadOptions(fc_dim=8)}
+VGG = {  # three classes; two sizes and two aspect ratios of anchors
+    "backbone.features.0": (4, 3, 3, 3),
+    "rpn.head.conv.0.0": (4, 4, 3, 3),
+    "rpn.head.cls_logits": (4, 4, 1, 1),
+    "rpn.head.bbox_pred": (16, 4, 1, 1),
+    "roi_heads.box_head.fc6": (6, 196),
+    "roi_heads.box_head.fc7": (6, 6),
+    "roi_heads.box_predictor.cls_score": (4, 6),
+    "roi_heads.box_predictor.bbox_pred": (16, 6),
+}
+
+
+@pytest.fixture(scope="module", params=["resnet18_fpn", "vgg"])
+def detector(request, tmp_path_factory):
+    """What tools/train_net.py leaves, of a ResNet or of a small VGG."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    if request.param == "resnet18_fpn":
+        model = build_faster_rcnn(backbone=request.param, **SMALL)
+    else:
+        model.state_dict = lambda: {
+            f"{name}.{kind}": torch.randn(shape if kind == "weight" else shape[:1])
+            for name, shape in VGG.items()
+            for kind in ("weight", "bias")
+        }
+    ratios = [1.0, 2.0] if request.param == "vgg" else [0.5, 1.0, 2.0]
+    meta = META | {"class_names": ["a", "b", "c"], "aspect_ratios": ratios}
+    del meta["model"]
+    path = tmp_path_factory.mktemp("detector") / "model_final.pth"
+    save_weights(path, model, meta)
+    return path, read_weights(str(path)).state, meta
+
+
+@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+def test_a_detector_goes_to_detectron2_and_back_bit_for_bit(detector, channels, tmp_path):
+    source, state, meta = detector
+    there, back = tmp_path / "w.pkl", tmp_path / "w.pth"
+    main([str(source), str(there), "--format", channels])
+    content = pickle.loads(there.read_bytes())
+    assert content["FORMAT"] == channels and len(content["model"]) == len(state)
+    stem, written = next(iter(state.values())), torch.tensor(next(iter(content["model"].values())))
+    assert torch.equal(written, stem if channels == "RGB" else stem.flip(1))
+    main([str(there), str(back)])
+    weights = read_weights(str(back))
+    assert weights.meta == meta and weights.is_detector
+    assert weights.state.keys() == state.keys()
+    assert all(torch.equal(weights.state[key], state[key]) for key in state)
+
+
+def test_the_background_is_detectron2s_last_class_and_has_no_box(detector, tmp_path):
+    source, state, _ = detector
+    main([str(source), str(tmp_path / "w.pkl")])
+    model = pickle.loads((tmp_path / "w.pkl").read_bytes())["model"]
+    scores, boxes = (f"roi_heads.box_predictor.{name}.bias" for name in ("cls_score", "bbox_pred"))
+    assert model[scores].tolist() == [*state[scores][1:].tolist(), state[scores][0].item()]
+    assert model[boxes].tolist() == state[boxes][4:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: state.pop("rpn.head.conv.0.0.weight"),
+            "it has no 'rpn.head.conv.0.0.weight'",
+        ),
+        (
+            lambda state: state.update({"roi_heads.mask_head.a.weight": torch.ones(1)}),
+            "'roi_heads.mask_head.a.weight' has no place in the other",
+        ),
+        (
+            lambda state: state.update({"backbone.body.layer1.0.odd.weight": torch.ones(1)}),
+            "'backbone.body.layer1.0.odd.weight' has no place",
+        ),
+    ],
+)
+def test_another_detector_is_refused_by_a_tensor(change, message, tmp_path):
+    model = build_faster_rcnn(backbone="resnet18_fpn", **SMALL)
+    state = dict(model.state_dict())
+    change(state)
+    torch.save(state, tmp_path / "d.pth")
+    with pytest.raises(UserError, match=message) as caught:
         main([str(tmp_path / "d.pth"), str(tmp_path / "w.pkl"), *STATISTICS])
+    assert "\n" not in str(caught.value) and not (tmp_path / "w.pkl").exists()
+
+
+def test_timm_has_no_detectors(detector, tmp_path):
+    with pytest.raises(UserError, match="is a whole detector, which timm does not have"):
+        main([str(detector[0]), str(tmp_path / "w.safetensors")])

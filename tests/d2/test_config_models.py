@@ -3,7 +3,8 @@
 import pytest
 
 from tests.d2.models import CONFIGS
-from tract_det.d2 import build_detector, config_file
+from tract_det.d2 import config_file
+from tract_det.d2.config_models import build_detector
 from tract_det.errors import UserError
 
 R_18 = "BCCD-Detection/faster_rcnn_R_18_FPN.yaml"

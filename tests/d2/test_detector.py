@@ -12,14 +12,9 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from tests.d2.models import CONFIGS, pixels, tract_cfg
-from tract_det.d2 import (
-    add_tract_config,
-    apply_tract,
-    as_detector,
-    as_detectron2,
-    build_detector,
-    config_file,
-)
+from tract_det.d2 import add_tract_config, apply_tract, config_file
+from tract_det.d2.config_models import build_detector
+from tract_det.d2.detector import as_detector, as_detectron2
 from tract_det.engine import ds
 from tract_det.engine.loop import StopSignal, train
 from tract_det.errors import UserError
@@ -166,6 +161,19 @@ def test_twenty_steps_have_the_losses_of_detectron2s_trainer(tract, generator, p
     assert losses == pytest.approx(expected, rel=1e-4) and len(losses) == 20
     for key, tensor in detector.state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[key], rtol=1e-4, atol=1e-5)
+
+
+def test_proposals_that_are_not_finite_are_a_loss_that_is_not(generator):
+    """detectron2's FloatingPointError would end the run in a traceback, without step and images."""
+    detector, model, _ = pair()
+    (images, targets), inputs = made_up(generator)
+    for network in (detector, model):
+        network.train().proposal_generator.rpn_head.objectness_logits.weight.data.fill_(torch.nan)
+    with EventStorage(), pytest.raises(FloatingPointError):
+        model(inputs)
+    losses = detector(images, targets)
+    assert losses.keys() == {"loss_proposals"} and losses["loss_proposals"].isnan()
+    losses["loss_proposals"].backward()
 
 
 def test_bf16_does_not_round_the_boxes_of_roialign(generator):

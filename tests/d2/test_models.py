@@ -1,6 +1,7 @@
 """In every model that detectron2 ships, TrAct changes the stem's gradient, not outputs or keys."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -8,7 +9,17 @@ from detectron2 import model_zoo  # noqa: F401 - registers nothing, but must imp
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from detectron2.modeling import FPN, MViT, SwinTransformer, build_model
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    FPN,
+    META_ARCH_REGISTRY,
+    MViT,
+    SwinTransformer,
+    build_backbone,
+    build_model,
+    build_resnet_backbone,
+)
+from torch import nn
 
 from tests.d2.models import CONFIGS, error_of_stem, pixels, tract_cfg, watched
 from tract_det import TrActConv2d, TrActError, find_stem, remove_tract
@@ -148,6 +159,43 @@ def test_frozen_stems_are_refused_with_the_key_to_set():
     lazy.backbone.bottom_up.freeze_at = 2
     with pytest.raises(TrActError, match=r"FREEZE_AT 0"):
         instantiate(L(apply_tract)(model=lazy))
+
+
+class Wrapped(nn.Module):
+    """A meta-architecture that registers other layers before its backbone, as DETR does."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.transformer = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+        self.joiner = nn.Sequential(nn.Sequential(OrderedDict(backbone=build_backbone(cfg))))
+
+
+@pytest.mark.parametrize(("file", "inner"), [("R_50_C4_1x", ""), ("R_50_FPN_1x", ".bottom_up")])
+def test_the_stem_is_sought_in_the_first_backbone(file, inner):
+    META_ARCH_REGISTRY.register(Wrapped)
+    try:
+        cfg = tract_cfg(CONFIGS / f"COCO-Detection/faster_rcnn_{file}.yaml")
+        cfg.MODEL.META_ARCHITECTURE = "Wrapped"
+        model = build_model(cfg)
+    finally:
+        del META_ARCH_REGISTRY._obj_map["Wrapped"]
+    stem = f"joiner.0.backbone{inner}.stem.conv1"
+    assert find_stem(model) == stem and isinstance(model.get_submodule(stem), TrActConv2d)
+
+
+def build_unfreezable_backbone(cfg, input_shape):
+    return build_resnet_backbone(cfg, input_shape).requires_grad_(True)
+
+
+def test_a_backbone_that_freezes_nothing_needs_no_key():
+    BACKBONE_REGISTRY.register(build_unfreezable_backbone)
+    try:
+        cfg = tract_cfg(CONFIGS / "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml")
+        cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_unfreezable_backbone", 2
+        model = build_model(cfg)
+    finally:
+        del BACKBONE_REGISTRY._obj_map["build_unfreezable_backbone"]
+    assert isinstance(model.backbone.stem.conv1, TrActConv2d)
 
 
 def test_without_the_key_nothing_changes():

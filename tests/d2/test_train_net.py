@@ -1,5 +1,6 @@
 """This project's trainer on a detectron2 model, through its command line and the real launcher."""
 
+import re
 import signal
 
 import pytest
@@ -8,7 +9,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from tests.conftest import REPO
+from tests.conftest import REPO, run_python
 from tests.training.runs import (
     LAUNCHERS,
     assert_same_bits,
@@ -22,7 +23,7 @@ from tests.training.runs import (
 from tract_det.cli import call
 from tract_det.config.detection import load_cfg
 from tract_det.d2 import add_tract_config, config_file
-from tract_det.errors import UserError
+from tract_det.errors import DivergedError, UserError
 from tract_det.training.detectors import build_detector
 
 TOOL = REPO / "tools/train_net.py"
@@ -103,6 +104,19 @@ def test_detectron2_reads_our_weights_and_we_read_detectron2s(trained, voc_tree,
     run(voc_tree, evaluated, "--eval-only", MODEL__WEIGHTS=tmp_path / "detectron2.pth",
         DATASETS__CLASSES="[box, disc]")  # fmt: skip
     assert results(evaluated) == results(output)
+
+
+def test_a_training_that_diverges_is_one_line_with_its_step_and_images(voc_tree, tmp_path):
+    arguments = options(
+        voc_tree, tmp_path, SOLVER__BASE_LR=1e12, SOLVER__CLIP_GRADIENTS__ENABLED=False
+    )
+    process = run_python(TOOL, *arguments)
+    assert process.returncode == DivergedError.exit_code, process.stderr[-2000:]
+    last = process.stderr.splitlines()[-1]
+    assert re.match(
+        r"error: the loss is not finite at step [2-4]: .*; images: .*; lower SOLVER", last
+    )
+    assert "Traceback" not in process.stderr
 
 
 def test_an_interrupted_run_continues_as_if_it_had_not_stopped(trained, voc_tree, tmp_path):

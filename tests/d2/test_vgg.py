@@ -6,7 +6,12 @@ import torchvision
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall, get_cfg, instantiate
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
-from detectron2.modeling import build_model
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    build_model,
+)
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
@@ -37,7 +42,7 @@ def config(name, *pairs):
 SMALL = ("MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 50)
 LEVELS = [[16], [32], [64], [96], [128]]
 PYRAMID = (
-    *("MODEL.BACKBONE.NAME", "build_vgg_fpn_backbone", "MODEL.VGG.DEPTH", 11),
+    *("MODEL.BACKBONE.NAME", "build_tract_vgg_fpn_backbone", "MODEL.VGG.DEPTH", 11),
     *("MODEL.VGG.OUT_FEATURES", ["conv3", "conv4", "conv5", "pool5"]),
     *("MODEL.FPN.IN_FEATURES", ["conv3", "conv4", "conv5", "pool5"]),
     *("MODEL.ANCHOR_GENERATOR.SIZES", LEVELS),
@@ -46,7 +51,7 @@ PYRAMID = (
 )  # fmt: skip
 RETINANET = (
     *("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.VGG.DEPTH", 11),
-    *("MODEL.BACKBONE.NAME", "build_retinanet_vgg_fpn_backbone"),
+    *("MODEL.BACKBONE.NAME", "build_tract_retinanet_vgg_fpn_backbone"),
     *("MODEL.VGG.OUT_FEATURES", ["conv4", "conv5", "pool5"]),
     *("MODEL.FPN.IN_FEATURES", ["conv4", "conv5", "pool5"], "MODEL.ANCHOR_GENERATOR.SIZES", LEVELS),
 )
@@ -304,3 +309,10 @@ def test_invalid_vgg_settings_are_refused_by_their_key(pairs, message):
     with pytest.raises(UserError, match=message) as caught:
         build(config("faster_rcnn_VGG_16", *pairs))
     assert "\n" not in str(caught.value)
+
+
+def test_names_in_detectron2s_registries_carry_ours():
+    """Others register names such as build_vgg_backbone, and a name can be registered only once."""
+    for registry in (META_ARCH_REGISTRY, BACKBONE_REGISTRY, ROI_BOX_HEAD_REGISTRY):
+        ours = [name for name, value in registry if value.__module__.startswith("tract_det.")]
+        assert ours and all("tract" in name.lower() for name in ours)

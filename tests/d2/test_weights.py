@@ -1,14 +1,21 @@
 """Weights of any origin enter a detectron2 model if its pixels and strides fit, or not at all."""
 
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 
 from tests.conftest import run_python
-from tract_det.d2 import build_detector, load_into, meta_of, pixel_statistics_of, read_weights
+from tests.d2.models import CONFIGS
+from tract_det.d2 import add_tract_config
+from tract_det.d2.config_models import build_detector
+from tract_det.d2.weights import load_into, meta_of, pixel_statistics_of
+from tract_det.d2.weights import read as read_weights
 from tract_det.errors import UserError
 from tract_det.modeling.faster_rcnn import build_faster_rcnn
 from tract_det.modeling.loading import load_into as into_ours
@@ -208,6 +215,58 @@ def test_a_saved_model_is_refused_for_other_pixels_and_strides(opts, message, st
     assert "\n" not in str(caught.value)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     load_into(detector(), weights, CLASSES, strict=strict)
+
+
+def program_cfg(file, *pairs, on):
+    """The cfg of detectron2's own program for its R-50-FPN, which takes BGR with a std of 1."""
+    cfg = get_cfg()
+    add_tract_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / ZOO))
+    cfg.merge_from_list(["MODEL.WEIGHTS", str(file), "MODEL.DEVICE", "meta", *pairs])
+    cfg.MODEL.TRACT.ENABLED, cfg.MODEL.BACKBONE.FREEZE_AT = on, 0
+    return cfg
+
+
+RGB = ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", list(IMAGENET_MEAN)]
+STANDARDISED = [*RGB, "MODEL.PIXEL_STD", list(IMAGENET_STD)]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], "takes RGB and the model BGR: set INPUT.FORMAT RGB and MODEL.PIXEL_MEAN"),
+        (RGB, r"pixel statistics .*: set .* MODEL\.PIXEL_STD \[58\.395, 57\.12, 57\.375\] \(Lazy"),
+        (STANDARDISED, r"strides in the 3x3 .*: set MODEL\.RESNETS\.STRIDE_IN_1X1 False \(Lazy"),
+        ([*STANDARDISED, "MODEL.RESNETS.STRIDE_IN_1X1", False], None),
+    ],
+)
+def test_detectron2s_own_program_refuses_a_file_for_other_images(pairs, message, pkl):
+    """Where it freezes the cfg, with the key on and off; and where it builds with the key on."""
+    for on in (False, True):
+        cfg = program_cfg(pkl, *pairs, on=on)
+        if message is None:
+            cfg.freeze()
+            continue
+        with pytest.raises(UserError, match=message) as caught:
+            cfg.freeze()
+        assert "DETECTRON2" not in str(caught.value) and "\n" not in str(caught.value)
+        assert not cfg.is_frozen()
+    with (
+        torch.device("meta"),
+        pytest.raises(UserError, match=message) if message else nullcontext(),
+    ):
+        build_model(cfg)
+
+
+def test_what_a_program_cannot_check_is_left_to_detectron2(tmp_path):
+    (tmp_path / "broken.pkl").write_bytes(b"x")
+    (tmp_path / "other.txt").write_text("x")
+    torch.save({"model": {"a": torch.ones(1)}, "iteration": 3}, tmp_path / "model_0000003.pth")
+    addresses = ["", "nowhere.pkl", "detectron2://ImageNetPretrained/torchvision/R-50.pkl"]
+    for file in [*addresses, *tmp_path.iterdir()]:
+        program_cfg(file, on=False).freeze()
+    grey = program_cfg("", "INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [1.0], on=False)
+    grey.freeze()
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -112,19 +112,58 @@ def test_pillow_reads_what_torchvision_was_not_built_for(tree, monkeypatch, deco
     assert (image.int() - expected.int()).abs().max() <= 2
 
 
-def test_exif_rotation_is_not_applied(tree, write_annotation):
+def oriented(tree, value, size=(20, 10), name="a.png"):
+    """An image file whose EXIF orientation is `value`; the format keeps every pixel."""
     exif = Image.Exif()
-    exif[0x0112] = 6
-    tree.image("a.jpg", exif=exif.tobytes())
-    tree.xml("a", write_annotation(CAT))
-    assert read(tree)[0][0].shape == (3, 10, 20)
+    exif[0x0112] = value
+    return tree.image(name, size=size, exif=exif.tobytes())
 
 
-def test_an_image_annotated_upright_but_stored_turned_is_explained(tree, write_annotation):
-    path = tree.image("a.jpg", size=(20, 10))
-    tree.xml("a", write_annotation(CAT, size=(10, 20)))
-    with pytest.raises(UserError, match=f"{path}.*20 x 10.*10 x 20.*EXIF"):
+@pytest.mark.parametrize("orientation", range(10))
+def test_an_image_is_turned_upright_as_pillow_turns_it(tree, write_annotation, orientation):
+    path = oriented(tree, orientation)
+    with Image.open(path) as file:
+        expected = np.array(ImageOps.exif_transpose(file))
+    height, width, _ = expected.shape
+    assert (width, height) == ((10, 20) if 5 <= orientation <= 8 else (20, 10))
+    tree.xml("a", write_annotation(("cat", (2, 3, 10, 8)), size=(width, height)))
+    image, _ = read(tree)[0]
+    assert np.array_equal(image.permute(1, 2, 0), expected)
+    assert images.upright_size(path) == (width, height)
+
+
+def test_a_missing_size_is_that_of_the_upright_image(tree):
+    oriented(tree, 6)
+    tree.xml("a", "<annotation></annotation>")
+    dataset = read(tree)
+    assert (dataset.split.annotations[0].width, dataset.split.annotations[0].height) == (10, 20)
+    assert dataset[0][0].shape == (3, 20, 10)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "message"),
+    [
+        (6, (20, 10), "is 10 x 20, upright by its EXIF orientation 6, .* 20 x 10: .*as stored"),
+        (1, (10, 20), "is 20 x 10 but .* 10 x 20: width and height are swapped in <size>"),
+        (3, (10, 20), "is 20 x 10 but .* 10 x 20: width and height are swapped in <size>"),
+        (6, (10, 21), "is 10 x 20, upright .* 10 x 21: restore the annotated image"),
+    ],
+)
+def test_a_size_that_disagrees_is_refused_with_its_cause(
+    tree, write_annotation, orientation, size, message
+):
+    path = oriented(tree, orientation)
+    tree.xml("a", write_annotation(CAT, size=size))
+    with pytest.raises(UserError, match=f"{path}: the image {message}") as caught:
         read(tree)[0]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_is_no_orientation(tree):
+    tree.add("a", CAT)
+    tree.image("a.jpg", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
+    assert read(tree)[0][0].shape == (3, 10, 20)
 
 
 def _cut(path, share):

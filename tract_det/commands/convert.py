@@ -1,4 +1,4 @@
-r"""Converts a classifier's weights between the forms of torchvision, timm and detectron2.
+r"""Converts weights between the forms of torchvision, timm and detectron2.
 
     tract-det convert output/model_final.pth R-50.pkl
     tract-det convert output/model_final.pth R-50-bgr.pkl --format BGR
@@ -9,14 +9,16 @@ r"""Converts a classifier's weights between the forms of torchvision, timm and d
 
 IN is a file in one of these forms, a file of `tract-det pretrain`, or a name of torchvision's
 weights such as ResNet50_Weights.IMAGENET1K_V2. ResNets and VGGs exist in every form, other models
-only in that of their own library. Every tensor keeps its bits, and the pixel statistics travel in
-the file. A detectron2 config has to agree with its file: MODEL.PIXEL_MEAN, MODEL.PIXEL_STD,
-INPUT.FORMAT and MODEL.RESNETS.STRIDE_IN_1X1. detectron2's VGGs are those of `tract_det.d2`. In a
-checkout, `tools/convert_weights.py` is the same program.
+only in that of their own library; a whole Faster R-CNN on them goes to detectron2 (.pkl) and back
+(.pth). Every tensor keeps its bits, and the pixel statistics travel in the file. A detectron2
+config has to agree with its file: MODEL.PIXEL_MEAN, MODEL.PIXEL_STD, INPUT.FORMAT and
+MODEL.RESNETS.STRIDE_IN_1X1. detectron2's VGGs are those of `tract_det.d2`. In a checkout,
+`tools/convert_weights.py` is the same program.
 """
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,11 +37,13 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
     parser.add_argument("--to", choices=FORMS, help="form of OUT (default: by its suffix)")
     parser.add_argument("--format", choices=CHANNELS, help="channels that a .pkl takes (RGB)")
     known = parser.add_argument_group("what IN does not say itself")
-    known.add_argument("--input-format", choices=CHANNELS, default="", help="channels of a .pkl")
+    known.add_argument(
+        "--input-format", choices=CHANNELS, default="", help="channels of a detectron2 file"
+    )
     known.add_argument(
         "--stride-in-3x3",
         action="store_true",
-        help="the bottlenecks of a .pkl have their stride in the 3x3 convolution",
+        help="the bottlenecks of a detectron2 file have their stride in the 3x3 convolution",
     )
     for name in ("mean", "std"):
         known.add_argument(
@@ -76,6 +80,24 @@ def _add_statistics(weights: "Weights", mean: list[float] | None, std: list[floa
         weights.meta.update(pixel_mean=mean, pixel_std=std)
 
 
+def _in_torchvisions_form(weights: "Weights", args: argparse.Namespace) -> "Weights":
+    """The weights with torchvision's names, if they are those of a detectron2 detector in a .pth.
+
+    Raises:
+        UserError: they are another detector's, or OUT cannot hold a detector.
+    """
+    from tract_det.modeling.detector_forms import is_detectron2_detector
+    from tract_det.modeling.detectron2_files import as_torchvision
+
+    if weights.is_detector and args.to == "timm":
+        raise UserError(f"IN {args.input} is a whole detector, which timm does not have")
+    if not is_detectron2_detector(weights.state):
+        return weights
+    options = {"channels": args.input_format, "stride_in_3x3": args.stride_in_3x3}
+    state, meta = as_torchvision(weights.state, weights.meta, f"IN {args.input}", **options)
+    return replace(weights, state=state, meta=meta)
+
+
 def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Reads, converts, writes.
 
@@ -88,8 +110,7 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     weights = read_weights(
         args.input, key="IN", channels=args.input_format, stride_in_3x3=args.stride_in_3x3
     )
-    if weights.is_detector:
-        raise UserError(f"IN {args.input} is a whole detector: only classifiers are converted")
+    weights = _in_torchvisions_form(weights, args)
     _add_statistics(weights, args.pixel_mean, args.pixel_std)
     channels = args.format or "RGB"
     names = write_weights(

@@ -1,5 +1,6 @@
 """Data in VOC layout for detectron2's programs, and evaluation by this project's rules."""
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,13 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
+from tract_det.data.detection import check_size
+from tract_det.data.images import upright_size
 from tract_det.data.voc import VOC_CLASSES, Annotation, read_split
 from tract_det.errors import UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator, format_table
+
+_LOG = logging.getLogger("detectron2.tract_det")  # below the logger that detectron2 sets up
 
 
 def register_voc(
@@ -25,8 +30,10 @@ def register_voc(
 ) -> None:
     """Registers a split of a tree in VOC layout with detectron2; it is read when it is first used.
 
-    Unlike detectron2's `register_pascal_voc`, it also reads images that are not .jpg, and its
-    errors name the file and what is wrong with it.
+    Unlike detectron2's `register_pascal_voc`, it also reads images that are not .jpg, its errors
+    name the file and what is wrong with it, and it compares every image's size with its annotation
+    before a training begins. detectron2's own programs evaluate it by their evaluator for VOC: by
+    the rule of 2012 if the folder is a devkit's `VOC2012`, and otherwise by that of 2007.
 
     Args:
         name: the data set's name in DATASETS.TRAIN and DATASETS.TEST.
@@ -44,16 +51,34 @@ def register_voc(
             f"class_names of register_voc is {class_names!r}: give a sequence of names, such as "
             "('RBC', 'WBC')"
         )
-    names = tuple(class_names)
+    root, names = Path(root), tuple(class_names)
 
     def read() -> list[dict[str, Any]]:
-        voc_split = read_split(Path(root), split, names)
-        return to_records(voc_split.annotations, use_difficult=use_difficult)
+        annotations = read_split(root, split, names).annotations
+        _check_sizes(annotations)
+        return to_records(annotations, use_difficult=use_difficult)
 
     DatasetCatalog.register(name, read)
     MetadataCatalog.get(name).set(
-        thing_classes=list(names), dirname=str(root), split=split, year=2007
+        thing_classes=list(names),
+        evaluator_type="pascal_voc",
+        dirname=str(root),
+        split=split,
+        year=2012 if root.absolute().name == "VOC2012" else 2007,
     )
+
+
+def _check_sizes(annotations: Sequence[Annotation]) -> None:
+    """Refuses images of another size than annotated, on which a reader of detectron2 would fail."""
+    problems = []
+    for annotation in annotations:
+        try:
+            check_size(annotation, upright_size(annotation.path))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(problems[0] + others)
 
 
 def to_records(
@@ -65,27 +90,28 @@ def to_records(
         annotations: read by `tract_det.data.voc`.
         use_difficult: keep objects marked difficult.
     """
-    return [_record(annotation, use_difficult) for annotation in annotations]
-
-
-def _record(annotation: Annotation, use_difficult: bool) -> dict[str, Any]:
-    return {
-        "file_name": str(annotation.path),
-        "image_id": annotation.image_id,
-        "height": annotation.height,
-        "width": annotation.width,
-        "annotations": [
-            {"bbox": box.tolist(), "bbox_mode": BoxMode.XYXY_ABS, "category_id": int(label)}
-            for box, label, difficult in zip(
-                annotation.boxes, annotation.labels, annotation.difficult, strict=True
-            )
-            if use_difficult or not difficult
-        ],
-    }
+    return [
+        {
+            "file_name": str(annotation.path),
+            "image_id": annotation.image_id,
+            "height": annotation.height,
+            "width": annotation.width,
+            "annotations": [
+                {"bbox": box.tolist(), "bbox_mode": BoxMode.XYXY_ABS, "category_id": int(label)}
+                for box, label, difficult in zip(
+                    annotation.boxes, annotation.labels, annotation.difficult, strict=True
+                )
+                if use_difficult or not difficult
+            ],
+        }
+        for annotation in annotations
+    ]
 
 
 class VOCEvaluator(DatasetEvaluator):
     """This project's evaluation (see `DetectionEvaluator`) as a detectron2 evaluator.
+
+    It logs the table of figures by class.
 
     Args:
         dataset_name: a data set registered by `register_voc`, or by detectron2's
@@ -110,7 +136,7 @@ class VOCEvaluator(DatasetEvaluator):
                 f"VOCEvaluator: '{dataset_name}' is not a registered data set in VOC layout: "
                 "register it under that name with tract_det.d2.register_voc"
             )
-        self._split = str(meta.split)
+        self._name, self._split = dataset_name, str(meta.split)
         self._classes, self._rule = tuple(meta.thing_classes), rule
         self._output = None if output_dir is None else Path(output_dir)
         root = Path(meta.dirname)
@@ -142,6 +168,8 @@ class VOCEvaluator(DatasetEvaluator):
         """
         results = self._evaluator.evaluate()
         self.table = format_table(results)
+        if comm.is_main_process():
+            _LOG.info("Evaluation of %s\n%s", self._name, self.table)
         if self._output is not None and comm.is_main_process():
             self._evaluator.write_detections(self._output, self._split)
         figures: dict[str, dict[str, float]] = OrderedDict()

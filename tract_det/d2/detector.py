@@ -49,7 +49,11 @@ class _DetectorInterface(nn.Module):
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         set_image_sizes(self, sizes, edges=True)
         with EventStorage():  # the model's parts log into it and fail without one
-            return super().forward(inputs)
+            try:
+                return super().forward(inputs)
+            except FloatingPointError:  # proposals that are not finite; the trainer has the words
+                weight = next(weight for weight in self.parameters() if weight.requires_grad)
+                return {"loss_proposals": weight.sum() * float("nan")}
 
     def _detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         inputs = [

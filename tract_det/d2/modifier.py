@@ -4,12 +4,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from tract_det import tract
 from tract_det.modeling.choices import LAMBDA_UNITS
 from tract_det.pixels import input_variance, lambda_in_unit, lambda_in_words
-from tract_det.tract import TrActError, find_stem, set_image_sizes
+from tract_det.tract import TrActError, TrActLayer, find_stem, set_image_sizes
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -124,21 +125,35 @@ def remove_tract(model: ModelT) -> ModelT:
     tract.remove_tract(model)
     for module in model.modules():
         hooks = module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook is _tell_sizes]:
+        for key in [key for key, hook in hooks.items() if hook is _before_forward]:
             del hooks[key], module._forward_pre_hooks_with_kwargs[key]
     return model
 
 
 def _hook(model: nn.Module) -> None:
-    """Makes the model tell its stem the sizes of the images before every forward pass."""
-    if _tell_sizes not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_tell_sizes, with_kwargs=True)
+    """Makes the model check its stem, and tell it the images' sizes, before each forward pass."""
+    if _before_forward not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
 
-def _tell_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if model.training and torch.is_grad_enabled():
+        _check_learns(model)
     # The sizes stay set until the next batch: a checkpointed stem runs again in the backward pass.
-    inputs = next(iter([*args, *kwargs.values()]), None) or ()
-    images = [record.get("image") for record in inputs if isinstance(record, dict)]
+    inputs = next(iter([*args, *kwargs.values()]), None)
+    records = inputs if isinstance(inputs, list | tuple) else []
+    images = [record.get("image") for record in records if isinstance(record, dict)]
     sizes = [(i.shape[-2], i.shape[-1]) for i in images if isinstance(i, Tensor)]
-    known = model.training and len(sizes) == len(inputs) > 0
+    known = model.training and len(sizes) == len(records) > 0
     set_image_sizes(model, sizes if known else None, edges=True)
+
+
+def _check_learns(model: nn.Module) -> None:
+    """Refuses a training step that would be a plain one."""
+    layers = [layer for layer in model.modules() if isinstance(layer, TrActLayer)]
+    if not any(layer.training and layer.weight.requires_grad for layer in layers):
+        raise TrActError(
+            f"no layer of this {type(model).__name__} learns by TrAct any more: since apply_tract "
+            "(MODEL.TRACT.ENABLED) its stem was replaced, frozen, or set to eval(); undo that, or "
+            "call tract_det.d2.remove_tract(model)"
+        )

@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from tract_det.errors import UserError
-from tract_det.modeling.detectron2_files import CAFFE2, is_detectron2, read_detectron2
+from tract_det.modeling.detectron2_files import CAFFE2, Meta, is_detectron2, read_detectron2
 from tract_det.modeling.forms import flip_stem, is_resnet, is_vgg, to_form
 from tract_det.modeling.loading import LoadReport, load_matching
 from tract_det.modeling.weight_files import Weights, read_weights
@@ -34,8 +34,8 @@ def pixel_statistics_of(model: nn.Module) -> tuple[list[float], list[float]]:
     return mean[::step], std[::step]
 
 
-def meta_of(model: nn.Module) -> dict[str, Any]:
-    """What `load_into` checks of a file, for the file that a detectron2 model is saved into."""
+def meta_of(model: nn.Module) -> Meta:
+    """What a detectron2 model takes: what is checked of weights, and noted in those it saves."""
     mean, std = pixel_statistics_of(model)
     return {
         "pixel_mean": mean,
@@ -122,19 +122,17 @@ def load_into(
     Raises:
         UserError: nothing fits, or the weights are for other pixels, strides or (strict) classes.
     """
-    own = model.state_dict()
+    own, takes = model.state_dict(), meta_of(model)
     if strict:
         _check_whole(own, weights, class_names)
-        _check_pixels(model, weights, pixel_mean, pixel_std, is_known=True)
-        _check_stride(model, weights, is_torchvision=False)
+        _check_input(takes, weights, pixel_mean, pixel_std)
         return load_matching(model, own, weights.state)
     state = weights.state
     is_torchvision = is_resnet(state) or is_vgg(state)
     if is_torchvision:
         state = flip_stem(state) if model.input_format == "BGR" else state
         state = to_form(state, "detectron2", f"MODEL.WEIGHTS {weights.source}")
-    _check_pixels(model, weights, pixel_mean, pixel_std, is_known=not is_torchvision)
-    _check_stride(model, weights, is_torchvision)
+    _check_input(takes, weights, pixel_mean, pixel_std, is_torchvision=is_torchvision)
     if _knows_other_classes(weights, class_names):
         state = {k: v for k, v in state.items() if ".box_predictor" not in k and "cls_" not in k}
     state = {k: v for k, v in state.items() if not _is_constant(k) and v.isfinite().all()}
@@ -181,53 +179,71 @@ def _check_whole(own: Mapping[str, Tensor], weights: Weights, class_names: Seque
         )
 
 
-def _check_pixels(
-    model: nn.Module,
+def check_file(source: str, takes: Meta) -> None:
+    """Refuses a file that says it is for other images or strides; detectron2 does not ask it.
+
+    Args:
+        source: the file. One that is not here, or that only detectron2 can read, is left to it.
+        takes: what the model takes, as `meta_of` gives it.
+
+    Raises:
+        UserError: the file says something else; says which keys to set.
+    """
+    try:
+        weights = read(source) if Path(source).is_file() else Weights(source, {}, {})
+    except UserError:
+        return
+    if not any(re.search(r"conv3\.weight|branch2c_w", key) for key in weights.state):
+        takes = takes | {"stride_in_1x1": None}  # no bottlenecks
+    _check_input(takes, weights, where="")
+
+
+_OPTS = " in MODEL.DETECTRON2.OPTS"
+
+
+def _check_input(
+    takes: Meta,
     weights: Weights,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
     *,
-    is_known: bool,
+    is_torchvision: bool = False,
+    where: str = _OPTS,
 ) -> None:
-    """Refuses weights that were trained on other pixels than the model's.
+    """Refuses weights for other pixels or strides than the model's, as far as these are known.
 
     Files with detectron2's names that do not say are what the configuration is written for.
     """
-    form = weights.meta.get("format", model.input_format)
-    if form != model.input_format:
+    form, own_form = weights.meta.get("format", takes["format"]), takes["format"]
+    if form != own_form:
         raise UserError(
-            f"MODEL.WEIGHTS {weights.source} takes {form} and the model {model.input_format}: set "
+            f"MODEL.WEIGHTS {weights.source} takes {form} and the model {own_form}: set "
             f"INPUT.FORMAT {form} and MODEL.PIXEL_MEAN and PIXEL_STD in that order (LazyConfig: "
-            "input_format, pixel_mean, pixel_std), in MODEL.DETECTRON2.OPTS"
+            f"input_format, pixel_mean, pixel_std){where}"
         )
-    if mean or "pixel_mean" in weights.meta or not is_known:
+    if mean or "pixel_mean" in weights.meta or is_torchvision:
         theirs = pixel_statistics(weights.meta, mean, std, source=weights.source)
-        check_pixels(model, *theirs, f"MODEL.WEIGHTS {weights.source} was trained with")
+        check_pixels(takes, *theirs, f"MODEL.WEIGHTS {weights.source} was trained with", where)
+    in_1x1 = weights.meta.get("stride_in_1x1", False if is_torchvision else None)
+    if None not in (in_1x1, takes["stride_in_1x1"]) and in_1x1 != takes["stride_in_1x1"]:
+        raise UserError(
+            f"MODEL.WEIGHTS {weights.source} strides in the {'1x1' if in_1x1 else '3x3'} "
+            f"convolutions of its bottlenecks: set MODEL.RESNETS.STRIDE_IN_1X1 {in_1x1}{where} "
+            f"(LazyConfig: backbone.bottom_up.stages.stride_in_1x1={str(in_1x1).lower()})"
+        )
 
 
-def check_pixels(model: nn.Module, mean: Sequence[float], std: Sequence[float], whose: str) -> None:
+def check_pixels(
+    takes: Meta, mean: Sequence[float], std: Sequence[float], whose: str, where: str = _OPTS
+) -> None:
     """Refuses other pixel statistics, of RGB, than the model's; `whose` begins the message."""
-    own = pixel_statistics_of(model)
-    if not same_statistics([*own[0], *own[1]], [*mean, *std]):
-        step = -1 if model.input_format == "BGR" else 1
+    if not same_statistics([*takes["pixel_mean"], *takes["pixel_std"]], [*mean, *std]):
+        step = -1 if takes["format"] == "BGR" else 1
         wanted = [rounded(values[::step]) for values in (mean, std)]
         raise UserError(
             f"{whose} other pixel statistics than the model's: set MODEL.PIXEL_MEAN {wanted[0]} "
-            f"and MODEL.PIXEL_STD {wanted[1]} in MODEL.DETECTRON2.OPTS (LazyConfig: "
-            f"pixel_mean=[...], pixel_std=[...]; {model.input_format} in [0, 255])"
-        )
-
-
-def _check_stride(model: nn.Module, weights: Weights, is_torchvision: bool) -> None:
-    """Refuses a bottleneck that strides in the other of its convolutions."""
-    theirs = weights.meta.get("stride_in_1x1", False if is_torchvision else None)
-    ours = _strides_in_1x1(model)
-    if None not in (ours, theirs) and ours != theirs:
-        raise UserError(
-            f"MODEL.WEIGHTS {weights.source} strides in the {'1x1' if theirs else '3x3'} "
-            f"convolutions of its bottlenecks: set MODEL.RESNETS.STRIDE_IN_1X1 {theirs} in "
-            "MODEL.DETECTRON2.OPTS (LazyConfig: backbone.bottom_up.stages.stride_in_1x1="
-            f"{str(theirs).lower()})"
+            f"and MODEL.PIXEL_STD {wanted[1]}{where} (LazyConfig: pixel_mean=[...], "
+            f"pixel_std=[...]; {takes['format']} in [0, 255])"
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
-from tract_det.data.images import read_rgb
+from tract_det.data.images import is_turned, orientation_of, read_upright
 from tract_det.data.voc import Annotation, VOCSplit
 from tract_det.errors import UserError
 
@@ -26,8 +26,9 @@ MIN_SIDE = 1.0
 class VOCDetection(torch.utils.data.Dataset):
     """Pairs (image, target) of a split.
 
-    image: tv_tensors.Image, uint8 (3, H, W), RGB. An EXIF rotation is *not* applied: VOC's boxes
-    refer to the pixels as stored, and the devkit and detectron2 read them so.
+    image: tv_tensors.Image, uint8 (3, H, W), RGB, turned upright by the file's EXIF orientation, as
+    detectron2 reads it. Annotators show images upright, so boxes refer to them so; where <size> is
+    that of the pixels as stored, the image is refused.
 
     target:
         boxes: tv_tensors.BoundingBoxes, (n, 4) float32 XYXY pixel edges, within the image and at
@@ -65,8 +66,8 @@ class VOCDetection(torch.utils.data.Dataset):
             UserError: The image cannot be read, or its size is not the one in its annotation.
         """
         annotation = self.split.annotations[index]
-        image = tv_tensors.Image(read_rgb(annotation.path))
-        _check_size(annotation, height=image.shape[-2], width=image.shape[-1])
+        image = tv_tensors.Image(read_upright(annotation.path))
+        check_size(annotation, (image.shape[-1], image.shape[-2]))
         keep = np.ones(len(annotation.boxes), dtype=bool)
         if not self.use_difficult:
             keep = ~annotation.difficult
@@ -135,16 +136,30 @@ def _drop_thin(target: Target) -> Target:
     return target | {"boxes": boxes, "labels": target["labels"][keep]}
 
 
-def _check_size(annotation: Annotation, *, height: int, width: int) -> None:
-    if (width, height) == (annotation.width, annotation.height):
+def check_size(annotation: Annotation, size: tuple[int, int]) -> None:
+    """Refuses an image that is not as its annotation says.
+
+    Args:
+        annotation: of the image.
+        size: width and height of the image, turned upright.
+
+    Raises:
+        UserError: They are not those of the annotation; says which of the two to correct.
+    """
+    stated = (annotation.width, annotation.height)
+    if size == stated:
         return
-    is_rotated = (height, width) == (annotation.width, annotation.height)
+    orientation = orientation_of(annotation.path)
+    turned = f", upright by its EXIF orientation {orientation}," if is_turned(orientation) else ""
+    mend = "restore the annotated image, or correct <size> and the boxes"
+    if size == stated[::-1]:
+        mend = "width and height are swapped in <size>: correct it, and the boxes if they lie wrong"
+        if turned:
+            mend = (
+                "<size> is that of the pixels as stored: if the boxes are too, remove the EXIF "
+                "orientation from the file; otherwise correct <size>"
+            )
     raise UserError(
-        f"{annotation.path}: the image is {width} x {height} but its annotation says "
-        f"{annotation.width} x {annotation.height}: "
-        + (
-            "the boxes refer to the image after its EXIF rotation; save the image rotated"
-            if is_rotated
-            else "restore the annotated image, or correct <size> and the boxes"
-        )
+        f"{annotation.path}: the image is {size[0]} x {size[1]}{turned} but its annotation says "
+        f"{stated[0]} x {stated[1]}: {mend}"
     )

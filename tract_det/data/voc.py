@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from tract_det.data.images import upright_size
 from tract_det.data.shapes import SHAPES_CLASSES, ensure_shapes
 from tract_det.data.voc_xml import Record, parse_annotation
 from tract_det.errors import UserError
@@ -68,8 +68,8 @@ class Annotation:
     Attributes:
         image_id: The line of the split file, and the name of the XML file without its suffix.
         path: The image file.
-        width: In pixels, before any EXIF rotation.
-        height: In pixels, before any EXIF rotation.
+        width: In pixels, of the image turned upright by its EXIF orientation.
+        height: In pixels, likewise.
         boxes: (n, 4) float64, pixel edges x1, y1, x2, y2; as read, not clipped to the image.
         labels: (n,) int64, 0..K-1, positions in the split's class names.
         difficult: (n,) bool, objects that the evaluation ignores.
@@ -293,19 +293,11 @@ def _find_image(
     return usual
 
 
-def _header_size(path: Path, xml: Path) -> tuple[int, int]:
-    """Width and height from the image file, for annotations without <size>."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError as error:
-        raise UserError(
-            f"{xml}: no <size>, and it cannot be read from the image {path} ({error}): add <size>"
-        ) from None
-
-
 def _annotation(image_id: str, path: Path, record: Record, label_of: dict[str, int]) -> Annotation:
-    width, height = record.size or _header_size(path, record.xml)
+    try:
+        width, height = record.size or upright_size(path)
+    except UserError as error:
+        raise UserError(f"{record.xml}: no <size>, and {error}; or add <size>") from None
     return Annotation(
         image_id,
         path,

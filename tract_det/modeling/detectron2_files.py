@@ -23,9 +23,8 @@ from torch import Tensor
 from tract_det.errors import UserError
 from tract_det.files import atomically
 from tract_det.modeling.choices import CHANNELS
-from tract_det.modeling.forms import State, flip_stem, from_detectron2, is_vgg
-
-Meta = dict[str, Any]
+from tract_det.modeling.detector_forms import detector_from_detectron2, is_detectron2_detector
+from tract_det.modeling.forms import Meta, State, flip_stem, from_detectron2, is_vgg
 
 CAFFE2 = "Caffe2"  # the author that detectron2 assumes for files that name none
 _TORCHVISION = "torchvision"  # the author that detectron2's converter writes
@@ -84,7 +83,7 @@ def read_detectron2(path: Path, source: str, *, channels: str = "") -> Detectron
 def read_as_torchvision(
     path: Path, source: str, *, channels: str = "", stride_in_3x3: bool = False
 ) -> tuple[State, Meta]:
-    """detectron2's `.pkl` of a ResNet or VGG, with torchvision's names, for RGB.
+    """detectron2's `.pkl`, as `as_torchvision` gives it.
 
     Args:
         path: of the file.
@@ -92,35 +91,61 @@ def read_as_torchvision(
         channels: "RGB" or "BGR", for a file that does not say.
         stride_in_3x3: bottlenecks stride in their 3x3 convolution, for a file that does not say.
 
+    Raises:
+        UserError: it is another network, or torchvision's ResNet cannot compute what it does.
+    """
+    file = read_detectron2(path, source, channels=channels)
+    if file.meta.get("author") == CAFFE2 or file.others:
+        _check_caffe2(file.state, source)
+        raise _not_detectron2(source)
+    return as_torchvision(file.state, file.meta, source, stride_in_3x3=stride_in_3x3)
+
+
+def as_torchvision(
+    state: State, meta: Meta, source: str, *, channels: str = "", stride_in_3x3: bool = False
+) -> tuple[State, Meta]:
+    """A ResNet, a VGG or a Faster R-CNN of them with torchvision's names, for RGB.
+
+    Args:
+        state: with detectron2's names.
+        meta: what its file says; see `Detectron2File`.
+        source: the file as the user named it, for messages.
+        channels: "RGB" or "BGR", if the meta does not say.
+        stride_in_3x3: as in `read_as_torchvision`.
+
     Returns:
         The state dict, and its meta: `pixel_mean` and `pixel_std` where the file has them, and what
         this project wrote.
 
     Raises:
-        UserError: it is another network, or torchvision's ResNet cannot compute what it does.
+        UserError: as `read_as_torchvision`.
     """
-    file = read_detectron2(path, source, channels=channels)
-    meta = dict(file.meta)
-    author, order, in_1x1 = (meta.pop(key, None) for key in ("author", *_PROPERTIES.values()))
-    if any(re.match(r"res\d_\d+_branch", key) for key in file.state):
-        raise UserError(
-            f"{source} has Caffe2's names: such ResNets (MSRA's) stride in the 1x1 convolution and "
-            "torchvision's in the 3x3; take weights of torchvision instead"
-        )
-    if author == CAFFE2 or file.others:
-        raise _not_detectron2(source)
+    meta = dict(meta)
+    keys = ("author", *_PROPERTIES.values(), "detectron2")
+    author, order, in_1x1, _ = (meta.pop(key, None) for key in keys)
+    _check_caffe2(state, source)
     is_torchvision = author == _TORCHVISION
-    state = from_detectron2(file.state, source)
+    if is_detectron2_detector(state):
+        state, meta = detector_from_detectron2(state, meta, source)
+    else:
+        state = from_detectron2(state, source)
     if not is_vgg(state):
         _check_stride(state, source, in_1x1, stride_in_3x3 or is_torchvision)
-    if not order and is_torchvision:  # the converter leaves it out
-        order = "RGB"
+    order = order or channels or ("RGB" if is_torchvision else "")  # the converter leaves it out
     if order not in CHANNELS:
         raise UserError(
             f"{source} does not say whether it takes RGB or BGR: convert it with "
             "tools/convert_weights.py and --input-format"
         )
     return flip_stem(state) if order == "BGR" else state, meta
+
+
+def _check_caffe2(state: State, source: str) -> None:
+    if any(re.match(r"res\d_\d+_branch", key) for key in state):
+        raise UserError(
+            f"{source} has Caffe2's names: such ResNets (MSRA's) stride in the 1x1 convolution and "
+            "torchvision's in the 3x3; take weights of torchvision instead"
+        )
 
 
 def write_detectron2(path: Path, state: State, meta: Meta, channels: str, source: str) -> None:
@@ -204,7 +229,7 @@ def _check_stride(state: State, source: str, in_1x1: bool | None, known_in_3x3: 
         in_1x1: what the file says; None = nothing.
         known_in_3x3: whether they stride in the 3x3 if the file says nothing.
     """
-    if "layer1.0.conv3.weight" not in state:  # basic blocks have no 1x1
+    if not any(key.endswith("layer1.0.conv3.weight") for key in state):  # basic blocks have no 1x1
         return
     if in_1x1 is None:
         in_1x1 = not known_in_3x3

@@ -22,6 +22,7 @@ from torch import Tensor
 from tract_det.errors import UserError
 
 State = dict[str, Tensor]
+Meta = dict[str, Any]
 
 _RESNET_LAYERS = {  # torchvision's name to detectron2's, inside the stem or a block
     **{f"conv{i}": f"conv{i}" for i in (1, 2, 3)},
@@ -35,6 +36,10 @@ _VGG_TIMM = {  # torchvision's name to timm's
     "classifier.6": "head.fc",
 }
 _VGG_DETECTRON2 = {"classifier.0": "fc6", "classifier.3": "fc7", "classifier.6": "fc8"}
+
+
+_PLACES = ("", "backbone.body.", "backbone.")  # of a classifier, and in a detector
+_STEMS = ("conv1.weight", "features.0.weight")
 
 
 def _inverse(names: Mapping[str, str]) -> dict[str, str]:
@@ -107,13 +112,14 @@ def from_detectron2(state: State, source: str) -> State:
     if is_vgg(state):
         return state
     return _rename_resnet(
-        state, _resnet_from_detectron2, f"{source} is not a classifier with detectron2's names"
+        state, resnet_name_from_detectron2, f"{source} is not a classifier with detectron2's names"
     )
 
 
 def flip_stem(state: State) -> State:
     """The same network for images whose channels are in the reverse order (RGB, BGR)."""
-    stem = "conv1.weight" if is_resnet(state) else "features.0.weight"
+    stems = (f"{place}{stem}" for place in _PLACES for stem in _STEMS)
+    stem = next((name for name in stems if name in state), "")
     return {key: tensor.flip(1) if key == stem else tensor for key, tensor in state.items()}
 
 
@@ -125,7 +131,7 @@ def _resnet_to_form(state: State, form: str, source: str) -> State:
             f"{source} has a stem for small images: detectron2's ResNets have a 7x7 stem"
         )
     return _rename_resnet(
-        state, _resnet_to_detectron2, f"{source} cannot be written in detectron2's form"
+        state, resnet_name_to_detectron2, f"{source} cannot be written in detectron2's form"
     )
 
 
@@ -149,38 +155,37 @@ def _vgg_to_form(state: State, form: str, source: str) -> State:
 def _rename_resnet(state: State, rename: Callable[[str], str | None], refusal: str) -> State:
     renamed = {}
     for key, tensor in state.items():
-        name = rename(key)
+        module, _, kind = key.rpartition(".")
+        name = rename(module)
         if name is None:
             raise UserError(
                 f"{refusal}: '{key}' is not a tensor of a ResNet, and only ResNets and VGGs can be "
                 "converted"
             )
-        renamed[name] = tensor
+        renamed[f"{name}.{kind}"] = tensor
     return renamed
 
 
-def _resnet_to_detectron2(key: str) -> str | None:
-    """`layer1.0.bn2.weight` to `res2.0.conv2.norm.weight`; None for a name of another network."""
-    module, _, tensor = key.rpartition(".")
+def resnet_name_to_detectron2(module: str) -> str | None:
+    """`layer1.0.bn2` to `res2.0.conv2.norm`; None for a module of another network."""
     if module == "fc":
-        return f"linear.{tensor}"
+        return "linear"
     match = re.fullmatch(r"(?:layer([1-4])\.(\d+)\.)?(.+)", module)
     if not match or match[3] not in _RESNET_LAYERS:
         return None
     place = f"res{int(match[1]) + 1}.{match[2]}" if match[1] else "stem"
-    return f"{place}.{_RESNET_LAYERS[match[3]]}.{tensor}"
+    return f"{place}.{_RESNET_LAYERS[match[3]]}"
 
 
-def _resnet_from_detectron2(key: str) -> str | None:
-    """The inverse of `_resnet_to_detectron2`."""
-    module, _, tensor = key.rpartition(".")
+def resnet_name_from_detectron2(module: str) -> str | None:
+    """The inverse of `resnet_name_to_detectron2`."""
     if module in ("linear", "stem.fc"):  # detectron2's converter writes the latter
-        return f"fc.{tensor}"
+        return "fc"
     match = re.fullmatch(r"(?:res([2-5])\.(\d+)|stem)\.(.+)", module)
     if not match or match[3] not in _RESNET_LAYERS_BACK:
         return None
     place = f"layer{int(match[1]) - 1}.{match[2]}." if match[1] else ""
-    return f"{place}{_RESNET_LAYERS_BACK[match[3]]}.{tensor}"
+    return f"{place}{_RESNET_LAYERS_BACK[match[3]]}"
 
 
 def _rename_vgg(state: State, names: Mapping[str, str]) -> State:

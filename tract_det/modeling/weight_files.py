@@ -28,6 +28,7 @@ import torchvision
 
 from tract_det.errors import UserError, shortened
 from tract_det.files import atomically, write_binary
+from tract_det.modeling.detector_forms import detector_to_detectron2
 from tract_det.modeling.detectron2_files import (
     Meta,
     is_detectron2,
@@ -57,7 +58,12 @@ class Weights:
     @property
     def is_detector(self) -> bool:
         """Whether these are the weights of a whole detector, not of a classifier."""
-        return any(key.startswith("roi_heads.") for key in self.state)
+        return is_detector(self.state)
+
+
+def is_detector(state: State) -> bool:
+    """Whether the names are those of a detector with two stages, of any library."""
+    return any(key.startswith("roi_heads.") for key in state)
 
 
 def read_weights(
@@ -180,11 +186,11 @@ def _check_meta(meta: Any, where: str) -> None:
 def write_weights(
     path: Path, state: State, meta: Meta, form: str, *, channels: str = "RGB", source: str = ""
 ) -> list[str]:
-    """Writes a classifier as a library reads it; returns the names that its tensors have there.
+    """Writes weights as a library reads them; returns the names that the tensors have there.
 
     Args:
         path: `.pkl` for detectron2, `.safetensors` or `.pth` for timm, `.pth` for torchvision.
-        state: for RGB, with torchvision's names, or timm's.
+        state: of a classifier or a Faster R-CNN, for RGB, with torchvision's names, or timm's.
         meta: with `pixel_mean` and `pixel_std`, of RGB in [0, 255].
         form: one of `choices.FORMS`.
         channels: the order of channels that the written network takes. Only detectron2's files
@@ -196,7 +202,11 @@ def write_weights(
     """
     if channels == "BGR":
         state = flip_stem(to_torchvision(state))
-    renamed = to_form(state, form, source, str(meta.get("model", "")))
+    renamed = state
+    if not is_detector(state):
+        renamed = to_form(state, form, source, str(meta.get("model", "")))
+    elif form == "detectron2":
+        renamed, meta = detector_to_detectron2(state, meta, source)
     if form == "detectron2":
         write_detectron2(path, renamed, meta, channels, source)
         return list(renamed)

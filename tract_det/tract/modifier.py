@@ -48,12 +48,17 @@ def _named_by_timm(prefix: str, module: nn.Module, modules: Mapping[str, nn.Modu
     return names
 
 
+def _is_backbone(module: nn.Module) -> bool:
+    """Whether it is a `Backbone` of detectron2."""
+    return hasattr(type(module), "size_divisibility")
+
+
 def _backbone_of_pyramid(module: nn.Module) -> str:
     """The name of the backbone inside a feature pyramid of detectron2; "" for other modules.
 
     The backbone sees the images, but the pyramid registers its own layers first.
     """
-    if hasattr(type(module), "size_divisibility"):  # detectron2's Backbone
+    if _is_backbone(module):
         for name in ("bottom_up", "net"):  # FPN, SimpleFeaturePyramid
             if isinstance(getattr(module, name, None), nn.Module):
                 return name
@@ -63,17 +68,19 @@ def _backbone_of_pyramid(module: nn.Module) -> str:
 def find_stem(model: nn.Module) -> str:
     """The name of the layer that sees the pixels, as in `model.named_modules()`.
 
-    In a timm model this is the layer that `pretrained_cfg["first_conv"]` names; in a feature
-    pyramid of detectron2, the first layer of its backbone. In any other model it is the first layer
-    with parameters, in the order in which the model registers its modules. That is correct for
-    torchvision's classifiers and detectors and for the vision models of Hugging Face.
+    In a timm model this is the layer that `pretrained_cfg["first_conv"]` names. In a model of
+    detectron2 it is sought in its first `Backbone`, since others register layers before it, as DETR
+    does its transformer; and in a feature pyramid in the backbone of that. Otherwise it is the
+    first layer with parameters, in the order in which the model registers its modules. That is
+    correct for torchvision's classifiers and detectors and for the vision models of Hugging Face.
 
     Raises:
         TrActError: several layers see the pixels, or the first layer is neither a convolution nor a
             linear layer, or no layer has parameters.
     """
     modules = dict(model.named_modules())
-    for name, module in modules.items():
+    start = next((name for name, module in modules.items() if _is_backbone(module)), "")
+    for name, module in modules[start].named_modules(prefix=start):
         named = _named_by_timm(name, module, modules)
         if len(named) > 1:
             raise TrActError(

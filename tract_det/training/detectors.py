@@ -35,11 +35,11 @@ def check_backend(cfg: CfgNode) -> None:
         UserError: naming the key.
     """
     if cfg.MODEL.DETECTRON2.CONFIG_FILE:
-        _detectron2_side()
+        _detectron2_side("config_models")
 
 
-def _detectron2_side() -> Any:
-    """`tract_det.d2`.
+def _detectron2_side(module: str) -> Any:
+    """A module of `tract_det.d2`.
 
     Raises:
         UserError: detectron2 is not installed.
@@ -49,7 +49,7 @@ def _detectron2_side() -> Any:
         warnings.filterwarnings("ignore", message)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     try:
-        return importlib.import_module("tract_det.d2")
+        return importlib.import_module(f"tract_det.d2.{module}")
     except ModuleNotFoundError as error:
         if error.name != "detectron2":
             raise
@@ -61,7 +61,7 @@ def read_detector_weights(cfg: CfgNode) -> Weights | None:
     if not cfg.MODEL.WEIGHTS:
         return None
     if cfg.MODEL.DETECTRON2.CONFIG_FILE:
-        return _detectron2_side().read_weights(cfg.MODEL.WEIGHTS)
+        return _detectron2_side("weights").read(cfg.MODEL.WEIGHTS)
     return read_weights(cfg.MODEL.WEIGHTS)
 
 
@@ -136,6 +136,7 @@ def _build_torchvision(
         freeze_at=stages,
         pixel_mean=mean,
         pixel_std=std,
+        aspect_ratios=list(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS),
     )
     return BuiltModel(model, meta, input_variance(std), report)
 
@@ -169,10 +170,10 @@ def _box_head_options(cfg: CfgNode) -> BoxHeadOptions:
 def _build_detectron2(
     cfg: CfgNode, weights: Weights | None, class_names: tuple[str, ...], strict: bool
 ) -> BuiltModel:
-    d2 = _detectron2_side()
+    files = _detectron2_side("weights")
     settings = plain(cfg.MODEL.DETECTRON2)
     stages = freeze_at(cfg, weights, strict=strict, default=_AS_ITS_FILE_SAYS)
-    model = d2.build_detector(
+    model = _detectron2_side("config_models").build_detector(
         settings["CONFIG_FILE"],
         settings["OPTS"],
         num_classes=len(class_names),
@@ -183,8 +184,9 @@ def _build_detectron2(
     statistics = {"pixel_mean": cfg.MODEL.PIXEL_MEAN, "pixel_std": cfg.MODEL.PIXEL_STD}
     report = None
     if weights is not None:
-        report = d2.load_into(model, weights, class_names, **statistics, strict=strict)
+        report = files.load_into(model, weights, class_names, **statistics, strict=strict)
     elif cfg.MODEL.PIXEL_MEAN:
-        d2.check_pixels(model, *statistics.values(), "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD are")
-    meta = _meta(class_names, detectron2=settings, freeze_at=stages, **d2.meta_of(model))
+        whose = "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD are"
+        files.check_pixels(files.meta_of(model), *statistics.values(), whose)
+    meta = _meta(class_names, detectron2=settings, freeze_at=stages, **files.meta_of(model))
     return BuiltModel(model, meta, input_variance(meta["pixel_std"]), report)
