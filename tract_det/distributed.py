@@ -67,9 +67,9 @@ def gather(item: T) -> list[T]:
 class AnyRank:
     """Whether a flag is set on at least one rank, agreed on without waiting for the other ranks.
 
-    With several ranks the answer is that to the call before: its sum over the ranks was on its way
-    meanwhile. It travels between the processes and takes no part in the work of their devices.
-    Every rank must make one, and call it equally often.
+    With several ranks the answer is about the call before: the flags of that call were on their way
+    meanwhile, between the processes and not through their devices. Every rank must make one, and
+    call it equally often.
     """
 
     def __init__(self) -> None:

@@ -66,7 +66,8 @@ def train(
         accumulation: micro-batches per step.
         lr_at: gives the learning rate of a step, counted from 0.
         after_step: called on every rank when a step is done; its losses are not read yet.
-        stop: a signal to any rank stops all of them after the same step, at most one later.
+        stop: a signal to any rank stops all of them after the same step: the one that it came in,
+            or, with several ranks, the one after that.
         before_step: called on every rank with the number of steps done.
         memory_format: of the images, if they are one tensor.
 
