@@ -183,9 +183,9 @@ def detectron2_loop(
     from detectron2.utils.events import EventStorage
 
     from tract_det.d2 import apply_tract
-    from tract_det.d2.detector import as_detectron2
 
-    model = as_detectron2(model)
+    model.__class__ = type(model).__bases__[-1]  # without this project's interface
+    model.get_submodule("backbone")._forward_hooks.clear()
     if cfg.MODEL.TRACT.ENABLED:
         tract = cfg.MODEL.TRACT
         apply_tract(model, tract.LAMBDA, unit=tract.UNIT)  # also passes the padding on to TrAct

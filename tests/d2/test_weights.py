@@ -14,7 +14,7 @@ from tests.conftest import run_python
 from tests.d2.models import CONFIGS
 from tract_det.d2 import add_tract_config
 from tract_det.d2.config_models import build_detector
-from tract_det.d2.weights import load_into, meta_of, pixel_statistics_of
+from tract_det.d2.weights import load_into, meta_of
 from tract_det.d2.weights import read as read_weights
 from tract_det.errors import UserError
 from tract_det.modeling.faster_rcnn import build_faster_rcnn
@@ -93,7 +93,10 @@ def test_a_file_gives_the_features_of_torchvisions_back_end(
     twin = build_faster_rcnn(backbone="resnet50_fpn", num_classes=2, norm="FrozenBN").eval()
     into_ours(twin, read_ours(file), CLASSES)
     expected = features(twin.backbone.body, image)
-    stats = [torch.tensor(values)[:, None, None] for values in pixel_statistics_of(model)]
+    stats = [
+        torch.tensor(values)[:, None, None]
+        for values in (meta_of(model)[f"pixel_{name}"] for name in ("mean", "std"))
+    ]
     pixels = (image - stats[0]) / stats[1]
     with torch.no_grad():
         outputs = model.backbone.bottom_up((pixels.flip(0) if opts else pixels)[None])

@@ -90,12 +90,9 @@ class _TractCfg(CfgNode):
 
 
 def _check_weights(cfg: CfgNode) -> None:
-    model, step = cfg.MODEL, -1 if cfg.INPUT.FORMAT == "BGR" else 1
-    if len(model.PIXEL_MEAN) == 3:
-        takes = {"format": cfg.INPUT.FORMAT, "stride_in_1x1": model.RESNETS.STRIDE_IN_1X1}
-        for name in ("pixel_mean", "pixel_std"):
-            takes[name] = list(model[name.upper()])[::step]
-        check_file(model.WEIGHTS, takes)
+    model, form = cfg.MODEL, cfg.INPUT.FORMAT
+    in_1x1 = model.RESNETS.STRIDE_IN_1X1
+    check_file(model.WEIGHTS, form, model.PIXEL_MEAN, model.PIXEL_STD, in_1x1)
 
 
 def _set_names(model: CfgNode) -> None:

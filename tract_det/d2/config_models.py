@@ -62,9 +62,8 @@ def build_detector(
         opts: `KEY VALUE` pairs for a `.yaml`; `key=value`, relative to `model`, for a `.py`.
         num_classes: K, without background; replaces the number in the file.
         freeze_at: number of stages to freeze, 0 = none; None = as the file says.
-        min_size: shorter side in evaluation, pixels; 0 = no resizing. Replaces the size in the
-            file.
-        max_size: upper bound of the longer side in evaluation, pixels; replaces it likewise.
+        min_size: shorter side in evaluation, pixels, instead of the file's; 0 = no resizing.
+        max_size: upper bound of the longer side in evaluation, pixels, likewise.
 
     Raises:
         UserError: the file or an override is wrong, or sets what the caller's configuration
@@ -88,8 +87,8 @@ class _Cfg(CfgNode):
             loaded = super().load_yaml_with_base(filename, allow_unsafe=is_from_zoo)
         except yaml.constructor.ConstructorError as error:
             raise ValueError(f"{_line(error)}: write plain values, since no code is run") from error
-        except TypeError as error:  # the file holds no mapping
-            raise ValueError(f"{filename} holds no KEY: VALUE") from error
+        except TypeError:  # the file holds no mapping
+            loaded = None
         if not isinstance(loaded, dict):
             raise ValueError(f"{filename} holds no KEY: VALUE")
         return loaded

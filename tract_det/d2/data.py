@@ -11,8 +11,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
-from tract_det.data.detection import check_size
-from tract_det.data.images import upright_size
+from tract_det.data.detection import check_headers
 from tract_det.data.voc import VOC_CLASSES, Annotation, read_split
 from tract_det.errors import UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator, format_table
@@ -51,11 +50,11 @@ def register_voc(
             f"class_names of register_voc is {class_names!r}: give a sequence of names, such as "
             "('RBC', 'WBC')"
         )
-    root, names = Path(root), tuple(class_names)
+    root, names = Path(root).expanduser(), tuple(class_names)
 
     def read() -> list[dict[str, Any]]:
         annotations = read_split(root, split, names).annotations
-        _check_sizes(annotations)
+        check_headers(annotations)  # a reader of detectron2 would fail on them
         return to_records(annotations, use_difficult=use_difficult)
 
     DatasetCatalog.register(name, read)
@@ -66,19 +65,6 @@ def register_voc(
         split=split,
         year=2012 if root.absolute().name == "VOC2012" else 2007,
     )
-
-
-def _check_sizes(annotations: Sequence[Annotation]) -> None:
-    """Refuses images of another size than annotated, on which a reader of detectron2 would fail."""
-    problems = []
-    for annotation in annotations:
-        try:
-            check_size(annotation, upright_size(annotation.path))
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(problems[0] + others)
 
 
 def to_records(

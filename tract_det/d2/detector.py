@@ -64,7 +64,11 @@ class _DetectorInterface(nn.Module):
             }
             for image in images
         ]
-        return [_detections(output["instances"]) for output in super().forward(inputs)]
+        outputs = [output["instances"] for output in super().forward(inputs)]
+        return [
+            {"boxes": o.pred_boxes.tensor, "scores": o.scores, "labels": o.pred_classes + 1}
+            for o in outputs
+        ]
 
     def _pixels(self, image: Tensor) -> Tensor:
         """The image as detectron2's data loaders deliver it: in [0, 255], in the model's format."""
@@ -80,19 +84,8 @@ def _instances(image: Tensor, target: dict[str, Any]) -> Instances:
     return Instances(size, gt_boxes=Boxes(boxes), gt_classes=labels - 1)
 
 
-def _detections(instances: Instances) -> dict[str, Tensor]:
-    return {
-        "boxes": instances.pred_boxes.tensor,
-        "scores": instances.scores,
-        "labels": instances.pred_classes + 1,
-    }
-
-
 def _in_full_precision(module: nn.Module, args: Any, features: dict[str, Tensor]) -> Any:
-    """The backbone's features in float32, also under bf16 autocast.
-
-    RoIAlign casts boxes to the type of the features, and bf16 has eight significant bits.
-    """
+    """The backbone's features in float32: RoIAlign casts boxes to their type, which may be bf16."""
     return {key: value.float() for key, value in features.items()}
 
 
@@ -127,37 +120,21 @@ def as_detector(
     return model
 
 
-def as_detectron2(model: nn.Module) -> nn.Module:
-    """Undoes `as_detector`, in place; returns the same model with detectron2's interface."""
-    if isinstance(model, _DetectorInterface):
-        hooks = model.get_submodule("backbone")._forward_hooks
-        for key in [key for key, hook in hooks.items() if hook is _in_full_precision]:
-            del hooks[key]
-        model.__class__ = type(model).__bases__[1]
-    return model
-
-
 def _check_learns_from_boxes(model: nn.Module) -> None:
-    heads = getattr(model, "roi_heads", None)
-    for kind, key in (("mask", "MODEL.MASK_ON False"), ("keypoint", "MODEL.KEYPOINT_ON False")):
+    heads, proposals = getattr(model, "roi_heads", None), getattr(model, "proposal_generator", ...)
+    for kind in ("mask", "keypoint"):
         if getattr(heads, f"{kind}_on", False):
             raise UserError(
                 f"{type(model).__name__} has a {kind} head, but the data have only boxes: set "
-                f"{key} (LazyConfig: roi_heads.{kind}_in_features=null) in MODEL.DETECTRON2.OPTS"
+                f"MODEL.{kind.upper()}_ON False (LazyConfig: roi_heads.{kind}_in_features=null) in "
+                "MODEL.DETECTRON2.OPTS"
             )
-    for part in ("sem_seg_head", "panoptic_on"):
-        if hasattr(model, part):
-            raise UserError(
-                f"{type(model).__name__} learns to segment, but the data have only boxes: use a "
-                "model that detects boxes"
-            )
-    if not hasattr(model, "roi_heads") and hasattr(model, "proposal_generator"):
-        raise UserError(
-            f"{type(model).__name__} predicts proposals without classes: use a model that detects "
-            "boxes"
-        )
-    if getattr(model, "proposal_generator", True) is None:
-        raise UserError(
-            f"{type(model).__name__} takes proposals from a file, but the data have none: use a "
-            "model with a proposal generator"
-        )
+    other = ""
+    if hasattr(model, "sem_seg_head") or hasattr(model, "panoptic_on"):
+        other = "learns to segment, but the data have only boxes: use a model that detects boxes"
+    elif heads is None and proposals is not ...:
+        other = "predicts proposals without classes: use a model that detects boxes"
+    elif proposals is None:
+        other = "takes proposals from a file, which the data lack: use one that generates them"
+    if other:
+        raise UserError(f"{type(model).__name__} {other}")

@@ -64,8 +64,8 @@ def apply_tract(
         )
     variance = 1.0
     if unit == "standardised":
-        std = _pixel_std(model, pixel_std)
-        variance = _variance(std, pixel_format or getattr(model, "input_format", None))
+        order = pixel_format or getattr(model, "input_format", None)
+        variance = _variance(model, pixel_std, order)
     stem = find_stem(model) if stem is None else stem
     for name in [stem] if isinstance(stem, str) else stem:
         _check_channels(model, name)
@@ -78,28 +78,27 @@ def apply_tract(
         power=power,
         gram_patches=gram_patches,
     )
-    _hook(model)
+    if _before_forward not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     _LOG.info("TrAct on %s, %s", stem, lambda_in_words(lambda_, unit, variance))
     return model
 
 
-def _pixel_std(model: nn.Module, std: Sequence[float] | None) -> list[float]:
-    """`std`, or the model's own where it is None."""
-    if std is not None:
-        if not all(value > 0 for value in std):
-            raise TrActError(f"pixel_std (MODEL.PIXEL_STD) is {list(std)}: it must be positive")
-        return [float(value) for value in std]
-    buffer = getattr(model, "pixel_std", None)
-    if not isinstance(buffer, Tensor) or buffer.is_meta:
-        raise TrActError(
-            f"{type(model).__name__} has no pixel_std, which lambda_ is scaled by: set "
-            "pixel_std=[...] (MODEL.PIXEL_STD), or unit='trace'"
-        )
-    return buffer.flatten().tolist()
-
-
-def _variance(std: Sequence[float], pixel_format: str | None) -> float:
+def _variance(
+    model: nn.Module, pixel_std: Sequence[float] | None, pixel_format: str | None
+) -> float:
     """The variance of the model's input, in units of standardised pixels."""
+    if pixel_std is None:
+        buffer = getattr(model, "pixel_std", None)
+        if not isinstance(buffer, Tensor) or buffer.is_meta:
+            raise TrActError(
+                f"{type(model).__name__} has no pixel_std, which lambda_ is scaled by: set "
+                "pixel_std=[...] (MODEL.PIXEL_STD), or unit='trace'"
+            )
+        pixel_std = buffer.flatten().tolist()
+    std = [float(value) for value in pixel_std]
+    if not all(value > 0 for value in std):
+        raise TrActError(f"pixel_std (MODEL.PIXEL_STD) is {std}: it must be positive")
     if len(std) != 3:  # not RGB: each channel is compared with the mean over R, G and B
         return sum(input_variance([value] * 3) for value in std) / len(std)
     return input_variance(std[::-1] if pixel_format == "BGR" else std)
@@ -108,13 +107,13 @@ def _variance(std: Sequence[float], pixel_format: str | None) -> float:
 def _check_channels(model: nn.Module, stem: str) -> None:
     """Refuses a layer whose input cannot be the pixels."""
     mean, layer = getattr(model, "pixel_mean", None), dict(model.named_modules()).get(stem)
-    if isinstance(mean, Tensor) and isinstance(layer, nn.Conv2d):
-        channels = mean.numel()
-        if layer.in_channels != channels:
-            raise TrActError(
-                f"'{stem}' takes {layer.in_channels} channels and the images have {channels}, so "
-                "it is not the first layer: name the first layer by stem='...' (MODEL.TRACT.STEM)"
-            )
+    if not (isinstance(mean, Tensor) and isinstance(layer, nn.Conv2d)):
+        return
+    if layer.in_channels != mean.numel():
+        raise TrActError(
+            f"'{stem}' takes {layer.in_channels} channels and the images have {mean.numel()}, so "
+            "it is not the first layer: name the first layer by stem='...' (MODEL.TRACT.STEM)"
+        )
 
 
 def remove_tract(model: ModelT) -> ModelT:
@@ -130,15 +129,16 @@ def remove_tract(model: ModelT) -> ModelT:
     return model
 
 
-def _hook(model: nn.Module) -> None:
-    """Makes the model check its stem, and tell it the images' sizes, before each forward pass."""
-    if _before_forward not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-
-
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if model.training and torch.is_grad_enabled():
-        _check_learns(model)
+    """Refuses a training step that would be a plain one; tells the stem the sizes of the images."""
+    layers = [layer for layer in model.modules() if isinstance(layer, TrActLayer)]
+    is_tract = any(layer.training and layer.weight.requires_grad for layer in layers)
+    if model.training and torch.is_grad_enabled() and not is_tract:
+        raise TrActError(
+            f"no layer of this {type(model).__name__} learns by TrAct any more: since apply_tract "
+            "(MODEL.TRACT.ENABLED) its stem was replaced, frozen, or set to eval(); undo that, or "
+            "call tract_det.d2.remove_tract(model)"
+        )
     # The sizes stay set until the next batch: a checkpointed stem runs again in the backward pass.
     inputs = next(iter([*args, *kwargs.values()]), None)
     records = inputs if isinstance(inputs, list | tuple) else []
@@ -146,14 +146,3 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     sizes = [(i.shape[-2], i.shape[-1]) for i in images if isinstance(i, Tensor)]
     known = model.training and len(sizes) == len(records) > 0
     set_image_sizes(model, sizes if known else None, edges=True)
-
-
-def _check_learns(model: nn.Module) -> None:
-    """Refuses a training step that would be a plain one."""
-    layers = [layer for layer in model.modules() if isinstance(layer, TrActLayer)]
-    if not any(layer.training and layer.weight.requires_grad for layer in layers):
-        raise TrActError(
-            f"no layer of this {type(model).__name__} learns by TrAct any more: since apply_tract "
-            "(MODEL.TRACT.ENABLED) its stem was replaced, frozen, or set to eval(); undo that, or "
-            "call tract_det.d2.remove_tract(model)"
-        )

@@ -2,8 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,36 +12,23 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from tract_det.errors import UserError
+from tract_det.modeling.detector_forms import CONSTANTS
 from tract_det.modeling.detectron2_files import CAFFE2, Meta, is_detectron2, read_detectron2
 from tract_det.modeling.forms import flip_stem, is_resnet, is_vgg, to_form
 from tract_det.modeling.loading import LoadReport, load_matching
 from tract_det.modeling.weight_files import Weights, read_weights
-from tract_det.pixels import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    pixel_statistics,
-    rounded,
-    same_statistics,
-)
+from tract_det.pixels import pixel_statistics, rounded, same_statistics
 from tract_det.tract import find_stem
-
-
-def pixel_statistics_of(model: nn.Module) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of RGB in [0, 255] that a detectron2 model standardises with."""
-    step = -1 if model.input_format == "BGR" else 1
-    mean, std = (model.get_buffer(f"pixel_{name}").flatten().tolist() for name in ("mean", "std"))
-    return mean[::step], std[::step]
 
 
 def meta_of(model: nn.Module) -> Meta:
     """What a detectron2 model takes: what is checked of weights, and noted in those it saves."""
-    mean, std = pixel_statistics_of(model)
-    return {
-        "pixel_mean": mean,
-        "pixel_std": std,
-        "format": model.input_format,
-        "stride_in_1x1": _strides_in_1x1(model),
+    step = -1 if model.input_format == "BGR" else 1
+    statistics = {
+        name: model.get_buffer(name).flatten().tolist()[::step]  # of RGB in [0, 255]
+        for name in ("pixel_mean", "pixel_std")
     }
+    return statistics | {"format": model.input_format, "stride_in_1x1": _strides_in_1x1(model)}
 
 
 def _strides_in_1x1(model: nn.Module) -> bool | None:
@@ -79,23 +65,7 @@ def read(source: str) -> Weights:
     if not (path.is_file() and is_detectron2(path)):
         return read_weights(where)
     file = read_detectron2(path, f"MODEL.WEIGHTS {source}")
-    known = _known(file.meta.get("author"), file.state)
-    return Weights(source, file.state, known | file.meta)
-
-
-def _known(author: str | None, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What files that say nothing of themselves were trained on."""
-    if author == "torchvision":  # detectron2's own converter
-        statistics = {"pixel_mean": list(IMAGENET_MEAN), "pixel_std": list(IMAGENET_STD)}
-        return {"format": "RGB", "stride_in_1x1": False, **statistics}
-    if not any(re.match(r"res\d_\d+_branch", key) for key in state):
-        return {}
-    grouped = any(k.endswith("branch2b_w") and t.shape[1] < t.shape[0] for k, t in state.items())
-    if grouped:  # FAIR's ResNeXts; of their pixels, each has its own
-        return {"format": "BGR", "stride_in_1x1": False}
-    statistics = {"pixel_mean": list(IMAGENET_MEAN), "pixel_std": [1.0, 1.0, 1.0]}
-    has_gn = any("_gn_" in key for key in state)  # FAIR's; the others are MSRA's
-    return {"format": "BGR", "stride_in_1x1": not has_gn, **statistics}
+    return Weights(source, file.state, file.meta)
 
 
 def load_into(
@@ -135,31 +105,18 @@ def load_into(
     _check_input(takes, weights, pixel_mean, pixel_std, is_torchvision=is_torchvision)
     if _knows_other_classes(weights, class_names):
         state = {k: v for k, v in state.items() if ".box_predictor" not in k and "cls_" not in k}
-    state = {k: v for k, v in state.items() if not _is_constant(k) and v.isfinite().all()}
-    with _quietly(align_and_update_state_dicts.__module__):
+    state = {k: v for k, v in state.items() if not CONSTANTS.fullmatch(k) and v.isfinite().all()}
+    logger = logging.getLogger(align_and_update_state_dicts.__module__)
+    logger.disabled = True  # what is not loaded is in the report
+    try:
         is_caffe2 = weights.meta.get("author") == CAFFE2
         matched = align_and_update_state_dicts(own, state, c2_conversion=is_caffe2)
+    finally:
+        logger.disabled = False
     misshapen = _check_fit(model, own, matched, weights)
     fitting = {key: value for key, value in matched.items() if key not in misshapen}
     report = load_matching(model, own, fitting)
     return replace(report, left=[*report.left, *misshapen])
-
-
-def _is_constant(key: str) -> bool:
-    """Whether it is what a configuration says, and old files hold."""
-    return "cell_anchors" in key or key in ("pixel_mean", "pixel_std")
-
-
-@contextmanager
-def _quietly(name: str) -> Iterator[None]:
-    """What is not loaded is in the report."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _check_whole(own: Mapping[str, Tensor], weights: Weights, class_names: Sequence[str]) -> None:
@@ -179,22 +136,33 @@ def _check_whole(own: Mapping[str, Tensor], weights: Weights, class_names: Seque
         )
 
 
-def check_file(source: str, takes: Meta) -> None:
+def check_file(
+    source: str, form: str, mean: Sequence[float], std: Sequence[float], in_1x1: bool
+) -> None:
     """Refuses a file that says it is for other images or strides; detectron2 does not ask it.
 
+    A file that is not here, or that only detectron2 can read, is left to it.
+
     Args:
-        source: the file. One that is not here, or that only detectron2 can read, is left to it.
-        takes: what the model takes, as `meta_of` gives it.
+        source: the file.
+        form: "RGB" or "BGR", the order of the model's channels.
+        mean: the model's pixel statistics, in this order.
+        std: likewise.
+        in_1x1: whether the model's bottlenecks, if it has any, stride in their 1x1 convolution.
 
     Raises:
         UserError: the file says something else; says which keys to set.
     """
+    if len(mean) != 3 or not Path(source).is_file():
+        return
     try:
-        weights = read(source) if Path(source).is_file() else Weights(source, {}, {})
+        weights = read(source)
     except UserError:
         return
-    if not any(re.search(r"conv3\.weight|branch2c_w", key) for key in weights.state):
-        takes = takes | {"stride_in_1x1": None}  # no bottlenecks
+    step = -1 if form == "BGR" else 1
+    has_bottlenecks = any(re.search(r"conv3\.weight|branch2c_w", key) for key in weights.state)
+    takes: Meta = {"format": form, "pixel_mean": mean[::step], "pixel_std": std[::step]}
+    takes["stride_in_1x1"] = in_1x1 if has_bottlenecks else None
     _check_input(takes, weights, where="")
 
 

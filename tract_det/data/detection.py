@@ -5,7 +5,7 @@ detectors expect 1..K, with 0 for the background. `VOCDetection` is the only pla
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
-from tract_det.data.images import is_turned, orientation_of, read_upright
+from tract_det.data.images import is_turned, orientation_of, read_upright, upright_size
 from tract_det.data.voc import Annotation, VOCSplit
 from tract_det.errors import UserError
 
@@ -163,3 +163,20 @@ def check_size(annotation: Annotation, size: tuple[int, int]) -> None:
         f"{annotation.path}: the image is {size[0]} x {size[1]}{turned} but its annotation says "
         f"{stated[0]} x {stated[1]}: {mend}"
     )
+
+
+def check_headers(annotations: Sequence[Annotation]) -> None:
+    """Refuses images that are not as their annotations say, before any of them is decoded.
+
+    Raises:
+        UserError: As `check_size` for the first of them, with the number of the others.
+    """
+    problems = []
+    for annotation in annotations:
+        try:
+            check_size(annotation, upright_size(annotation.path))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(problems[0] + others)

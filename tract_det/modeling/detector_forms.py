@@ -39,7 +39,8 @@ _FPN = {
     **{f"backbone.fpn.layer_blocks.{i}.0.": f"backbone.fpn_output{i + 2}." for i in range(4)},
 }
 _FEATURES, _BODY, _BOTTOM_UP = (f"backbone.{name}." for name in ("features", "body", "bottom_up"))
-_CONSTANTS = re.compile(r"pixel_(mean|std)|.*cell_anchors.*")  # in old files of detectron2
+# What a configuration says, and old files of detectron2 hold.
+CONSTANTS = re.compile(r"pixel_(mean|std)|.*cell_anchors.*")
 _BACKGROUND = "background_bbox_pred"  # in the meta
 
 
@@ -86,7 +87,7 @@ def detector_from_detectron2(state: State, meta: Meta, source: str) -> tuple[Sta
     """
     heads = {new: old for old, new in (_HEADS | (_VGG if _is_vgg(state) else _FPN)).items()}
     _check_whole(state, heads, source)
-    state = {key: tensor for key, tensor in state.items() if not _CONSTANTS.fullmatch(key)}
+    state = {key: tensor for key, tensor in state.items() if not CONSTANTS.fullmatch(key)}
     places = (_BOTTOM_UP, _BODY)
     state = _rename(state, heads, places, resnet_name_from_detectron2, source)
     classes = len(state[_CLASSES + "bias"]) - 1

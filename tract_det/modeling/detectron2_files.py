@@ -25,6 +25,7 @@ from tract_det.files import atomically
 from tract_det.modeling.choices import CHANNELS
 from tract_det.modeling.detector_forms import detector_from_detectron2, is_detectron2_detector
 from tract_det.modeling.forms import Meta, State, flip_stem, from_detectron2, is_vgg
+from tract_det.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 CAFFE2 = "Caffe2"  # the author that detectron2 assumes for files that name none
 _TORCHVISION = "torchvision"  # the author that detectron2's converter writes
@@ -38,7 +39,7 @@ class Detectron2File:
 
     Attributes:
         state: name to tensor.
-        meta: what the file says of itself, without the keys that it is silent about: `author`
+        meta: what the file says of itself or is known of its author, without other keys: `author`
             (`CAFFE2` for the bare arrays of Detectron and Caffe2), `format` ("RGB" or "BGR"),
             `pixel_mean` and `pixel_std` (of RGB in [0, 255]), `stride_in_1x1`, and the meta that
             this project writes.
@@ -77,7 +78,27 @@ def read_detectron2(path: Path, source: str, *, channels: str = "") -> Detectron
     arrays = {str(k): v for k, v in arrays.items() if not str(k).endswith("_momentum")}
     others = [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]
     state = {key: _tensor(arrays[key], source) for key in arrays if key not in others}
-    return Detectron2File(state, _meta(content, author, channels), others)
+    meta = _known(author, state) | _meta(content, author, channels)
+    return Detectron2File(state, meta, others)
+
+
+def _known(author: str | None, state: State) -> Meta:
+    """What files that say nothing of themselves were trained on."""
+    if author == _TORCHVISION:
+        statistics = {"pixel_mean": list(IMAGENET_MEAN), "pixel_std": list(IMAGENET_STD)}
+        return {"format": "RGB", "stride_in_1x1": False, **statistics}
+    if not _has_caffe2s_names(state):
+        return {}
+    grouped = any(k.endswith("branch2b_w") and t.shape[1] < t.shape[0] for k, t in state.items())
+    if grouped:  # FAIR's ResNeXts; of their pixels, each has its own
+        return {"format": "BGR", "stride_in_1x1": False}
+    statistics = {"pixel_mean": list(IMAGENET_MEAN), "pixel_std": [1.0, 1.0, 1.0]}
+    has_gn = any("_gn_" in key for key in state)  # FAIR's; the others are MSRA's
+    return {"format": "BGR", "stride_in_1x1": not has_gn, **statistics}
+
+
+def _has_caffe2s_names(state: State) -> bool:
+    return any(re.match(r"res\d_\d+_branch", key) for key in state)
 
 
 def read_as_torchvision(
@@ -95,8 +116,7 @@ def read_as_torchvision(
         UserError: it is another network, or torchvision's ResNet cannot compute what it does.
     """
     file = read_detectron2(path, source, channels=channels)
-    if file.meta.get("author") == CAFFE2 or file.others:
-        _check_caffe2(file.state, source)
+    if file.others:
         raise _not_detectron2(source)
     return as_torchvision(file.state, file.meta, source, stride_in_3x3=stride_in_3x3)
 
@@ -123,29 +143,26 @@ def as_torchvision(
     meta = dict(meta)
     keys = ("author", *_PROPERTIES.values(), "detectron2")
     author, order, in_1x1, _ = (meta.pop(key, None) for key in keys)
-    _check_caffe2(state, source)
-    is_torchvision = author == _TORCHVISION
+    if _has_caffe2s_names(state):
+        raise UserError(
+            f"{source} has Caffe2's names: such ResNets (MSRA's) stride in the 1x1 convolution and "
+            "torchvision's in the 3x3; take weights of torchvision instead"
+        )
+    if author == CAFFE2:
+        raise _not_detectron2(source)
     if is_detectron2_detector(state):
         state, meta = detector_from_detectron2(state, meta, source)
     else:
         state = from_detectron2(state, source)
     if not is_vgg(state):
-        _check_stride(state, source, in_1x1, stride_in_3x3 or is_torchvision)
-    order = order or channels or ("RGB" if is_torchvision else "")  # the converter leaves it out
+        _check_stride(state, source, in_1x1, stride_in_3x3)
+    order = order or channels
     if order not in CHANNELS:
         raise UserError(
             f"{source} does not say whether it takes RGB or BGR: convert it with "
             "tools/convert_weights.py and --input-format"
         )
     return flip_stem(state) if order == "BGR" else state, meta
-
-
-def _check_caffe2(state: State, source: str) -> None:
-    if any(re.match(r"res\d_\d+_branch", key) for key in state):
-        raise UserError(
-            f"{source} has Caffe2's names: such ResNets (MSRA's) stride in the 1x1 convolution and "
-            "torchvision's in the 3x3; take weights of torchvision instead"
-        )
 
 
 def write_detectron2(path: Path, state: State, meta: Meta, channels: str, source: str) -> None:
