@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -130,6 +130,24 @@ def test_an_image_is_turned_upright_as_pillow_turns_it(tree, write_annotation, o
     image, _ = read(tree)[0]
     assert np.array_equal(image.permute(1, 2, 0), expected)
     assert images.upright_size(path) == (width, height)
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_counts_as_well(tree):
+    """Encoders may write it there, and Pillow finds it there."""
+    data, silent = oriented(tree, 6).read_bytes(), tree.image("b.png", size=(20, 10)).read_bytes()
+    start = data.index(b"eXIf") - 4
+    length = 12 + int.from_bytes(data[start : start + 4], "big")
+    end = silent.index(b"IEND") - 4
+    path = tree.root / "JPEGImages" / "c.png"
+    path.write_bytes(silent[:end] + data[start : start + length] + silent[end:])
+    assert images.orientation_of(path) == 6 and images.upright_size(path) == (10, 20)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_to_look_for_an_orientation_decodes_no_pixels(tree, monkeypatch, name):
+    path = tree.image(name, size=(20, 10), dpi=(72, 72))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
+    assert images.orientation_of(path) == 1 and images.upright_size(path) == (20, 10)
 
 
 def test_a_missing_size_is_that_of_the_upright_image(tree):

@@ -1,5 +1,6 @@
 """Decodes image files of any kind to (3, H, W) uint8 RGB, as stored or turned upright."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from tract_det.errors import UserError
 
@@ -29,6 +31,10 @@ _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
 }
 
 
+# What an orientation may stand in before the pixels of a PNG, by Pillow's names.
+_SAY = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+
+
 class CorruptImageError(UserError):
     """The file exists but does not decode."""
 
@@ -43,11 +49,29 @@ def orientation_of(path: Path) -> int:
 
 
 def _orientation(image: Image.Image) -> int:
+    if (
+        isinstance(image, PngImageFile)
+        and not _SAY & image.info.keys()
+        and _ends_with_pixels(image.filename)
+    ):
+        return 1  # `getexif` would decode the pixels to look behind them
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF, which viewers and detectron2 ignore as well
         return 1
     return value if value in _TURNS else 1
+
+
+def _ends_with_pixels(png: str | bytes) -> bool:
+    """Whether nothing follows the pixels of a PNG file: each of its parts says how long it is."""
+    kinds = []
+    with open(png, "rb") as file:  # noqa: PTH123 - Pillow gives the name as text
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            kinds.append(head[4:])
+            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    after = kinds[kinds.index(b"IDAT") :] if b"IDAT" in kinds else [b""]
+    return set(after) <= {b"IDAT", b"IEND"}
 
 
 def is_turned(orientation: int) -> bool:
