@@ -49,13 +49,19 @@ def _damping(total: Tensor, count: Tensor, lambda_: float, relative: bool) -> Te
 
 
 def _needs_float64(dZ: Tensor, total: Tensor, count: Tensor, lambda_: float, key: int) -> bool:
-    """Whether `dZ^T X` has to be computed in float64."""
+    """Whether `dZ^T X` has to be computed in float64.
+
+    Never on an accelerator: to read the answer back would wait for it, and centred products suffice
+    there (`launches`).
+    """
     if is_accelerated(dZ):
         return False
+    if float64_is_cheap(dZ, total.shape[-1]):
+        return True
     value, relative, _ = _settings(lambda_, key)
-    count = count.clamp(min=1)
-    damping = effective_lambda(trace(total) / count / total.shape[-1], value, relative)
-    return float64_is_cheap(dZ, total.shape[-1]) or needs_float64(trace(total) / count, damping)
+    gram_trace = trace(total) / count.clamp(min=1)
+    damping = effective_lambda(gram_trace / total.shape[-1], value, relative)
+    return needs_float64(gram_trace, damping)
 
 
 def prepared(

@@ -186,11 +186,11 @@ def gram_sum(x: Tensor, windows: Windows) -> Tensor:
         return x.new_zeros((K, K), dtype=torch.float64)
     image = x.mean(0, dtype=torch.float64)
     centre = image.mean((1, 2), dtype=torch.bfloat16)
-    with products_for_gram(x):
-        by_rows = _takes_rows(windows)
-        gram = (_gram_by_rows if by_rows else _gram_by_patches)(x, windows, centre)
-    # Of an image, as all that follows: `X^T 1` is the sum of the mean image's patches.
+    # `X^T 1` of one image, as what is put back is: the sum of the mean image's patches.
     sums = _taps(image[None], windows, 0, windows.out[0]).sum((0, 2, 3)).flatten()
+    del image  # its memory is the blocks'
+    with products_for_gram(x):
+        gram = (_gram_by_rows if _takes_rows(windows) else _by_patches)(x, windows, centre)
     c = _by_tap(centre, windows)
     u = torch.sub(sums, c, alpha=math.prod(windows.out) / 2)
     return gram.addr_(u, c, alpha=len(x)).addr_(c, u, alpha=len(x))
@@ -236,19 +236,22 @@ def _from_lags(by_lag: Tensor, C: int) -> Tensor:
     return gram.reshape(kh * F, kh * F)
 
 
-def _gram_by_patches(x: Tensor, windows: Windows, centre: Tensor) -> Tensor:
+def _by_patches(x: Tensor, windows: Windows, centre: Tensor, dZ: Tensor | None = None) -> Tensor:
+    """`Y^T Y`, `(K, K)`, of whole patches; or `dZ^T Y`, `(M, K)`."""
     B, C = x.shape[:2]
     K, Wo = C * math.prod(windows.kernel), windows.out[1]
     dtype = _product_dtype(x, windows)
     buffer, mean = _Buffer(x, dtype), centre.to(dtype)
+    gradients, M = (None, K) if dZ is None else (_Gradients(dZ, dtype), dZ.shape[1])
     group = _group(B, windows)
-    row_bytes = dtype.itemsize * 2 * K * Wo
-    sums = dtype.itemsize * K * K * -(-B // group)
+    row_bytes = dtype.itemsize * (2 * K + (0 if dZ is None else M)) * Wo
+    sums = dtype.itemsize * M * K * -(-B // group)
     blocks = _blocks(B, windows.out[0], row_bytes, sums=sums, group=group)
-    total = x.new_zeros((_most_groups(blocks, group), K, K), dtype=dtype)
+    total = x.new_zeros((_most_groups(blocks, group), M, K), dtype=dtype)
     for block in blocks:
         Y = _unfold_patches(x, windows, block, group, mean, buffer)
-        total[: len(Y)].baddbmm_(Y, Y.mT)
+        left = Y if gradients is None else gradients.by_groups(block, group)
+        total[: len(Y)].baddbmm_(left, Y.mT)
     return total.sum(0, dtype=torch.float64)
 
 
@@ -270,11 +273,11 @@ def gradient_sum(x: Tensor, dZ: Tensor, windows: Windows) -> tuple[Tensor, Tenso
     centre = x.mean((0, 2, 3), dtype=torch.bfloat16)
     with products_for_gradient(dZ):
         by_rows = _takes_rows(windows)
-        gradient = (_gradient_by_rows if by_rows else _gradient_by_patches)(x, dZ, windows, centre)
+        gradient = (_gradient_by_rows if by_rows else _by_patches)(x, windows, centre, dZ)
     return gradient.addr_(sum_dZ, _by_tap(centre, windows)), sum_dZ
 
 
-def _gradient_by_rows(x: Tensor, dZ: Tensor, windows: Windows, centre: Tensor) -> Tensor:
+def _gradient_by_rows(x: Tensor, windows: Windows, centre: Tensor, dZ: Tensor) -> Tensor:
     (kh, kw), (sh, sw), _, _, (Ho, Wo) = windows
     (B, C), M = x.shape[:2], dZ.shape[1]
     F = C * kw
@@ -291,23 +294,6 @@ def _gradient_by_rows(x: Tensor, dZ: Tensor, windows: Windows, centre: Tensor) -
         total[block.top : block.bottom].baddbmm_(gradients.by_rows(block), X.mT)
     by_tap = total.sum(0, dtype=torch.float64).view(M, kh, C, kw)
     return by_tap.transpose(1, 2).reshape(M, kh * F)
-
-
-def _gradient_by_patches(x: Tensor, dZ: Tensor, windows: Windows, centre: Tensor) -> Tensor:
-    (B, C), M = x.shape[:2], dZ.shape[1]
-    K, Wo = C * math.prod(windows.kernel), windows.out[1]
-    dtype = _product_dtype(x, windows)
-    buffer, mean = _Buffer(x, dtype), centre.to(dtype)
-    gradients = _Gradients(dZ, dtype)
-    group = _group(B, windows)
-    row_bytes = dtype.itemsize * (2 * K + M) * Wo
-    sums = dtype.itemsize * M * K * -(-B // group)
-    blocks = _blocks(B, windows.out[0], row_bytes, sums=sums, group=group)
-    total = x.new_zeros((_most_groups(blocks, group), M, K), dtype=dtype)
-    for block in blocks:
-        Y = _unfold_patches(x, windows, block, group, mean, buffer)
-        total[: len(Y)].baddbmm_(gradients.by_groups(block, group), Y.mT)
-    return total.sum(0, dtype=torch.float64)
 
 
 class _Gradients:

@@ -46,17 +46,12 @@ def effective_lambda(mean_square: Tensor, lambda_: float, relative: bool) -> Ten
 
 
 def needs_float64(gram_trace: Tensor, damping: Tensor) -> bool:
-    """Whether float32 would lose the gradient in the solve.
-
-    Asked on a CPU only: on an accelerator, reading the answer back would synchronise. There the
-    solve is always float64, and centred products suffice (`launches`).
+    """Whether float32 would lose the gradient in the solve. It is asked on a CPU only.
 
     Args:
         gram_trace: `trace(G)`, `(groups,)`.
         damping: `(groups,)`.
     """
-    if is_accelerated(gram_trace):
-        return False
     return bool((gram_trace > _FLOAT32_CONDITION * damping).any())
 
 
@@ -71,7 +66,7 @@ def float64_is_cheap(dZ: Tensor, K: int) -> bool:
         K: patch length.
     """
     few = dZ.numel() <= FEW_PATCHES * K * dZ.shape[1]
-    return not is_accelerated(dZ) and (few or 2 * dZ.numel() * K <= _CHEAP_FLOPS)
+    return few or 2 * dZ.numel() * K <= _CHEAP_FLOPS
 
 
 def damped_factor(gram: Tensor, lambda_: float | Tensor, *, dtype: torch.dtype) -> Tensor:
