@@ -1,5 +1,6 @@
 """Config files: found by name, also by the names of earlier versions, and read with their bases."""
 
+import copy
 import difflib
 import re
 import warnings
@@ -99,13 +100,7 @@ def _lay_over(below: dict[str, Any], above: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping) and isinstance(below.get(key), dict):
             _lay_over(below[key], value)
         else:
-            below[key] = _copy_of_sections(value)
-
-
-def _copy_of_sections(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    return {key: _copy_of_sections(item) for key, item in value.items()}
+            below[key] = copy.deepcopy(value)  # a later file may change the section
 
 
 def layers(path: Path) -> list[tuple[Path, Mapping[str, Any]]]:

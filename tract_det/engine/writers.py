@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ class Writers:
         if not distributed.is_main():
             return
         _keep_until(self._path, start)
-        _silence_board()
+        self._hook = threading.excepthook
+        threading.excepthook = partial(_without_board, self._hook)
         self._board = SummaryWriter(str(output), purge_step=start + 1)
         if sys.stderr.isatty():
             self._bar = tqdm(total=max_iter, initial=start, unit="step", dynamic_ncols=True)
@@ -157,6 +159,7 @@ class Writers:
         if self._board is not None:
             with suppress(OSError):  # the figures are in metrics.jsonl
                 self._board.close()
+            threading.excepthook = self._hook
         if self.seconds:
             say(
                 f"trained {self.images} images in {clock(self.seconds)}: "
@@ -165,16 +168,13 @@ class Writers:
             )
 
 
-def _silence_board() -> None:
+def _without_board(
+    hook: Callable[[threading.ExceptHookArgs], object], args: threading.ExceptHookArgs
+) -> None:
     """Leaves it to the next line to say that TensorBoard's thread could not write, in one line."""
-    before = threading.excepthook
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        is_board = type(args.thread).__module__.startswith("tensorboard.")
-        if not (is_board and isinstance(args.exc_value, OSError)):
-            before(args)
-
-    threading.excepthook = hook
+    is_board = type(args.thread).__module__.startswith("tensorboard.")
+    if not (is_board and isinstance(args.exc_value, OSError)):
+        hook(args)
 
 
 def _keep_until(path: Path, iteration: int) -> None:
