@@ -136,6 +136,8 @@ def test_the_list_the_rows_of_one_experiment_and_a_command(capsys):
     row = ROWS["cifar100/ResNet18/tract-200"]
     words = ["tract-det", "pretrain", *row.arguments(), "DATASETS.ROOT", "my data"]
     assert shlex.split(command) == words
+    assert call("paper", ["cifar100/ResNet18/tract-200", "--resume", "LOG_PERIOD", "5"]) == 0
+    assert "tract-det pretrain --resume --config-file" in capsys.readouterr().out
 
 
 def test_a_row_that_is_not_there_not_carried_or_not_one_is_refused():

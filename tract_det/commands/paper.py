@@ -22,17 +22,19 @@ from tract_det.config.paper import Row, find_rows
 from tract_det.errors import UserError
 
 _MODULE = "tract_det.cli"
+_PASSED_ON = ("--resume", "--overwrite", "--eval-only")
 
 
 def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Lists, prints or runs; returns the exit code."""
     parser.add_argument("row", nargs="?", default="", metavar="ROW", help="EXPERIMENT/ROW/VARIANT")
     parser.add_argument("--run", action="store_true", help="run the row's command")
+    for flag in _PASSED_ON:
+        parser.add_argument(flag, action="append_const", const=flag, dest="flags", help="passed on")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="appended")
-    args = parser.parse_args(argv)
-    if "--run" in args.opts:  # argparse leaves everything after ROW to the pairs
-        args.opts.remove("--run")
-        args.run = True
+    # argparse would leave a flag after ROW to the pairs.
+    flags = [argument for argument in argv if argument in ("--run", *_PASSED_ON)]
+    args = parser.parse_args([*flags, *(argument for argument in argv if argument not in flags)])
     refuse_half_pairs(args.opts)
     rows = find_rows(args.row)
     if rows[0].name != args.row:
@@ -50,7 +52,7 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     if row.after:
         print(f"# starts from the weights of {row.after}: run that first")
     seed = dict(zip(args.opts[::2], args.opts[1::2], strict=True)).get("SEED", "0")
-    arguments = [row.verb, *row.arguments(seed), *args.opts]
+    arguments = [row.verb, *(args.flags or []), *row.arguments(seed), *args.opts]
     print(shlex.join([*_launcher(processes, python=False), *arguments]), flush=True)
     if not args.run:
         return 0
