@@ -25,7 +25,7 @@ ALLOWED = {
     ),
     "engine": (
         {"engine", "distributed", "errors", "files", "version"},
-        {"torch", "fvcore", "tqdm", "deepspeed", "timm"},
+        {"torch", "fvcore", "tqdm", "deepspeed", "timm", "numpy"},
     ),
     "d2": (
         {"d2", "tract", "modeling", "data", "evaluation", "engine", "pixels", "errors", "files"},
@@ -40,7 +40,7 @@ ALLOWED = {
     "commands": ({*ROOMS, *SMALL, "commands", "visualize"}, set()),
     "cli": ({"commands", "errors", "version"}, set()),
     "visualize": ({"errors", "files"}, {"torch", "torchvision", "numpy", "PIL", "matplotlib"}),
-    "distributed": (set(), {"torch"}),
+    "distributed": ({"errors"}, {"torch"}),
     "files": ({"errors"}, set()),
     "pixels": ({"errors"}, set()),
     "errors": (set(), set()),

@@ -33,8 +33,8 @@ def steps(task, load_cfg, config_file, arguments):
     engine, ema = session.prepare(cfg, built, device)
     plan = task.plan(cfg, len(training))
     evaluation = task.evaluation(cfg, test, built.meta, device)
-    this_run = session.build_run(task, cfg, plan, built, engine, ema, evaluation)
-    this_run.start(resume=False)
+    this_run = session.build_run(task, cfg, plan, built, engine, ema, evaluation, training)
+    this_run.start(None)
     loader = task.loader(cfg, training, built.meta, 0)
     batches = list(islice(loader, 3 * cfg.SOLVER.ACCUMULATION))  # what readers do does not count
     found = [Counter()]

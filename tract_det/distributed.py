@@ -1,11 +1,14 @@
 """Rank, world size and the few collectives needed; all work without a process group as well."""
 
 import os
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from tract_det.errors import UserError
 
 T = TypeVar("T")
 
@@ -62,6 +65,33 @@ def gather(item: T) -> list[T]:
     items: list[Any] = [None] * world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def on_every_rank(work: Callable[[], T]) -> list[T]:
+    """Calls `work` on every rank; returns all results, or fails on every rank if it fails on one.
+
+    Raises:
+        UserError: that of the first rank that failed.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except UserError as failure:
+        error = str(failure)
+    outcomes = gather((result, error))
+    for _, message in outcomes:
+        if message is not None:
+            raise UserError(message)
+    return [outcome for outcome, _ in outcomes]  # type: ignore[misc]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Calls `work` on the main rank, and returns its result on every rank.
+
+    Raises:
+        UserError: that of the main rank, on every rank.
+    """
+    return on_every_rank(lambda: work() if is_main() else None)[0]  # type: ignore
 
 
 class AnyRank:

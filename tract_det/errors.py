@@ -1,5 +1,8 @@
 """The errors that a tool prints as a single line, without a traceback."""
 
+from collections.abc import Mapping
+from typing import Any
+
 _LONGEST = 2_000
 _ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
@@ -24,9 +27,17 @@ class UserError(ValueError):
 
 
 class DivergedError(UserError):
-    """A loss or an output is not finite; with the same settings it would be so again."""
+    """A loss or an output is not finite; with the same settings it would be so again.
+
+    Attributes:
+        facts: what is known of the step, by name: plain values.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, facts: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.facts = dict(facts or {})
 
 
 def shortened(text: str, length: int = 40) -> str:

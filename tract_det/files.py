@@ -49,6 +49,15 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"{path} cannot be written: {error.strerror or error}{mend}")
 
 
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_binary(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a binary file; see `atomically`.
 

@@ -9,10 +9,12 @@ from torch import nn
 from tests.conftest import run_python
 from tests.counts import Waits
 from tract_det.engine import ds
+from tract_det.errors import UserError
 
 FAULTS = """
 import resource, torch
 from tract_det.engine import ds
+from tract_det.errors import UserError
 ds.start("cpu")
 def step():
     return torch.ones(64, 1024, 256).sum()  # 64 MiB
@@ -41,6 +43,7 @@ THREADS = """
 import pathlib, torch
 from torch import nn
 from tract_det.engine import ds
+from tract_det.errors import UserError
 def threads():
     names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
     return sum("gloo" in name for name in names)
@@ -120,3 +123,24 @@ def test_deepspeed_waits_for_the_device_only_where_it_is_told_to():
     for needs_it in ({"stage": 0}, {"stage": 3}, {"stage": 1, "offload_optimizer": {}}):
         assert zero(**needs_it) == needs_it
     assert zero(clip_norm=1.0, stage=2) == {"stage": 2}
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (
+            {"wall_clock_brakdown": True},
+            r"DEEPSPEED\.wall_clock_brakdown: this version of DeepSpeed",
+        ),
+        ({"zero_optimization": {"stag": 1}}, "DEEPSPEED: DeepSpeed refuses it: stag: Extra inputs"),
+        ({"zero_optimization": {"reduce_bucket_size": "a"}}, "refuses it: reduce_bucket_size: "),
+        ({"amp": {"enabled": True}}, "DeepSpeed refuses it: .*AMP"),
+    ],
+)
+def test_a_key_that_deepspeed_does_not_take_is_refused_in_a_line(extra, words):
+    ds.start("cpu")
+    with pytest.raises(UserError, match=words) as refusal:
+        ds.check_config(ds.ds_config(batch_size=1, accumulation=1, extra=extra))
+    assert "\n" not in str(refusal.value)
+    ds.check_config(ds.ds_config(batch_size=1, accumulation=1, extra={"prescale_gradients": False}))
+    ds.stop()

@@ -12,7 +12,7 @@ from tests.training.runs import log, results, run_here, weights
 from tract_det.cli import call
 from tract_det.config.classification import load_cfg
 from tract_det.errors import UserError
-from tract_det.training.classification import build_model, identity, make_plan
+from tract_det.training.classification import build_model, make_plan
 
 
 def train(root, output, *flags, **changes):
@@ -120,15 +120,6 @@ def test_rotations_policies_and_the_small_pool_reach_the_run(folder, tmp_path):
     assert len(losses) == 4
     meta = torch.load(tmp_path / "pooled/model_final.pth", weights_only=True)["meta"]
     assert meta["small_pool"] is True
-
-
-def test_a_resumed_run_shares_its_rotation_and_small_pool():
-    before, rotated, pooled = (
-        identity(load_cfg("CIFAR/cpu_small.yaml", pairs))
-        for pairs in ([], ["INPUT.ROTATION", "15"], ["MODEL.SMALL_POOL", "True"])
-    )
-    assert before["INPUT.ROTATION"] == 0 and "ROTATION" not in before["INPUT"]
-    assert before not in (rotated, pooled)
 
 
 def test_a_frozen_stem_stays_and_its_weights_evaluate_to_the_same_counts(folder, tmp_path):

@@ -249,14 +249,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(voc_tree, 
 
 
 @pytest.mark.parametrize("period", ["SOLVER__CHECKPOINT_PERIOD", "TEST__EVAL_PERIOD"])
-def test_a_run_that_diverged_between_two_lines_of_the_log_leaves_nothing(
+def test_a_run_that_diverged_between_two_lines_of_the_log_leaves_no_weights(
     voc_tree, tmp_path, period
 ):
     changes = {"SOLVER__BASE_LR": 1e30, "SOLVER__MAX_ITER": 9, "LOG_PERIOD": 9, period: 4}
     with pytest.raises(DivergedError, match=r"the loss is not finite at step [234]: .* images: a0"):
         call("train", tiny_options(voc_tree, tmp_path, **changes))
     names = {path.name for path in tmp_path.iterdir()}
-    assert not names & {"last_checkpoint", "model_best.pth", "model_final.pth", "metrics.jsonl"}
+    assert not names & {"last_checkpoint", "checkpoints", "model_best.pth", "model_final.pth"}
+    replay = json.loads((tmp_path / "diverged_rank_0.json").read_text())
+    assert list(log(tmp_path)) == list(range(1, replay["step"])) and len(replay["images"]) > 0
 
 
 def test_a_pointer_to_a_checkpoint_that_is_not_there_is_no_checkpoint(voc_tree, tmp_path):

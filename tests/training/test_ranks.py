@@ -159,6 +159,29 @@ def test_two_ranks_resume_as_if_they_had_not_stopped(two_ranks, folder, tmp_path
     assert_same_bits(tmp_path / "a", tmp_path / "b", ["model_final.pth", "model_final_ema.pth"])
 
 
+@pytest.mark.parametrize("first", ["one rank", "two ranks"])
+@pytest.mark.parametrize(
+    ("stage", "later"),
+    [(0, 0), (2, 2), *(pytest.param(a, b, marks=pytest.mark.slow) for a, b in ((1, 3), (3, 1)))],
+)
+def test_a_run_goes_on_with_another_number_of_ranks(
+    two_ranks, folder, whole, tmp_path, first, stage, later
+):
+    """And with another number of micro-batches; where they differ, another stage of ZeRO."""
+    changes = {
+        **STEP, "SOLVER__CHECKPOINT_EPOCHS": 0.01, "SOLVER__CHECKPOINT_KEEP": 9,
+        "DEEPSPEED__zero_optimization__stage3_param_persistence_threshold": 0,
+        "DEEPSPEED__zero_optimization__stage": stage,
+    }  # fmt: skip
+    runs = [run_here, two_ranks.run] if first == "one rank" else [two_ranks.run, run_here]
+    runs[0]("pretrain", *options(folder, tmp_path, **changes))
+    (tmp_path / "last_checkpoint").write_text("iter_0000003")
+    changes |= {"DEEPSPEED__zero_optimization__stage": later, "SOLVER__ACCUMULATION": 1}
+    printed = runs[1]("pretrain", "--resume", *options(folder, tmp_path, **changes))
+    assert "at step 3" in printed
+    assert_close(tmp_path, whole)
+
+
 @pytest.mark.slow
 def test_interrupted_and_resumed_is_uninterrupted(folder, tmp_path):
     """SIGTERM in the middle of a log period, with micro-batches, a moving average, batch norm."""
@@ -217,11 +240,11 @@ def test_two_ranks_stopped_and_resumed_keep_batch_norm_statistics_of_their_own(
     assert code != 0 and not (tmp_path / "b/model_final.pth").exists(), printed
     tag = (tmp_path / "b/last_checkpoint").read_text().strip()
     assert 5 <= int(tag.removeprefix("iter_")) < 12, printed
-    state = torch.load(
-        next((tmp_path / "b/checkpoints" / tag).glob("mp_rank_*model_states.pt")),
-        weights_only=False,
+    folder_of = tmp_path / "b/checkpoints" / tag
+    first, second = (
+        torch.load(folder_of / f"rank_000{rank}.pt", weights_only=True)["buffers"]
+        for rank in (0, 1)
     )
-    first, second = state["buffers"]
     assert not torch.equal(first["model.bn1.running_mean"], second["model.bn1.running_mean"])
     two_ranks.run("pretrain", "--resume", *options(folder, tmp_path / "b", **changes))
     assert log(tmp_path / "b") == log(tmp_path / "a")

@@ -85,6 +85,8 @@ def solver_keys() -> dict[str, Any]:
         "WARMUP_FACTOR": 0.001,
         # CLIP_VALUE is the upper bound of the norm over all gradients.
         "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_VALUE": 1.0},
+        # How many checkpoints are kept; when the newest is damaged, --resume takes the one before.
+        "CHECKPOINT_KEEP": 3,
         "AMP": {"ENABLED": False},  # True: bf16 autocast around the forward pass
     }
 
@@ -140,6 +142,7 @@ SHARED_RANGES: dict[str, Rule] = {
     "SOLVER.GAMMA": NOT_NEGATIVE,
     "SOLVER.WARMUP_FACTOR": FRACTION,
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
+    "SOLVER.CHECKPOINT_KEEP": COUNT,
     "TEST.IMS_PER_BATCH": COUNT,
 }
 

@@ -1,28 +1,47 @@
-"""Checkpoints: DeepSpeed's whole state to resume from, and plain fp32 weights to use elsewhere.
+"""Checkpoints: the whole state to resume from, and plain fp32 weights to use elsewhere.
 
-    OUTPUT_DIR/last_checkpoint            the name of the newest complete checkpoint
-    OUTPUT_DIR/checkpoints/iter_0001000/  DeepSpeed's files
+    OUTPUT_DIR/checkpoints/iter_0001000/
+        model.pt                    weights, their moving average, what the run has counted
+        rank_0000.pt, ...           of each rank: optimizer, random state, batch norm's buffers
+        manifest.json               checksums of these files, and what a resumed run must share
+    OUTPUT_DIR/last_checkpoint      the name of the newest: edit it to go on from an older one
     OUTPUT_DIR/model_best.pth, model_final.pth
 
-`last_checkpoint` and the `.pth` files appear only when what they name or hold is complete.
+All files are plain values and tensors, which are read without running code. A folder appears under
+its name when all of it is on the disk; so do the other files. A checkpoint fits any number of ranks
+and any stage of ZeRO.
 """
 
 import errno
+import json
+import os
+import pickle
 import shutil
-from collections.abc import Mapping
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import nn
 
 from tract_det import distributed
-from tract_det.engine import ds
+from tract_det.engine import ds, optimizer_state
+from tract_det.engine.writers import say
 from tract_det.errors import UserError
-from tract_det.files import cannot_write, write_binary, write_text
+from tract_det.files import cannot_write, plain_values, sync_folder, write_binary, write_text
 
 _POINTER = "last_checkpoint"
 _FOLDER = "checkpoints"
+_MODEL = "model.pt"
+_MANIFEST = "manifest.json"
+_CHUNK = 2**22  # bytes
 
 
 def save_weights(path: Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
@@ -35,6 +54,9 @@ def save_weights(path: Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
     write_binary(path, lambda file: torch.save(content, file))
 
 
+# What a rank has of its own
+
+
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -42,96 +64,407 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
-def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """This rank's floating-point buffers, on the CPU: batch norm statistics of its own images."""
-    return {
-        name: buffer.detach().cpu().clone()
-        for name, buffer in model.named_buffers()
-        if buffer.is_floating_point()
-    }
+def _buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """This rank's floating-point buffers: batch norm's statistics of its own images."""
+    return {k: buffer for k, buffer in model.named_buffers() if buffer.is_floating_point()}
 
 
-def restore_buffers(model: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Restores what `buffers_of` returned, in place."""
-    for name, value in buffers.items():
-        model.get_buffer(name).copy_(value)
+def _restore_buffers(model: nn.Module, saved: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Gives a model this rank's buffers, in place; with other ranks than before, their mean.
+
+    Args:
+        model: any.
+        saved: of each rank that saved.
+    """
+    is_same = len(saved) == distributed.world_size()
+    for name in saved[0]:
+        buffer = model.get_buffer(name)
+        if is_same:
+            buffer.copy_(saved[distributed.rank()][name])
+        else:
+            buffer.copy_(torch.stack([buffers[name] for buffers in saved]).mean(0))
 
 
-def save(engine: Any, output: Path, iteration: int, state: Mapping[str, Any]) -> None:
-    """Saves everything that resuming needs, then deletes older checkpoints.
+# Saving
 
-    Every rank must call it.
+
+def save(
+    engine: Any,
+    output: Path,
+    iteration: int,
+    *,
+    keep: int,
+    shared: Mapping[str, Any],
+    own: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    average: nn.Module | None = None,
+) -> "Future[None]":
+    """Saves everything that resuming needs, then deletes the oldest checkpoints.
+
+    Every rank must call it, and wait for what it returns before the next call. When it returns, the
+    checkpoint can be resumed from, and a crash of this process does not harm it. That it is on the
+    disk itself, for a crash of the machine, is seen to beside the training; until then the
+    checkpoints before it stay.
 
     Args:
         engine: as `ds.initialize` makes it.
         output: the run's folder.
         iteration: number of steps done.
-        state: plain values that `load` returns.
+        keep: how many checkpoints are kept, this one included.
+        shared: plain values that are equal on all ranks.
+        own: plain values of this rank.
+        identity: what a resumed run must share, by name; see `config.resuming`.
+        average: the moving average of the model, if there is one.
+
+    Returns:
+        Ends when all is on the disk, and the oldest checkpoints are deleted.
+
+    Raises:
+        UserError: it cannot be written, on whatever rank. Earlier checkpoints are as they were.
     """
-    tag = f"iter_{iteration:07d}"
-    content = {
-        **state,
-        "iteration": iteration,
-        "world_size": distributed.world_size(),
-        "random": distributed.gather(_random_state(engine.device)),
-        # Of each rank: with averages, an interrupted run would differ from an uninterrupted one.
-        "buffers": distributed.gather(buffers_of(engine.module)),
-    }
-    try:
-        ds.save(engine, output / _FOLDER, tag, content)
-    except OSError as error:
-        raise cannot_write(output / _FOLDER / tag, error) from error
-    except RuntimeError as error:
-        if "inline_container" not in str(error) and "iostream" not in str(error):
-            raise
-        # So torch's writer reports that a disk is full, or a quota used up.
-        full = OSError(errno.ENOSPC, "the disk is full, or a quota is used up")
-        raise cannot_write(output / _FOLDER / tag, full) from error
+    folder = output / _FOLDER / _tag(iteration)
+    unfinished = folder.with_name(f".{folder.name}")
+    model = ds.whole_model(engine)
+    contents = {_rank_file(distributed.rank()): _own_state(engine, average, own)}
     if distributed.is_main():
-        write_text(output / _POINTER, tag + "\n")
-        for old in (output / _FOLDER).glob("iter_*"):
-            if old.name != tag:
-                shutil.rmtree(old, ignore_errors=True)
-    distributed.barrier()
+        contents[_MODEL] = {
+            "model": model.state_dict(),
+            "average": average.state_dict() if average is not None else None,
+            **shared,
+        }
+    distributed.on_main(lambda: _make_empty(unfinished))
+    written = distributed.on_every_rank(lambda: _write(unfinished, contents))
+    files = {name: entry for rank in written for name, entry in rank.items()}
+    distributed.on_main(lambda: _complete(unfinished, folder, files, identity))
+    sync = partial(_sync, [folder / name for name in contents])
+    if keep == 1:  # or the only checkpoint would go before every rank's part of this one is safe
+        distributed.on_every_rank(sync)
+        sync = partial(_sync, [])
+    return _in_background(sync, partial(_delete_others, folder, keep))
 
 
-def load(engine: Any, output: Path) -> dict[str, Any]:
-    """Restores the newest checkpoint of a run, random state included; returns its `state`.
+def _in_background(sync: Callable[[], None], tidy: Callable[[], None]) -> "Future[None]":
+    def work() -> None:
+        sync()
+        if is_main:
+            tidy()
 
-    Every rank must call it.
+    is_main = distributed.is_main()
+    pool = ThreadPoolExecutor(1, "checkpoint")
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    return future
+
+
+def _sync(paths: Sequence[Path]) -> None:
+    """Waits until the files, and the names in their folder, are on the disk."""
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            sync_folder(path.parent)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+
+
+def _delete_others(folder: Path, keep: int) -> None:
+    """Deletes what is older than the newest so many, and what a killed run has left."""
+    others = _folders(folder.parents[1])
+    newer = [other for other in others if other.name > folder.name]  # see `newest`
+    older = [other for other in others if other.name < folder.name]
+    torn = folder.parent.glob(".iter_*")
+    for other in [*newer, *older[keep - 1 :], *torn]:
+        shutil.rmtree(other, ignore_errors=True)
+
+
+def _own_state(engine: Any, average: nn.Module | None, own: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "optimizer": optimizer_state.part_of(engine),
+        "random": _random_state(engine.device),
+        # With means over the ranks, an interrupted run would differ from an uninterrupted one.
+        "buffers": _buffers_of(engine.module),
+        "average_buffers": _buffers_of(average) if average is not None else {},
+        **own,
+    }
+
+
+def _make_empty(folder: Path) -> None:
+    """Makes the folder, without what a killed run has left in it."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def _write(folder: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes files; returns what `_described` says of each, by name."""
+    entries = {}
+    for name, content in contents.items():
+        try:
+            with (folder / name).open("wb") as file:
+                torch.save(content, file)
+            entries[name] = _described(folder / name)
+        except OSError as error:
+            raise cannot_write(folder / name, error) from error
+        except RuntimeError as error:
+            if "inline_container" not in str(error) and "iostream" not in str(error):
+                raise
+            # So torch's writer reports that a disk is full, or a quota used up.
+            full = OSError(errno.ENOSPC, "the disk is full, or a quota is used up")
+            raise cannot_write(folder / name, full) from error
+    return entries
+
+
+def _complete(
+    unfinished: Path, folder: Path, files: Mapping[str, Any], identity: Mapping[str, Any]
+) -> None:
+    """Gives a written checkpoint its manifest and its name."""
+    _write_manifest(unfinished, {"files": files, "identity": plain_values(identity)})
+    try:
+        # A checkpoint of this name is damaged, or was passed over to go on from an older one.
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    write_text(folder.parents[1] / _POINTER, folder.name + "\n")
+
+
+# Finding
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on the disk.
+
+    Attributes:
+        folder: where it is.
+        ranks: how many wrote it.
+        identity: what a resumed run must share, by name.
+    """
+
+    folder: Path
+    ranks: int
+    identity: Mapping[str, Any]
+
+    @property
+    def iteration(self) -> int:
+        """The number of steps done."""
+        return int(self.folder.name.removeprefix("iter_"))
+
+    def shared(self) -> dict[str, Any]:
+        """What all ranks share: `model`, `average`, and `shared` of `save`."""
+        return _read(self.folder / _MODEL)
+
+    def of_ranks(self) -> list[dict[str, Any]]:
+        """What each rank that saved had of its own."""
+        return [_read(self.folder / _rank_file(rank)) for rank in range(self.ranks)]
+
+
+def newest(output: Path) -> Checkpoint:
+    """The checkpoint to resume from: what `last_checkpoint` names, else the newest whole one.
+
+    Damaged ones are named and passed over. Every rank must call it; the main rank looks.
 
     Raises:
-        UserError: there is none, or the run had another number of processes.
+        UserError: there is none, or none that is whole.
     """
-    tag = last(output)
-    state = ds.load(engine, output / _FOLDER, tag)
-    if state["world_size"] != distributed.world_size():
-        raise UserError(
-            f"checkpoint {output / _FOLDER / tag} is of {state['world_size']} processes, this run "
-            f"has {distributed.world_size()}: resume with {state['world_size']}"
-        )
-    restore_buffers(engine.module, state.pop("buffers")[distributed.rank()])
-    random = state.pop("random")[distributed.rank()]
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and engine.device.type == "cuda":
-        torch.cuda.set_rng_state(random["cuda"], engine.device)
-    return state
+    return distributed.on_main(lambda: _newest(output))
 
 
-def last(output: Path) -> str:
-    """The name of a run's newest complete checkpoint.
-
-    Raises:
-        UserError: there is none.
-    """
+def _newest(output: Path) -> Checkpoint:
+    folders = _folders(output)
     pointer = output / _POINTER
-    tag = pointer.read_text().strip() if pointer.is_file() else ""
-    if not tag or not (output / _FOLDER / tag).is_dir():
-        raise UserError(f"--resume: there is no checkpoint in {output}; start without --resume")
-    return tag
+    name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    folders.sort(key=lambda folder: folder.name != name)  # the named one first
+    faults = []
+    for folder in folders:
+        try:
+            checkpoint = _whole(folder)
+        except UserError as fault:
+            faults.append(str(fault))
+            continue
+        for fault_text in faults:
+            say(f"{fault_text}: passed over")
+        return checkpoint
+    if faults:
+        raise UserError(
+            f"--resume: no checkpoint is whole: {'; '.join(faults)}: start anew with --overwrite, "
+            "which moves this run aside"
+        )
+    raise UserError(f"--resume: there is no checkpoint in {output}; start without --resume")
 
 
-def forget(output: Path) -> None:
-    """Deletes the checkpoints of an earlier run, so that none is taken for one of a new run."""
-    (output / _POINTER).unlink(missing_ok=True)
-    shutil.rmtree(output / _FOLDER, ignore_errors=True)
+def iterations(output: Path) -> list[int]:
+    """The steps of a run's checkpoints, whole or not, the newest first."""
+    return [int(folder.name.removeprefix("iter_")) for folder in _folders(output)]
+
+
+def _folders(output: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    folders = (output / _FOLDER).glob("iter_*")
+    named = [f for f in folders if f.is_dir() and f.name.removeprefix("iter_").isdecimal()]
+    return sorted(named, key=lambda folder: folder.name, reverse=True)
+
+
+def _whole(folder: Path) -> Checkpoint:
+    """The checkpoint in this folder.
+
+    Raises:
+        UserError: it is damaged or torn; says which file.
+    """
+    if not (folder / _MANIFEST).is_file() and any(folder.glob("mp_rank_*")):
+        raise UserError(
+            f"checkpoint {folder} is of an earlier version: finish the run with that, or give "
+            "MODEL.WEIGHTS its weights"
+        )
+    manifest = _read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"checkpoint {folder} is damaged: {name} is missing")
+        if path.stat().st_size != entry["bytes"]:
+            size = path.stat().st_size
+            raise UserError(
+                f"checkpoint {folder} is damaged: {name} has {size} of {entry['bytes']} bytes"
+            )
+        try:
+            is_sound = _described(path, read=True) == entry
+        except (ValueError, EOFError, OSError, RuntimeError, struct.error, zipfile.BadZipFile):
+            is_sound = False
+        if not is_sound:
+            raise UserError(f"checkpoint {folder} is damaged: {name} does not fit its checksums")
+    return Checkpoint(folder, len(manifest["files"]) - 1, manifest["identity"])
+
+
+def _described(path: Path, *, read: bool = False) -> dict[str, Any]:
+    """The size and the checksums of one of torch's files, for the manifest: plain values.
+
+    torch writes zip archives, and computes the CRC-32 of each record from memory as it writes.
+    Those are taken from the archive's directory; that of all bytes between the records is added.
+
+    Args:
+        path: the file.
+        read: compute the records' checksums from what is in the file.
+
+    Raises:
+        ValueError, zipfile.BadZipFile, EOFError: it is no such archive.
+    """
+    records, between, end = {}, 0, 0
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("torch does not compress")
+            file.seek(entry.header_offset + 26)  # the lengths of the name and the extra field
+            name, extra = struct.unpack("<HH", file.read(4))
+            start = entry.header_offset + 30 + name + extra
+            between = _crc32(file, end, start, between)
+            end = start + entry.file_size
+            crc32 = _crc32(file, start, end) if read else entry.CRC
+            records[entry.filename] = [entry.file_size, crc32]
+        size = file.seek(0, os.SEEK_END)
+        between = _crc32(file, end, size, between)
+    return {"bytes": size, "between": between, "records": records}
+
+
+def _crc32(file: BinaryIO, start: int, end: int, crc32: int = 0) -> int:
+    """The checksum of a part of a file, continued from that of what comes before."""
+    file.seek(start)
+    for position in range(start, end, _CHUNK):
+        crc32 = zlib.crc32(file.read(min(_CHUNK, end - position)), crc32)
+    return crc32
+
+
+def _write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Writes the manifest, with a checksum of itself."""
+    text = json.dumps(content)
+    whole = {"crc32": zlib.crc32(text.encode()), "content": content}
+    write_text(folder / _MANIFEST, json.dumps(whole, indent=1) + "\n")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        whole = json.loads((folder / _MANIFEST).read_bytes())
+        content = whole["content"]
+        if whole["crc32"] == zlib.crc32(json.dumps(content).encode()):
+            return content
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {folder} is damaged: {_MANIFEST} is missing") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"checkpoint {folder} is damaged: {_MANIFEST} does not fit its checksum")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"{path} is not one of tract_det's checkpoints: it holds more than numbers, text and "
+            "tensors, and is not read"
+        ) from error
+
+
+def _tag(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank_{rank:04d}.pt"
+
+
+# Restoring
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a run goes on with.
+
+    Attributes:
+        shared: `shared` of `save`.
+        own: `own` of `save`, of each rank that saved.
+    """
+
+    shared: Mapping[str, Any]
+    own: Sequence[Mapping[str, Any]]
+
+
+def restore(
+    checkpoint: Checkpoint, engine: Any, *, seed: int, average: nn.Module | None = None
+) -> Restored:
+    """Restores all but the weights, which `Checkpoint.shared` has: they come before the engine.
+
+    With as many ranks as before, each goes on with its own buffers and random state. With others,
+    each gets the mean of the buffers, and a random state of the seed, the step and its rank.
+
+    Args:
+        checkpoint: as `newest` returns it.
+        engine: as `ds.initialize` makes it, before its first step.
+        seed: of the run.
+        average: the moving average of the model, if there is one; restored as well.
+    """
+    shared, ranks = checkpoint.shared(), checkpoint.of_ranks()
+    optimizer_state.restore(engine, [state.pop("optimizer") for state in ranks])
+    _restore_buffers(engine.module, [state.pop("buffers") for state in ranks])
+    if average is not None:
+        average.load_state_dict(shared["average"])
+        _restore_buffers(average, [state["average_buffers"] for state in ranks])
+    _restore_random(engine.device, [state.pop("random") for state in ranks], seed, checkpoint)
+    return Restored(shared, ranks)
+
+
+def _restore_random(
+    device: torch.device,
+    saved: Sequence[Mapping[str, torch.Tensor]],
+    seed: int,
+    checkpoint: Checkpoint,
+) -> None:
+    rank = distributed.rank()
+    if len(saved) != distributed.world_size():
+        sequence = np.random.SeedSequence((seed, checkpoint.iteration, rank))
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
+        return
+    torch.set_rng_state(saved[rank]["cpu"])
+    if "cuda" in saved[rank] and device.type == "cuda":
+        torch.cuda.set_rng_state(saved[rank]["cuda"], device)

@@ -1,4 +1,4 @@
-"""The only module that imports DeepSpeed: processes, configuration, engine, save and load.
+"""The only module that imports DeepSpeed: processes, configuration and engine.
 
 DeepSpeed is the training engine in every case, also for one process on a CPU: what is tested on a
 laptop is what runs on many GPUs.
@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,6 +148,49 @@ def _without_norm(zero: Mapping[str, Any]) -> dict[str, Any]:
     return {"compute_grad_norm": False, **zero} if is_offered else dict(zero)
 
 
+class _Noting(dict[str, Any]):
+    """A dict that notes which of its keys are asked for."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.asked_for: set[object] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked_for.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked_for.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked_for.add(key)
+        return super().__contains__(key)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuses keys and values that DeepSpeed does not take.
+
+    It refuses those of its sections itself, but ignores a key at the top that it does not know.
+
+    Raises:
+        UserError: names the key.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    noting = _Noting(copy.deepcopy(dict(config)))
+    try:
+        DeepSpeedConfig(noting)
+    except Exception as error:  # DeepSpeed's errors have no class in common
+        reason = str(error)
+        if hasattr(error, "errors"):  # pydantic's, of several lines
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(f"DEEPSPEED: DeepSpeed refuses it: {' '.join(reason.split())}") from error
+    for key in set(config) - noting.asked_for:
+        raise UserError(f"DEEPSPEED.{key}: this version of DeepSpeed knows no such key: correct it")
+
+
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
     """DeepSpeed's engine around the model, which must be on its device.
 
@@ -226,30 +268,6 @@ def autocast_forward(model: nn.Module, device: torch.device) -> None:
 def _call_in_bf16(device_type: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with torch.autocast(device_type, dtype=torch.bfloat16):
         return function(*args, **kwargs)
-
-
-def save(engine: Any, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
-    """Writes the engine's whole state and `state` under `folder/tag`. Every rank must call it."""
-    engine.save_checkpoint(str(folder), tag=tag, client_state=dict(state), save_latest=False)
-    distributed.barrier()
-
-
-def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
-    """Restores the engine from `folder/tag`; returns the `state` saved with it.
-
-    Every rank must call it.
-
-    Raises:
-        UserError: the checkpoint is incomplete. (DeepSpeed only warns, and trains from scratch.)
-    """
-    try:
-        path, state = engine.load_checkpoint(str(folder), tag=tag)
-    except Exception as error:  # DeepSpeed's errors have no class in common
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint {folder / tag} cannot be loaded: {reason}") from error
-    if path is None:
-        raise UserError(f"checkpoint {folder / tag} is incomplete: start again without --resume")
-    return dict(state)
 
 
 def set_lr(engine: Any, lr: float) -> None:

@@ -1,9 +1,5 @@
 """A moving average of the weights, and of BatchNorm's statistics with them."""
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -38,11 +34,3 @@ class Ema:
         """Takes in the model after step `iteration`, counted from 1. Call it after each step."""
         if iteration % self.period == 0:
             self._average.update(model, step=iteration // self.period)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The average, as `load_state_dict` takes it."""
-        return self.model.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores a saved average."""
-        self.model.load_state_dict(state)

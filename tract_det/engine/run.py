@@ -2,7 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,12 @@ from torch import nn
 
 from tract_det import distributed
 from tract_det.engine import checkpoint, ds
+from tract_det.engine.checkpoint import Checkpoint
 from tract_det.engine.ema import Ema
-from tract_det.engine.step import Step
+from tract_det.engine.step import Step, mean_steps
 from tract_det.engine.writers import Writers, say
-from tract_det.errors import UserError
+from tract_det.errors import DivergedError
+from tract_det.files import write_json
 
 Means = Mapping[str, float]
 Models = tuple[nn.Module, nn.Module | None]  # a model and its moving average, if there is one
@@ -29,11 +35,14 @@ class Run:
         max_iter: number of steps in all.
         log_period: steps between two lines of the log.
         checkpoint_period: steps between two checkpoints to resume from.
+        checkpoint_keep: how many of them are kept.
         eval_period: steps between two evaluations; 0 = only at the end.
         evaluate: gives the figures by name, of the model and its moving average.
         best_metric: the figure that decides which weights `model_best.pth` has; more is better.
         meta: saved with the weights.
-        identity: config keys, with the values that a resumed run must have too.
+        identity: what a resumed run must share, by name.
+        seed: of the run.
+        images_of: gives the ids of a step's images, if its targets do not.
         ema: the moving average of the weights, if any.
         saved_part: gives the part of the model whose weights are saved.
         diagnostics: gives further figures of the last step, for the log.
@@ -47,11 +56,14 @@ class Run:
         max_iter: int,
         log_period: int,
         checkpoint_period: int,
+        checkpoint_keep: int,
         eval_period: int,
         evaluate: Evaluate,
         best_metric: str,
         meta: Mapping[str, Any],
         identity: Mapping[str, Any],
+        seed: int = 0,
+        images_of: Callable[[int], list[str]] | None = None,
         ema: Ema | None = None,
         saved_part: Callable[[nn.Module], nn.Module] = lambda model: model,
         diagnostics: Callable[[], Means] = dict,
@@ -59,51 +71,44 @@ class Run:
         self.engine, self.output, self.max_iter = engine, output, max_iter
         self.log_period, self.checkpoint_period = log_period, checkpoint_period
         self.eval_period, self.evaluate, self.best_metric = eval_period, evaluate, best_metric
+        self.checkpoint_keep, self.seed, self.images_of = checkpoint_keep, seed, images_of
         self.meta, self.identity = meta, dict(identity)
         self.ema, self.saved_part, self.diagnostics = ema, saved_part, diagnostics
         self.best = -math.inf
         self.saved = -1  # the step of the newest checkpoint
+        self._settling: Future[None] | None = None
         self.writers: Writers
 
-    def start(self, *, resume: bool) -> int:
-        """Opens the writers and, to resume, restores the newest checkpoint.
+    def start(self, stopped: Checkpoint | None) -> int:
+        """Opens the writers and, to resume, restores all but the weights.
+
+        Args:
+            stopped: the checkpoint to go on from; its weights are in the model already.
 
         Returns:
             The number of steps done before.
-
-        Raises:
-            UserError: there is nothing to resume, or the run began with other settings.
         """
-        state: dict[str, Any] = {"iteration": 0, "pending": None}
-        if resume:
-            state = checkpoint.load(self.engine, self.output)
-            for key, value in self.identity.items():
-                first_value = state["identity"].get(key, value)
-                if first_value != value:
-                    raise UserError(
-                        f"--resume: {key} was {first_value} when the run began, now it is {value}: "
-                        "set it back"
-                    )
-            self.best, self.saved = state["best"], state["iteration"]
-            if self.ema is not None:
-                self.ema.load_state_dict(state["ema"]["state"])
-                buffers = state["ema"]["buffers"][distributed.rank()]
-                checkpoint.restore_buffers(self.ema.model, buffers)
-            say(f"resumed {self.output} at step {state['iteration']}")
-        elif distributed.is_main():
-            checkpoint.forget(self.output)
+        start, pending = 0, []
+        if stopped is not None:
+            start = self.saved = stopped.iteration
+            average = self.ema.model if self.ema is not None else None
+            restored = checkpoint.restore(stopped, self.engine, seed=self.seed, average=average)
+            self.best = restored.shared["best"]
+            pending = [[Step(**step) for step in own["pending"]] for own in restored.own]
+            say(f"resumed {self.output} at step {start}")
         self.writers = Writers(
             self.output,
-            start=state["iteration"],
+            start=start,
             max_iter=self.max_iter,
             period=self.log_period,
             device=self.engine.device,
             diagnostics=self.diagnostics,
         )
-        if state["pending"]:
-            pending = state["pending"][distributed.rank()]
-            self.writers.pending = [Step(**step) for step in pending]
-        return state["iteration"]
+        if pending:
+            is_same = len(pending) == distributed.world_size()
+            steps = pending[distributed.rank()] if is_same else mean_steps(pending)
+            self.writers.pending = steps
+        return start
 
     def after_step(self, step: Step) -> None:
         """Logs, evaluates and saves as the periods say; the loop calls it after each step."""
@@ -128,15 +133,59 @@ class Run:
         if iteration == self.saved:
             return
         self.writers.read()
-        ema = None
-        if self.ema is not None:
-            buffers = distributed.gather(checkpoint.buffers_of(self.ema.model))
-            ema = {"state": self.ema.state_dict(), "buffers": buffers}
         steps = [dataclasses.replace(step, unread=None) for step in self.writers.pending]
-        pending = distributed.gather([dataclasses.asdict(step) for step in steps])
-        state = {"best": self.best, "pending": pending, "identity": self.identity, "ema": ema}
-        checkpoint.save(self.engine, self.output, iteration, state)
+        self.settle()
+        self._settling = checkpoint.save(
+            self.engine,
+            self.output,
+            iteration,
+            keep=self.checkpoint_keep,
+            shared={"best": self.best},
+            own={"pending": [dataclasses.asdict(step) for step in steps]},
+            identity=self.identity,
+            average=self.ema.model if self.ema is not None else None,
+        )
         self.saved = iteration
+
+    def settle(self) -> None:
+        """Waits until the newest checkpoint is on the disk.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if self._settling is not None:
+            self._settling.result()
+            self._settling = None
+
+    @contextmanager
+    def noting_divergence(self) -> Iterator[None]:
+        """Writes what led to a divergence within, and what is needed to see its step again.
+
+        A run that goes on from the same checkpoint takes the same steps to the last bit; LOG_PERIOD
+        1 makes it look at each. Every rank that has noticed writes a file of its own.
+        """
+        try:
+            yield
+        except DivergedError as error:
+            self.writers.write_unlogged()
+            self._write_replay(error)
+            raise
+
+    def _write_replay(self, error: DivergedError) -> None:
+        again = ["--resume", *_arguments()] if self.saved > 0 else ["--overwrite", *_arguments()]
+        facts = dict(error.facts)
+        if self.images_of is not None and facts.get("images", ()) is None:
+            facts["images"] = self.images_of(facts["step"])
+        content = {
+            "error": str(error),
+            **facts,
+            "seed": self.seed,
+            "rank": distributed.rank(),
+            "ranks": distributed.world_size(),
+            "checkpoint": max(0, self.saved),
+            "replay": shlex.join([sys.argv[0], *again, "LOG_PERIOD", "1"]),
+        }
+        write_json(self.output / f"diverged_rank_{distributed.rank()}.json", content)
 
     def finish(self, report: Evaluate) -> None:
         """Saves the final weights, then evaluates them by `report`."""
@@ -144,6 +193,7 @@ class Run:
         models = self._models()
         self._save_weights("model_final", models)
         self._note(report(*models), self.max_iter, models)
+        self.settle()
 
     def _models(self) -> Models:
         """The model and its moving average: whole, and the same on every rank."""
@@ -169,3 +219,9 @@ class Run:
             if model is not None:
                 path = self.output / f"{name}{suffix}.pth"
                 checkpoint.save_weights(path, self.saved_part(model), self.meta)
+
+
+def _arguments() -> list[str]:
+    """This process's arguments, without what a launcher adds and how it was to start."""
+    others = ("--local_rank", "--local-rank", "--resume", "--overwrite")
+    return [argument for argument in sys.argv[1:] if not argument.startswith(others)]

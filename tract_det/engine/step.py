@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,21 @@ class Step:
             self.unread.read()
 
 
+def mean_steps(ranks: Sequence[Sequence[Step]]) -> list[Step]:
+    """The steps of several ranks as one rank would have reported them, losses read.
+
+    Args:
+        ranks: the same steps of each rank.
+    """
+
+    def mean(steps: Sequence[Step]) -> Step:
+        names = steps[0].losses
+        losses = {name: sum(step.losses[name] for step in steps) / len(steps) for name in names}
+        return replace(steps[0], losses=losses)
+
+    return [mean(steps) for steps in zip(*ranks, strict=True)]
+
+
 class Unread:
     """The losses of the steps since the last read.
 
@@ -84,7 +99,8 @@ class Unread:
             values = {name: next(numbers) for name in losses}
             values["loss"] = sum(values.values())
             if not math.isfinite(values["loss"]):
-                raise DivergedError(_diverged(step.iteration, values, ids))
+                facts = {"step": step.iteration, "lr": step.lr, "losses": values, "images": ids}
+                raise DivergedError(_diverged(step.iteration, values, ids), facts)
             for name, value in values.items():
                 step.losses[name] = step.losses.get(name, 0.0) + value / self.accumulation
 

@@ -104,6 +104,15 @@ class Writers:
         if self.pending:
             self.pending[-1].read()
 
+    def write_unlogged(self) -> None:
+        """Writes the losses of this rank since the last line, a line for each step that was read.
+
+        For a run that ends by an error: what led to it is not lost.
+        """
+        for step in self.pending:
+            if step.losses:
+                self.scalars(step.iteration, {**step.losses, "lr": step.lr})
+
     def _flush(self) -> None:
         self.read()
         steps, self.pending = self.pending, []

@@ -246,8 +246,12 @@ def optimizer_of(
     )
 
 
-def build_engine(cfg: CfgNode, network: nn.Module, stem: str | None = None) -> Any:
-    """DeepSpeed's engine with the optimizer of the config; arguments as for `optimizer_of`."""
+def engine_config(cfg: CfgNode) -> dict[str, Any]:
+    """DeepSpeed's configuration; SOLVER and DEEPSPEED are read.
+
+    Raises:
+        UserError: the batch does not divide, or DeepSpeed refuses a key or value.
+    """
     solver = cfg.SOLVER
     config = ds.ds_config(
         batch_size=solver.IMS_PER_BATCH,
@@ -255,7 +259,13 @@ def build_engine(cfg: CfgNode, network: nn.Module, stem: str | None = None) -> A
         clip_norm=solver.CLIP_GRADIENTS.CLIP_VALUE if solver.CLIP_GRADIENTS.ENABLED else 0.0,
         extra=plain(cfg.DEEPSPEED),
     )
-    return ds.initialize(network, optimizer_of(cfg, network, stem), config)
+    ds.check_config(config)
+    return config
+
+
+def build_engine(cfg: CfgNode, network: nn.Module, stem: str | None = None) -> Any:
+    """DeepSpeed's engine with the optimizer of the config; arguments as for `optimizer_of`."""
+    return ds.initialize(network, optimizer_of(cfg, network, stem), engine_config(cfg))
 
 
 def build_schedule(cfg: CfgNode, plan: Plan) -> Callable[[int], float]:
@@ -271,21 +281,3 @@ def build_schedule(cfg: CfgNode, plan: Plan) -> Callable[[int], float]:
         warmup_iters=plan.warmup_iters,
         warmup_factor=solver.WARMUP_FACTOR,
     )
-
-
-def identity(cfg: CfgNode) -> dict[str, Any]:
-    """The shared keys that a resumed run must have in common with the run that stopped."""
-    return {
-        "SEED": cfg.SEED,
-        "SOLVER.IMS_PER_BATCH": cfg.SOLVER.IMS_PER_BATCH,
-        "SOLVER.ACCUMULATION": cfg.SOLVER.ACCUMULATION,
-        "SOLVER.OPTIMIZER": cfg.SOLVER.OPTIMIZER,
-        "SOLVER.STEM": plain(cfg.SOLVER.STEM),
-        "DATALOADER": plain(cfg.DATALOADER) | {"NUM_WORKERS": 0},  # may change
-        # In the form of runs from before POWER, and before STEM was a list, so that they resume.
-        "MODEL.TRACT": {k: v for k, v in plain(cfg.MODEL.TRACT).items() if k != "POWER"}
-        | {"STEM": ",".join(_tract_names(cfg))},
-        "MODEL.TRACT.POWER": cfg.MODEL.TRACT.POWER,
-        "MODEL.STEM_INIT": cfg.MODEL.STEM_INIT,
-        "DEEPSPEED.zero_optimization.stage": cfg.DEEPSPEED.zero_optimization.stage,
-    }

@@ -12,7 +12,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from tract_det import distributed
-from tract_det.config.machinery import plain
+from tract_det.config.classification import get_cfg
 from tract_det.data.classification import (
     ClassificationDataset,
     ClassificationSplit,
@@ -24,6 +24,7 @@ from tract_det.data.classification_loaders import (
     classification_loader,
 )
 from tract_det.data.classification_transforms import Mix, classification_test, classification_train
+from tract_det.data.sampling import training_stream
 from tract_det.engine.ema import Ema
 from tract_det.engine.loop import infer
 from tract_det.engine.writers import say
@@ -360,18 +361,16 @@ def means(results: Results) -> dict[str, float]:
     return figures
 
 
-def identity(cfg: CfgNode) -> dict[str, Any]:
-    """A classifier's keys that a resumed run must have in common with the run that stopped."""
-    return {
-        "DATASETS": plain(cfg.DATASETS) | {"ROOT": ""},  # a data set may move
-        "INPUT": {key: value for key, value in plain(cfg.INPUT).items() if key != "ROTATION"},
-        "INPUT.ROTATION": cfg.INPUT.ROTATION,  # apart, so that runs from before this key resume
-        "MIX": plain(cfg.MIX),
-        "MODEL.NAME": cfg.MODEL.NAME,
-        "MODEL.SMALL_POOL": cfg.MODEL.SMALL_POOL,  # which no shape of a weight tells
-        "MODEL.BACKBONE": plain(cfg.MODEL.BACKBONE),
-        "MODEL.EMA": plain(cfg.MODEL.EMA),
-    }
+def images_of_step(cfg: CfgNode, split: ClassificationSplit, step: int) -> list[str]:
+    """The ids of the images of a step, counted from 1, over all ranks and micro-batches."""
+    stream = training_stream(
+        len(split),
+        cfg.SOLVER.IMS_PER_BATCH,
+        seed=cfg.SEED,
+        start=step - 1,
+        repeats=cfg.INPUT.REPEATS,
+    )
+    return [split.image_id(index) for index, _ in next(stream)]
 
 
 TASK = Task(
@@ -384,7 +383,8 @@ TASK = Task(
     loader=build_loader,
     plain_images=plain_images,
     evaluation=ClassificationEvaluation,
-    identity=identity,
+    defaults=get_cfg,
+    images_of=images_of_step,
     length=length_keys,
     closing=say_skipped,
 )

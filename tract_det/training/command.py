@@ -28,7 +28,9 @@ def run_task(
     # Only now: these import torch, and a mistake in the configuration is to be reported at once.
     session = importlib.import_module("tract_det.training.session")
     functions = importlib.import_module(f"tract_det.training.{task}").TASK
-    return session.run(functions, cfg, resume=args.resume, eval_only=args.eval_only)
+    return session.run(
+        functions, cfg, resume=args.resume, eval_only=args.eval_only, overwrite=args.overwrite
+    )
 
 
 def _parse(
@@ -47,7 +49,11 @@ def _parse(
         metavar="NAME",
         help=f"lay configs/arms/NAME.yaml over the config, or several as A+B: {', '.join(arms())}",
     )
-    parser.add_argument("--resume", action="store_true", help="go on where OUTPUT_DIR stopped")
+    starts = parser.add_mutually_exclusive_group()
+    starts.add_argument("--resume", action="store_true", help="go on where OUTPUT_DIR stopped")
+    starts.add_argument(
+        "--overwrite", action="store_true", help="move aside the run that is in OUTPUT_DIR"
+    )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
     # Launchers append one or the other; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

@@ -15,7 +15,6 @@ from tract_det.engine import checkpoint, ds
 from tract_det.engine.loop import StopSignal, train
 from tract_det.engine.step import Step
 from tract_det.engine.writers import clock
-from tract_det.errors import UserError
 from tract_det.training import session
 from tract_det.training.comparison import Comparison, PlannedRun
 from tract_det.training.comparison_runs import missing
@@ -73,8 +72,9 @@ def estimate(planned: Comparison, jobs: int, threads: int) -> str:
             f"{variant.name}: {len(runs)} runs to be made, {finished} done; {cost.step:.3g} s a "
             f"step, {cost.evaluation:.3g} s an evaluation, {clock(seconds)} in all"
         )
-    # A new checkpoint is complete before the one before it is deleted.
-    disk += 2 * jobs * max((cost.checkpoint for cost in measured.values()), default=0)
+    # A new checkpoint is complete before the oldest is deleted.
+    kept = 1 + max((run.cfg.SOLVER.CHECKPOINT_KEEP for run in todo), default=0)
+    disk += kept * jobs * max((cost.checkpoint for cost in measured.values()), default=0)
     lines.append(
         f"{len(todo)} of {len(planned.runs)} runs, {jobs} at a time: {clock(total / jobs)}, "
         f"{disk / 2**30:.2f} GiB in {planned.output}"
@@ -84,10 +84,7 @@ def estimate(planned: Comparison, jobs: int, threads: int) -> str:
 
 def _seconds(planned: Comparison, run: PlannedRun, cost: Measured) -> float:
     plan = planned.task.plan(run.cfg, planned.images)
-    done = 0
-    with contextlib.suppress(UserError):
-        done = int(checkpoint.last(run.folder).removeprefix("iter_"))
-    steps = plan.max_iter - done
+    steps = plan.max_iter - max(checkpoint.iterations(run.folder), default=0)
     evaluations = steps / plan.eval_period if plan.eval_period else 1
     return steps * cost.step + max(1, evaluations) * cost.evaluation
 
@@ -134,11 +131,12 @@ def measure(task: Task, cfg: CfgNode, threads: int) -> Measured:
             times.append(time.perf_counter() - began)
         an_image = max(0.0, times[1] - times[0]) / (2 * few)
         checkpoint.save_weights(Path(scratch, "weights.pth"), built.model, {})
-        checkpoint.save(engine, Path(scratch, "run"), 1, {})
+        output = Path(scratch, "run")
+        checkpoint.save(engine, output, 1, keep=1, shared={}, own={}, identity={}).result()
         ds.stop()
         return Measured(
             statistics.median(step.seconds for step in steps[_WARM_UP:]),
             times[0] + an_image * (len(test) - few),
             Path(scratch, "weights.pth").stat().st_size,
-            sum(path.stat().st_size for path in Path(scratch, "run").rglob("*") if path.is_file()),
+            sum(path.stat().st_size for path in output.rglob("*") if path.is_file()),
         )

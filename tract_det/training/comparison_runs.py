@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
-from tract_det.engine import provenance
+from tract_det.engine import checkpoint, provenance
 from tract_det.engine.jobs import Ended, Job, run_jobs
 from tract_det.engine.writers import clock
 from tract_det.errors import DivergedError, UserError
@@ -102,8 +102,9 @@ def run_missing(
 
 def _job(run: PlannedRun) -> Job:
     verb, *arguments = run.arguments
-    resume = ["--resume"] if (run.folder / "last_checkpoint").is_file() else []
-    command = [sys.executable, "-m", "tract_det.cli", verb, *resume, *arguments]
+    # What a run without a checkpoint has left is moved aside.
+    start = "--resume" if checkpoint.iterations(run.folder) else "--overwrite"
+    command = [sys.executable, "-m", "tract_det.cli", verb, start, *arguments]
     return Job(run.name, command, run.folder / _LOG)
 
 

@@ -11,7 +11,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from tract_det import distributed
-from tract_det.config.machinery import plain
+from tract_det.config.detection import get_cfg
 from tract_det.data.detection import VOCDetection, aspect_groups, drop_empty
 from tract_det.data.detection_loaders import detection_evaluation_loader, detection_loader
 from tract_det.data.detection_transforms import detection_train
@@ -181,15 +181,6 @@ class DetectionEvaluation:
         return pictures
 
 
-def identity(cfg: CfgNode) -> dict[str, Any]:
-    """A detector's keys that a resumed run must have in common with the run that stopped."""
-    return {
-        "DATASETS.TRAIN": list(cfg.DATASETS.TRAIN),
-        "MODEL.BACKBONE": plain(cfg.MODEL.BACKBONE),
-        "MODEL.DETECTRON2": plain(cfg.MODEL.DETECTRON2),
-    }
-
-
 TASK = Task(
     check=check_backend,
     read_data=read_data,
@@ -200,6 +191,6 @@ TASK = Task(
     loader=build_loader,
     plain_images=plain_images,
     evaluation=DetectionEvaluation,
-    identity=identity,
+    defaults=get_cfg,
     length=length_keys,
 )

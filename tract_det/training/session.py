@@ -9,7 +9,7 @@ before weights are downloaded, all of it before OUTPUT_DIR is made.
 import dataclasses
 import json
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,36 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from tract_det import distributed, tract_diagnostics
-from tract_det.engine import checkpoint, ds, provenance
+from tract_det.config.resuming import differences, must_be_equal
+from tract_det.engine import checkpoint, ds, provenance, run_folder
+from tract_det.engine.checkpoint import Checkpoint
 from tract_det.engine.ema import Ema
 from tract_det.engine.loop import StopSignal, train
 from tract_det.engine.run import Run
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
-from tract_det.files import make_folder, write_text
+from tract_det.files import write_text
 from tract_det.modeling.weight_files import Weights
 from tract_det.training import assembly
 from tract_det.training.task import BuiltModel, Evaluation, Plan, Split, Task
 
 
-def run(task: Task, cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> int:
+def run(
+    task: Task,
+    cfg: CfgNode,
+    *,
+    resume: bool = False,
+    eval_only: bool = False,
+    overwrite: bool = False,
+) -> int:
     """Trains, or evaluates MODEL.WEIGHTS; returns the exit code. Every rank must call it.
+
+    Args:
+        task: detection or classification.
+        cfg: its configuration.
+        resume: go on from the checkpoint in OUTPUT_DIR.
+        eval_only: evaluate.
+        overwrite: move aside a run that is in OUTPUT_DIR.
 
     Raises:
         UserError: for anything that the user can mend.
@@ -40,37 +56,67 @@ def run(task: Task, cfg: CfgNode, *, resume: bool = False, eval_only: bool = Fal
     task.check(cfg)
     device = ds.start(cfg.MODEL.DEVICE)
     torch.manual_seed(cfg.SEED)
-    code = _evaluate(task, cfg, device) if eval_only else _train(task, cfg, device, resume)
+    if eval_only:
+        code = _evaluate(task, cfg, device)
+    else:
+        with run_folder.sole_use(Path(cfg.OUTPUT_DIR)):
+            code = _train(task, cfg, device, resume=resume, overwrite=overwrite)
     ds.stop()
     return code
 
 
-def _train(task: Task, cfg: CfgNode, device: torch.device, resume: bool) -> int:
+def _train(task: Task, cfg: CfgNode, device: torch.device, *, resume: bool, overwrite: bool) -> int:
     output = Path(cfg.OUTPUT_DIR)
     if cfg.MODEL.STEM_INIT and cfg.MODEL.WEIGHTS:
         raise UserError(
             f"MODEL.STEM_INIT {cfg.MODEL.STEM_INIT} would undo the first layer of MODEL.WEIGHTS "
             f"{cfg.MODEL.WEIGHTS}: leave one of them empty"
         )
-    if resume:
-        checkpoint.last(output)  # refuses before anything is read
+    assembly.engine_config(cfg)  # refuses before anything is read
+    stopped = checkpoint.newest(output) if resume else None
+    _refuse_changes(stopped, must_be_equal(cfg), must_be_equal(task.defaults()))
+    if not resume and not overwrite:
+        distributed.on_main(lambda: run_folder.refuse_old_run(output))
     training, test = task.read_data(cfg)
+    _refuse_changes(stopped, _facts(training), {})
     weights = task.read_weights(cfg)
     plan = task.plan(cfg, len(training))
     built = build(task, cfg, training, weights)
+    if overwrite:
+        distributed.on_main(lambda: run_folder.move_aside(output))
     if weights is not None:
         _write_load_report(output, weights.source, built)
+    if stopped is not None:
+        built.network.load_state_dict(stopped.shared()["model"])
     engine, ema = prepare(cfg, built, device)
     evaluation = task.evaluation(cfg, test, built.meta, device)
-    make_folder(output, "OUTPUT_DIR")
-    this_run = build_run(task, cfg, plan, built, engine, ema, evaluation)
-    start = _begin(cfg, this_run, built.meta["class_names"], resume=resume)
+    this_run = build_run(task, cfg, plan, built, engine, ema, evaluation, training)
+    start = _begin(cfg, this_run, built.meta["class_names"], stopped)
     _announce(cfg, plan, training, test, device)
     loader = task.loader(cfg, training, built.meta, start)
     report = partial(evaluation.report, output=output)
     code = _fit(cfg, plan, built, this_run, loader, report, start)
     task.closing(loader)
     return code
+
+
+def _facts(training: Split) -> dict[str, Any]:
+    """What a resumed run must share beyond the configuration."""
+    return {
+        "the classes": list(training.class_names),
+        "the number of training images": len(training),
+    }
+
+
+def _refuse_changes(
+    stopped: Checkpoint | None, now: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    changed = differences(stopped.identity, now, defaults) if stopped is not None else []
+    if changed:
+        raise UserError(
+            f"--resume: {'; '.join(changed)}: a resumed run must share this, set it back or start "
+            "anew"
+        )
 
 
 def _evaluate(task: Task, cfg: CfgNode, device: torch.device) -> int:
@@ -126,6 +172,7 @@ def build_run(
     engine: Any,
     ema: Ema | None,
     evaluation: Evaluation,
+    training: Split,
 ) -> Run:
     """What happens between the steps."""
     return Run(
@@ -134,11 +181,14 @@ def build_run(
         max_iter=plan.max_iter,
         log_period=cfg.LOG_PERIOD,
         checkpoint_period=plan.checkpoint_period,
+        checkpoint_keep=cfg.SOLVER.CHECKPOINT_KEEP,
         eval_period=plan.eval_period,
         evaluate=evaluation,
         best_metric=cfg.TEST.BEST_METRIC,
         meta=built.meta,
-        identity=assembly.identity(cfg) | task.identity(cfg),
+        identity=must_be_equal(cfg) | _facts(training),
+        seed=cfg.SEED,
+        images_of=partial(task.images_of, cfg, training) if task.images_of else None,
         ema=ema,
         saved_part=lambda network: network.get_submodule(built.inner),
         diagnostics=lambda: tract_diagnostics(engine.module),
@@ -155,16 +205,16 @@ def _write_load_report(output: Path, source: str, built: BuiltModel) -> None:
     say(f"weights {source}: {built.report}; all names in {path}")
 
 
-def _begin(cfg: CfgNode, this_run: Run, class_names: list[str], *, resume: bool) -> int:
+def _begin(cfg: CfgNode, this_run: Run, class_names: list[str], stopped: Checkpoint | None) -> int:
     """Opens the run's folder and seeds this process; returns the number of steps done before."""
     torch.manual_seed(cfg.SEED + distributed.rank())  # the ranks' dropout differs
-    start = this_run.start(resume=resume)
+    start = this_run.start(stopped)
     if distributed.is_main():
         write_text(this_run.output / "config.yaml", cfg.dump())
         index = {name: label for label, name in enumerate(class_names)}
         text = json.dumps({"classes": class_names, "index": index}, indent=2, ensure_ascii=False)
         write_text(this_run.output / "classes.json", text + "\n")
-        provenance.record(this_run.output, this_run.engine.device, resume=resume)
+        provenance.record(this_run.output, this_run.engine.device, resume=stopped is not None)
     return start
 
 
@@ -189,7 +239,7 @@ def _fit(
 ) -> int:
     """Trains to the end, or until a signal stops it; returns the exit code."""
     lambda_at = assembly.build_lambda(cfg, built.input_variance, plan.max_iter)
-    with StopSignal() as stop:
+    with StopSignal() as stop, this_run.noting_divergence():
         done = train(
             this_run.engine,
             loader,
@@ -204,6 +254,7 @@ def _fit(
         )
         if done < plan.max_iter:
             this_run.save(done)
+            this_run.settle()
             say(f"stopped after step {done}: the checkpoint is saved, go on with --resume")
         else:
             this_run.finish(report)

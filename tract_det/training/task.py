@@ -103,9 +103,10 @@ class Task:
         plain_images: the training images at these positions without random augmentation, each as a
             batch of one that the network takes, given the model's meta.
         evaluation: of the evaluation split, given the model's meta.
-        identity: the task's own keys that a resumed run must share, beyond `assembly.identity`.
+        defaults: the configuration's defaults.
         length: the keys, with their values, that make a run so many epochs of so many images long,
             and evaluate it at a period, in epochs.
+        images_of: the images of a step, counted from 1, by their ids; None = the targets have them.
         closing: called with the loader when the training has ended.
     """
 
@@ -118,6 +119,7 @@ class Task:
     loader: Callable[[CfgNode, Any, Meta, int], Iterable[Any]]
     plain_images: Callable[[CfgNode, Any, Meta, Sequence[int]], Iterable[Any]]
     evaluation: Callable[[CfgNode, Any, Meta, torch.device], Evaluation]
-    identity: Callable[[CfgNode], dict[str, Any]]
+    defaults: Callable[[], CfgNode]
     length: Callable[[CfgNode, int, float, float], dict[str, Any]]
+    images_of: Callable[[CfgNode, Any, int], list[str]] | None = None
     closing: Callable[[Any], None] = lambda loader: None
