@@ -15,7 +15,7 @@ import torchvision
 from torch import nn
 from torchvision.models import ResNet
 
-from tract_det.errors import UserError
+from tract_det.errors import UserError, shortened
 from tract_det.modeling.checkpointing import checkpoint_activations, checkpoint_timm
 from tract_det.modeling.choices import CLASSIFIER_NORMS
 from tract_det.modeling.cifar_models import CIFAR_MODELS, build_cifar_model
@@ -176,7 +176,9 @@ def _timm_model(
                 f"MODEL.SMALL_IMAGES True: {name} takes no patch size for small images ({error}); "
                 "take one of timm's ViTs, or torchvision's ResNets and VGGs"
             ) from error
-        raise UserError(f"MODEL.NAME {name} cannot be built at this size: {error}") from error
+        raise UserError(
+            f"MODEL.NAME {name} cannot be built at this size: {shortened(str(error), 300)}"
+        ) from error
     if small_images:
         make_small(model, name, num_classes)
     return model

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tract_det.errors import UserError
+from tract_det.errors import UserError, shortened
 from tract_det.files import atomically
 from tract_det.modeling.choices import CHANNELS
 from tract_det.modeling.detector_forms import detector_from_detectron2, is_detectron2_detector
@@ -210,7 +210,9 @@ def read_pickle(path: Path, source: str) -> Any:
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error.strerror}") from error
     except Exception as error:  # a damaged pickle can raise almost anything
-        raise UserError(f"{source} cannot be read as a file of arrays: {error}") from error
+        raise UserError(
+            f"{source} cannot be read as a file of arrays: {shortened(str(error), 300)}"
+        ) from error
 
 
 def _not_detectron2(source: str) -> UserError:

@@ -254,7 +254,9 @@ def _read_safetensors(path: Path, source: str) -> tuple[State, Meta]:
                 raise ValueError(f"its metadata '{_METADATA}' is not what this project writes")
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{source} cannot be read as a file of tensors: {error}") from error
+        raise UserError(
+            f"{source} cannot be read as a file of tensors: {shortened(str(error), 300)}"
+        ) from error
     order = [key for key in record.get("keys", []) if isinstance(key, str) and key in state]
     return {key: state[key] for key in dict.fromkeys([*order, *state])}, record.get("meta", {})
 
