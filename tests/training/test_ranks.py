@@ -105,6 +105,22 @@ def test_two_ranks_evaluate_what_one_does_to_the_last_bit(two_ranks, one_step, v
     assert results(tmp_path) == results(one_step)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["one rank", "two ranks"])
+def test_a_detector_goes_on_with_another_number_of_ranks(two_ranks, voc_tree, tmp_path, first):
+    changes = {
+        "SOLVER__MAX_ITER": 4, "SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__CHECKPOINT_KEEP": 9,
+        "MODEL__TRACT__ENABLED": True, "LOG_PERIOD": 1,
+    }  # fmt: skip
+    run_here("train", *tiny_options(voc_tree, tmp_path / "whole", **changes))
+    arguments = tiny_options(voc_tree, tmp_path / "parts", **changes)
+    runs = [run_here, two_ranks.run] if first == "one rank" else [two_ranks.run, run_here]
+    runs[0]("train", *arguments)
+    (tmp_path / "parts/last_checkpoint").write_text("iter_0000002")
+    assert "at step 2" in runs[1]("train", "--resume", *arguments)
+    assert_close(tmp_path / "parts", tmp_path / "whole")
+
+
 # Classifiers
 
 

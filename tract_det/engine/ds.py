@@ -176,8 +176,10 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         UserError: names the key.
     """
+    import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
 
+    deepspeed.init_distributed(verbose=False)  # it asks how many ranks there are
     noting = _Noting(copy.deepcopy(dict(config)))
     try:
         DeepSpeedConfig(noting)
