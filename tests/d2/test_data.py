@@ -211,8 +211,8 @@ def test_both_back_ends_read_the_same_pixels_and_boxes_upright(orientation, tmp_
 @pytest.mark.parametrize(
     ("orientation", "message"),
     [
-        (1, r"a000\.png: the image is 96 x 64 .* swapped in <size>.* \(and 1 more\)$"),
-        (6, r"is 96 x 64, upright by its EXIF orientation 6, .* as stored: .* \(and 1 more"),
+        (1, r"a000\.png: the image is 96 x 64 .* swapped in <size>.*; .*a001\.png"),
+        (6, r"is 96 x 64, upright by its EXIF orientation 6, .* as stored: .*; .*a001\.png"),
     ],
 )
 def test_sizes_that_disagree_are_refused_before_the_training(orientation, message, tmp_path):
@@ -224,4 +224,4 @@ def test_sizes_that_disagree_are_refused_before_the_training(orientation, messag
         DatasetCatalog.get(name)
     with pytest.raises(UserError) as ours:
         VOCDetection(read_split(root, "train", CLASSES))[0]
-    assert str(caught.value) == f"{ours.value} (and 1 more)"
+    assert str(caught.value).startswith(f"{ours.value}; ")

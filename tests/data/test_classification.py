@@ -205,7 +205,7 @@ CORRUPTIONS = {
 @pytest.mark.parametrize("decoder", ["torchvision", "pillow"])
 def test_a_corrupt_image_is_named(root, damage, decoder, monkeypatch):
     if decoder == "pillow":
-        monkeypatch.setattr(decoding, "decode_image", None)
+        monkeypatch.setattr(decoding, "decode_jpeg", None)
     damage(root / "train/cat/001.jpg")
     with pytest.raises(CorruptImageError, match=r"train/cat/001\.jpg: the image cannot be read"):
         ClassificationDataset(read(root))[1]

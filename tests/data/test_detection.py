@@ -107,7 +107,7 @@ def test_pillow_reads_what_torchvision_was_not_built_for(tree, monkeypatch, deco
     tree.add("a", CAT)
     dataset = read(tree)
     expected, _ = dataset[0]
-    monkeypatch.setattr(images, "decode_image", decoder)
+    monkeypatch.setattr(images, "decode_jpeg", decoder)
     image, _ = dataset[0]
     assert (image.int() - expected.int()).abs().max() <= 2
 

@@ -121,8 +121,11 @@ def test_a_size_that_is_not_given_comes_from_the_image(tree, size):
     (a,) = read_split(tree.root, "train", ["cat"]).annotations
     assert (a.width, a.height) == (33, 22)
     (tree.root / "JPEGImages" / "a.jpg").unlink()
+    (a,) = read_split(tree.root, "train", ["cat"], need_images=False).annotations
+    assert (a.width, a.height) == (0, 0)
+    (tree.root / "JPEGImages" / "a.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=f"{xml}.*<size>"):
-        read_split(tree.root, "train", ["cat"], need_images=False)
+        read_split(tree.root, "train", ["cat"])
 
 
 def test_without_need_for_images_none_has_to_be_there(tree, write_annotation):
@@ -356,3 +359,46 @@ def test_bccd_has_4888_boxes_of_which_two_have_no_area(bccd):
     assert sum(len(a.boxes) for a in split.annotations) == 4886
     assert not any(a.difficult.any() for a in split.annotations)
     assert {(a.width, a.height) for a in split.annotations} == {(640, 480)}
+
+
+def test_ids_with_an_ending_are_answered_with_the_id(tree, write_annotation):
+    tree.xml("a", write_annotation(CAT))
+    tree.image("a.jpg")
+    tree.split("train", ["a.jpg"])
+    with pytest.raises(UserError, match=r"id 'a\.jpg' has an ending.*write 'a'"):
+        read_split(tree.root, "train")
+
+
+def test_an_id_may_name_a_folder_but_none_outside(tree, write_annotation):
+    for folder in ("Annotations/v", "JPEGImages/v"):
+        (tree.root / folder).mkdir()
+    tree.xml("v/a", write_annotation(CAT))
+    tree.image("v/a.png")
+    tree.split("train", ["v/a"])
+    (a,) = read_split(tree.root, "train").annotations
+    assert a.path == tree.root / "JPEGImages/v/a.png" and a.image_id == "v/a"
+    tree.split("train", ["v/../v/a"])
+    with pytest.raises(UserError, match="has no annotation"):
+        read_split(tree.root, "train")
+
+
+def test_no_other_ids_image_is_taken_in_place_of_a_missing_one(tree, write_annotation):
+    tree.xml("a", write_annotation(CAT, head="<filename>b.jpg</filename>"))
+    tree.xml("b", write_annotation(CAT))
+    tree.image("b.jpg")
+    tree.split("train", ["a", "b"])
+    with pytest.raises(UserError, match=r"a\.xml: image .*a\.jpg is missing"):
+        read_split(tree.root, "train")
+
+
+def test_everything_that_is_wrong_is_said_at_once(tree, write_annotation):
+    names = [f"i{number}" for number in range(9)]
+    for name in names[:4]:
+        tree.xml(name, "<annotation><object/></annotation>")
+        tree.image(f"{name}.jpg")
+    tree.split("train", names)
+    with pytest.raises(UserError) as refusal:
+        read_split(tree.root, "train")
+    text = str(refusal.value)
+    assert all(f"{name}.xml: object 1" in text for name in names[:4]) and "'i4'" in text
+    assert text.endswith("and 4 more of the kind")

@@ -96,6 +96,8 @@ def _model() -> CfgNode:
 def _data() -> dict[str, Any]:
     return {
         "INPUT": {
+            # An image with more is refused, by its header: a small file can ask for any memory.
+            "MAX_PIXELS": 100_000_000,
             "SIZE": 224,  # height and width of the images that the model sees, pixels
             # random_resized = a part of random area and shape, resized to SIZE. pad (CIFAR) =
             # PADDING black pixels on each side, then a random part. simple (DeiT-III) = the shorter

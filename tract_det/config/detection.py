@@ -108,6 +108,8 @@ def _model() -> CfgNode:
 def _data() -> dict[str, Any]:
     return {
         "INPUT": {
+            # An image with more is refused, by its header: a small file can ask for any memory.
+            "MAX_PIXELS": 100_000_000,
             # Shorter side in training, pixels, drawn from this list for each image; [] or 0 = no
             # resizing.
             "MIN_SIZE_TRAIN": [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],

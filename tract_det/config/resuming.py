@@ -16,6 +16,7 @@ from tract_det.errors import shortened
 TAKES_EFFECT = (
     # Where the run is, what it says, and how fast it is.
     *("OUTPUT_DIR", "ARM", "LOG_PERIOD", "DEEPSPEED", "DATASETS.ROOT", "DATASETS.CACHE"),
+    "INPUT.MAX_PIXELS",
     *("DATALOADER.NUM_WORKERS", "MODEL.DEVICE", "MODEL.COMPILE", "MODEL.CHANNELS_LAST"),
     *("MODEL.CHECKPOINTING", "MODEL.TRACT.WORKSPACE", "TEST.IMS_PER_BATCH", "SOLVER.ACCUMULATION"),
     # Periods.

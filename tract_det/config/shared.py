@@ -121,6 +121,8 @@ SHARED_RANGES: dict[str, Rule] = {
     "MODEL.TRACT.GRAM_PATCHES": COUNT_OR_NONE,
     "MODEL.TRACT.WORKSPACE": COUNT,
     "MODEL.TRACT.STEM": Names(),
+    # The upper bound is Pillow's own: it refuses more.
+    "INPUT.MAX_PIXELS": Number(1, 178_956_970, whole=True),
     "INPUT.FLIP_PROB": FRACTION,
     "INPUT.COLOR_JITTER": FRACTION,
     "DATALOADER.NUM_WORKERS": Number(0, 1024, whole=True),

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import datasets
 
-from tract_det.data.images import CorruptImageError, read_rgb
+from tract_det.data.images import MAX_PIXELS, CorruptImageError, read_rgb
 from tract_det.errors import UserError
 
 Target = dict[str, Any]
@@ -42,6 +42,7 @@ class ClassificationSplit:
         files: Paths below root as a numpy array of bytes. A list of Python strings would end up
             copied into every worker process, page by page, as reference counts change.
         pixels: (m, H, W, 3) uint8 RGB, for data sets held in memory.
+        max_pixels: An image file with more is refused.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ClassificationSplit:
     root: Path
     files: np.ndarray | None = None
     pixels: np.ndarray | None = None
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,7 +75,7 @@ class ClassificationSplit:
             UserError: As `read_rgb`.
         """
         if self.pixels is None:
-            return read_rgb(self.root / self.image_id(index))
+            return read_rgb(self.root / self.image_id(index), self.max_pixels)
         return torch.from_numpy(self.pixels[self.numbers[index]]).permute(2, 0, 1)
 
     def subset(self, keep: np.ndarray) -> "ClassificationSplit":

@@ -6,6 +6,7 @@ detectors expect 1..K, with 0 for the background. `VOCDetection` is the only pla
 
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
+from tract_det.data.faults import Faults
 from tract_det.data.images import is_turned, orientation_of, read_upright, upright_size
 from tract_det.data.voc import Annotation, VOCSplit
 from tract_det.errors import UserError
@@ -21,6 +23,8 @@ Target = dict[str, Any]
 
 # In pixels. A thinner box may hold no pixel, and torchvision's detectors refuse a width of 0.
 MIN_SIDE = 1.0
+
+_READERS = 8  # threads that read headers, which on a network's disk wait most of the time
 
 
 class VOCDetection(torch.utils.data.Dataset):
@@ -66,7 +70,7 @@ class VOCDetection(torch.utils.data.Dataset):
             UserError: The image cannot be read, or its size is not the one in its annotation.
         """
         annotation = self.split.annotations[index]
-        image = tv_tensors.Image(read_upright(annotation.path))
+        image = tv_tensors.Image(read_upright(annotation.path, self.split.max_pixels))
         check_size(annotation, (image.shape[-1], image.shape[-2]))
         keep = np.ones(len(annotation.boxes), dtype=bool)
         if not self.use_difficult:
@@ -169,14 +173,15 @@ def check_headers(annotations: Sequence[Annotation]) -> None:
     """Refuses images that are not as their annotations say, before any of them is decoded.
 
     Raises:
-        UserError: As `check_size` for the first of them, with the number of the others.
+        UserError: As `check_size`, for all of them at once.
     """
-    problems = []
-    for annotation in annotations:
-        try:
-            check_size(annotation, upright_size(annotation.path))
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(problems[0] + others)
+
+    def check(annotation: Annotation) -> None:
+        check_size(annotation, upright_size(annotation.path))
+
+    faults = Faults()
+    with ThreadPoolExecutor(_READERS) as pool:
+        for checked in [pool.submit(check, annotation) for annotation in annotations]:
+            with faults.noted():
+                checked.result()
+    faults.refuse()

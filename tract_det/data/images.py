@@ -1,6 +1,7 @@
 """Decodes image files of any kind to (3, H, W) uint8 RGB, as stored or turned upright."""
 
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,15 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from tract_det.errors import UserError
+from tract_det.errors import UserError, shortened
 
 try:
-    from torchvision.io import ImageReadMode, decode_image, read_file
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
 except ImportError:  # deprecated in torchvision 0.29 and to be removed
-    decode_image = None
+    decode_jpeg = None
 
+# By default an image with more is refused: a file of a few bytes can ask for any amount of memory.
+MAX_PIXELS = 100_000_000
 
 _ORIENTATION = 0x0112  # EXIF's tag
 # What its values ask for: whether to exchange rows and columns, then the dimensions to flip.
@@ -30,6 +33,9 @@ _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
     8: (True, (-2,)),
 }
 
+
+# JPEG's markers of a frame header: SOF0 to SOF15 without those that mean something else.
+_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 # What an orientation may stand in before the pixels of a PNG, by Pillow's names.
 _SAY = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
@@ -91,12 +97,12 @@ def upright_size(path: Path) -> tuple[int, int]:
         return (height, width) if is_turned(_orientation(image)) else (width, height)
 
 
-def read_upright(path: Path) -> torch.Tensor:
+def read_upright(path: Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """As `read_rgb`, but turned as the file's EXIF orientation says, as viewers show the image.
 
     detectron2 reads its images so, by the same tag.
     """
-    image = read_rgb(path)
+    image = read_rgb(path, max_pixels)
     orientation = orientation_of(path)
     if orientation == 1:
         return image
@@ -104,37 +110,72 @@ def read_upright(path: Path) -> torch.Tensor:
     return (image.transpose(-2, -1) if is_exchanged else image).flip(flipped).contiguous()
 
 
-def read_rgb(path: Path) -> torch.Tensor:
-    """(3, H, W) uint8 from JPEG or PNG; grey, palette, CMYK and transparent images become RGB.
+def read_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """(3, H, W) uint8 from an image file; grey, palette, CMYK and transparent ones become RGB.
 
     The pixels are as stored: an EXIF orientation is not applied, as in torchvision's and timm's
-    data sets of classes.
+    data sets of classes. Of 16 bits per channel the upper 8 are taken, and alpha is left out.
 
-    torchvision's decoder gives the same pixels as Pillow's, bit for bit, two to three times as fast
-    (benchmarks/data_design_notes.md). Pillow takes over where it fails: in builds without libjpeg,
-    for rare formats, and in releases without the decoder.
+    torchvision reads JPEG, with the same pixels as Pillow, bit for bit, two to three times as fast
+    (benchmarks/data_design_notes.md). Pillow reads all other files: torchvision's PNG decoder ends
+    the process on damaged ones. It also takes over where torchvision fails: in builds without
+    libjpeg, for rare kinds of JPEG, and in releases without the decoder.
+
+    Args:
+        path: The file.
+        max_pixels: An image with more is refused, by its header, before it is decoded.
 
     Raises:
-        CorruptImageError: It does not decode.
+        CorruptImageError: It does not decode, or has too many pixels.
         UserError: The file cannot be opened.
     """
-    if decode_image is None:
-        return _read_rgb_pillow(path)
-    try:
-        image = decode_image(read_file(str(path)), ImageReadMode.RGB)
-    except RuntimeError:
-        return _read_rgb_pillow(path)
-    if image.ndim != 3:  # an animation
-        return _read_rgb_pillow(path)
-    if image.dtype != torch.uint8:  # a PNG with 16 bits per channel
-        image = (image.to(torch.int32) >> 8).to(torch.uint8)
-    return image
+    if decode_jpeg is not None:
+        try:
+            data = read_file(str(path))
+            size = _jpeg_size(memoryview(data.numpy()))
+            if size is not None:
+                _refuse_too_many(path, size, max_pixels)
+                return decode_jpeg(data, ImageReadMode.RGB)
+        except RuntimeError:
+            pass
+    with _opened(path) as image:
+        _refuse_too_many(path, image.size, max_pixels)
+        return torch.from_numpy(_rgb_pixels(image)).permute(2, 0, 1).contiguous()
 
 
-def _read_rgb_pillow(path: Path) -> torch.Tensor:
-    with _opened(path) as file:
-        pixels = np.array(file.convert("RGB"))  # (H, W, 3)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
+    """Width and height in the first frame header of a JPEG file's bytes; None: it is no JPEG."""
+    if bytes(data[:2]) != b"\xff\xd8":
+        return None
+    position = 2
+    while position + 9 <= len(data):
+        start, kind, length = struct.unpack_from(">BBH", data, position)
+        if start != 0xFF:
+            return None
+        if kind in _FRAMES:
+            height, width = struct.unpack_from(">HH", data, position + 5)
+            return width, height
+        is_filler = kind == 0xFF
+        position += 1 if is_filler else 2 + length
+    return None
+
+
+def _refuse_too_many(path: Path, size: tuple[int, int], max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        raise CorruptImageError(
+            f"{path}: {size[0]} x {size[1]} pixels are more than INPUT.MAX_PIXELS {max_pixels}: "
+            "scale the image down, or raise the bound if there is the memory for it"
+        )
+
+
+def _rgb_pixels(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers: save it with 8 bits")
+    if image.mode.startswith("I"):  # grey of 16 bits, which Pillow would cut off at 255
+        grey = (np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.array(image.convert("RGB"))
 
 
 @contextmanager
@@ -142,10 +183,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as file:
             yield file
-    # These are what Pillow raises on broken files.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except CorruptImageError:
+        raise
+    # Pillow's plug-ins raise almost anything on broken files.
+    except Exception as error:
         # errno is set by the system: a file that is missing or not readable is not corrupt.
         is_system_error = isinstance(error, OSError) and error.errno is not None
         raise (UserError if is_system_error else CorruptImageError)(
-            f"{path}: the image cannot be read ({error}): replace it or remove it from the split"
+            f"{path}: the image cannot be read ({shortened(str(error), 200)}): replace it or "
+            "remove it from the split"
         ) from None

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tract_det.data.images import upright_size
+from tract_det.data.faults import Faults
+from tract_det.data.images import MAX_PIXELS, upright_size
 from tract_det.data.shapes import SHAPES_CLASSES, ensure_shapes
 from tract_det.data.voc_xml import Record, parse_annotation
 from tract_det.errors import UserError
@@ -68,7 +69,8 @@ class Annotation:
     Attributes:
         image_id: The line of the split file, and the name of the XML file without its suffix.
         path: The image file.
-        width: In pixels, of the image turned upright by its EXIF orientation.
+        width: In pixels, of the image turned upright by its EXIF orientation; 0 = neither <size>
+            nor an image says, where none is needed.
         height: In pixels, likewise.
         boxes: (n, 4) float64, pixel edges x1, y1, x2, y2; as read, not clipped to the image.
         labels: (n,) int64, 0..K-1, positions in the split's class names.
@@ -93,12 +95,14 @@ class VOCSplit:
         class_names: K names; label k is class_names[k].
         annotations: One per image, including images without objects.
         dropped: Number of boxes without area, which were left out.
+        max_pixels: An image with more is refused.
     """
 
     name: str
     class_names: tuple[str, ...]
     annotations: list[Annotation]
     dropped: int
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -136,19 +140,21 @@ def read_split(
     images = _list_files(root / "JPEGImages", _IMAGE_SUFFIXES)
     split_file = _split_file(root, split)
     ids = _read_ids(split_file, xmls)
+    faults = Faults()
+    records, paths = [], []
     for image_id in ids:
-        if image_id not in xmls:
-            raise UserError(
-                f"{split_file}: id {image_id!r} has no annotation "
-                f"{root / 'Annotations' / image_id}.xml: add the file or remove the line"
-            )
-    records = [parse_annotation(xmls[image_id]) for image_id in ids]
+        with faults.noted():
+            record = parse_annotation(_find_annotation(root, split_file, image_id, xmls))
+            paths.append(_find_image(root, image_id, record, images, xmls, need_images))
+            records.append(record)
+    faults.refuse()
     names = _class_list(class_names, records, split_file)
     label_of = {name: k for k, name in enumerate(names)}
     annotations = []
-    for image_id, record in zip(ids, records, strict=True):
-        path = _find_image(root, image_id, record, images, need_images)
-        annotations.append(_annotation(image_id, path, record, label_of))
+    for image_id, path, record in zip(ids, paths, records, strict=True):
+        with faults.noted():
+            annotations.append(_annotation(image_id, path, record, label_of, need_images))
+    faults.refuse()
     dropped = [text for record in records for text in record.dropped]
     if dropped:
         total = sum(len(record.classes) for record in records)
@@ -275,15 +281,42 @@ def _list_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     return files_by_stem
 
 
+def _find_annotation(root: Path, split_file: Path, image_id: str, xmls: dict[str, Path]) -> Path:
+    """Annotations/<id>.xml; an id may name a folder below, as in ImageNet VID."""
+    if image_id in xmls:
+        return xmls[image_id]
+    path = root / "Annotations" / f"{image_id}.xml"
+    if "/" in image_id and ".." not in image_id.split("/") and path.is_file():
+        return path
+    stem, dot, ending = image_id.rpartition(".")
+    if dot and stem in xmls:
+        raise UserError(
+            f"{split_file}: id {image_id!r} has an ending, and ids have none: write {stem!r} "
+            f"instead of it, in all lines with .{ending}"
+        )
+    raise UserError(
+        f"{split_file}: id {image_id!r} has no annotation {path}: add the file or remove the line"
+    )
+
+
 def _find_image(
-    root: Path, image_id: str, record: Record, images: dict[str, Path], need_images: bool
+    root: Path,
+    image_id: str,
+    record: Record,
+    images: dict[str, Path],
+    xmls: Container[str],
+    need_images: bool,
 ) -> Path:
-    """JPEGImages/<id>.*, or else the file named by the XML's <filename>."""
+    """JPEGImages/<id>.*, or else the file named by the XML's <filename>, if it is no other id's."""
     usual = root / "JPEGImages" / f"{image_id}.jpg"
+    if "/" in image_id:
+        for suffix in _IMAGE_SUFFIXES:
+            if (path := usual.with_suffix(suffix)).is_file():
+                return path
     # <filename> may be a path on the annotator's machine, even a Windows path, or have no suffix.
     name = re.split(r"[\\/]", record.filename.strip())[-1]
     for stem in (image_id, name, name.rpartition(".")[0]):
-        if stem in images:
+        if stem in images and (stem == image_id or stem not in xmls):
             return images[stem]
     if need_images:
         raise UserError(
@@ -293,11 +326,16 @@ def _find_image(
     return usual
 
 
-def _annotation(image_id: str, path: Path, record: Record, label_of: dict[str, int]) -> Annotation:
-    try:
-        width, height = record.size or upright_size(path)
-    except UserError as error:
-        raise UserError(f"{record.xml}: no <size>, and {error}; or add <size>") from None
+def _annotation(
+    image_id: str, path: Path, record: Record, label_of: dict[str, int], need_images: bool
+) -> Annotation:
+    size = record.size
+    if size is None and (need_images or path.is_file()):
+        try:
+            size = upright_size(path)
+        except UserError as error:
+            raise UserError(f"{record.xml}: no <size>, and {error}; or add <size>") from None
+    width, height = size or (0, 0)
     return Annotation(
         image_id,
         path,

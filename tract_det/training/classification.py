@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def _read(cfg: CfgNode, *, train: bool) -> ClassificationSplit:
     data = cfg.DATASETS
     if not data.ROOT:
         raise UserError("DATASETS.ROOT is empty: name the folder that holds the data set")
-    return read_classification(
+    split = read_classification(
         data.NAME,
         Path(data.ROOT),
         train=train,
@@ -65,6 +66,7 @@ def _read(cfg: CfgNode, *, train: bool) -> ClassificationSplit:
         seed=data.HOLDOUT_SEED,
         limit=data.LIMIT if train else 0,
     )
+    return replace(split, max_pixels=cfg.INPUT.MAX_PIXELS)
 
 
 def read_data(cfg: CfgNode) -> tuple[ClassificationSplit, ClassificationSplit]:

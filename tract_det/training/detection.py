@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from tract_det import distributed
 from tract_det.config.detection import get_cfg
-from tract_det.data.detection import VOCDetection, aspect_groups, drop_empty
+from tract_det.data.detection import VOCDetection, aspect_groups, check_headers, drop_empty
 from tract_det.data.detection_loaders import detection_evaluation_loader, detection_loader
 from tract_det.data.detection_transforms import detection_train
 from tract_det.data.voc import VOCSplit, read_dataset
@@ -34,7 +35,9 @@ Results = dict[str, Any]
 
 def _read(cfg: CfgNode, names: Sequence[str], class_names: Sequence[str] | None) -> VOCSplit:
     root = Path(cfg.DATASETS.ROOT) if cfg.DATASETS.ROOT else None
-    return read_dataset(names, root, class_names)
+    split = read_dataset(names, root, class_names)
+    distributed.on_main(lambda: check_headers(split.annotations))
+    return replace(split, max_pixels=cfg.INPUT.MAX_PIXELS)
 
 
 def read_data(cfg: CfgNode) -> tuple[VOCSplit, VOCSplit]:

@@ -1,0 +1,102 @@
+"""Damaged images and annotations are read or refused in a line, by a process with limits.
+
+A decoder that crashes takes its process with it: so each kind of file has one of its own, which
+says where it is. More cases than the suite has: `FUZZ_CASES=10000 python -m pytest -n0 tests/fuzz`.
+"""
+
+import base64
+import os
+import random
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import REPO, write_voc_tree
+from tests.fuzz.mutations import damaged
+from tract_det.data.images import CorruptImageError, read_rgb, read_upright, upright_size
+from tract_det.data.voc import read_split
+from tract_det.errors import UserError
+
+CASES = int(os.environ.get("FUZZ_CASES", "50"))
+SUFFIXES = (".jpg", ".png", ".webp", ".bmp", ".tiff", ".gif")
+SECONDS = 5  # that a case may take
+MEMORY = 2**30  # bytes that it may add
+
+# One pixel; a bit of its compressed data is flipped. libpng's error handler ends the process.
+BROKEN = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAAAElEQVR4nGNgYGAAAAAEAAH2FzhVAAAAAElFTkSuQmCC"
+)
+
+
+def refused(read, *arguments):
+    try:
+        read(*arguments)
+    except UserError as error:
+        assert 10 < len(str(error)) < 2_100
+        return str(error)
+    return ""
+
+
+def images(folder):
+    """Damages an image of every kind; called in a process of its own."""
+    for suffix in SUFFIXES:
+        rng, path = random.Random(0), folder / f"image{suffix}"
+        pixels = np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        whole = path.read_bytes()
+        for case in range(CASES):
+            print(suffix, case, flush=True)
+            path.write_bytes(damaged(whole, rng))
+            for read in (read_rgb, read_upright, upright_size):
+                refused(read, path)
+
+
+def trees(folder):
+    """Damages an XML file and an image set; called in a process of its own."""
+    rng, root = random.Random(1), write_voc_tree(folder / "tree")
+    for path in (min((root / "Annotations").iterdir()), root / "ImageSets/Main/train.txt"):
+        whole = path.read_bytes()
+        for case in range(CASES):
+            print(path.name, case, flush=True)
+            path.write_bytes(damaged(whole, rng))
+            refused(read_split, root, "train")
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("kind", ["images", "trees"])
+def test_a_damaged_file_is_read_or_refused_in_a_line(kind, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz.test_images", kind, tmp_path]
+    done = subprocess.run(
+        [*map(str, command)], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    last = done.stdout[-60:].splitlines()[-1:]
+    assert done.returncode == 0, f"{last}: exit code {done.returncode}: {done.stderr[-2000:]}"
+
+
+def test_a_flipped_bit_in_a_png_is_a_line(tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(base64.b64decode(BROKEN))
+    with pytest.raises(CorruptImageError, match=r"broken\.png: the image cannot be read"):
+        read_rgb(path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, suffix):
+    path = tmp_path / f"large{suffix}"
+    Image.new("RGB", (400, 300)).save(path)
+    assert read_rgb(path, 120_000).shape == (3, 300, 400)
+    with pytest.raises(CorruptImageError, match=r"400 x 300 pixels are more than INPUT.MAX_PIXELS"):
+        read_rgb(path, 119_999)
+
+
+if __name__ == "__main__":
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    limit = 20 + SECONDS * CASES // 10
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    {"images": images, "trees": trees}[sys.argv[1]](Path(sys.argv[2]))
