@@ -1,6 +1,7 @@
 """Rank, world size and the few collectives needed; all work without a process group as well."""
 
 import os
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -62,6 +63,25 @@ def gather(item: T) -> list[T]:
     items: list[Any] = [None] * world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Calls a function on rank 0; every rank waits for what it returns or raises.
+
+    Every rank must call it.
+    """
+    if not is_initialized() or world_size() == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 class AnyRank:

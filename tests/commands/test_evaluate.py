@@ -147,7 +147,7 @@ def test_missing_devkit_split_and_detections_are_errors_that_name_them(tmp_path)
         (["--devkit", "d", "--classes", "cat"], "--classes goes with --root"),
         (["--root", "r", "--year", "2007"], "--year goes with --devkit"),
         (["--root", "r", "--devkit", "d"], "not allowed with"),
-        ([], "one of the arguments --devkit --root is required"),
+        ([], "one of the arguments --devkit --root --coco-truth is required"),
     ],
 )
 def test_contradictory_arguments_are_refused(arguments, message, capsys):
