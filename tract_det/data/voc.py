@@ -268,9 +268,11 @@ def _list_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     files = folder.iterdir() if folder.is_dir() else ()
     # Sorted, so that of several files with the same stem the first suffix wins on every machine.
     ranked = sorted(
-        (suffixes.index(f.suffix.lower()), f) for f in files if f.suffix.lower() in suffixes
+        (suffixes.index(suffix), f.name, f)
+        for f in files
+        if (suffix := f.suffix.lower()) in suffixes
     )
-    for _, file in ranked:
+    for _, _, file in ranked:
         files_by_stem.setdefault(file.stem, file)
     return files_by_stem
 
@@ -279,12 +281,12 @@ def _find_image(
     root: Path, image_id: str, record: Record, images: dict[str, Path], need_images: bool
 ) -> Path:
     """JPEGImages/<id>.*, or else the file named by the XML's <filename>."""
-    usual = root / "JPEGImages" / f"{image_id}.jpg"
     # <filename> may be a path on the annotator's machine, even a Windows path, or have no suffix.
     name = re.split(r"[\\/]", record.filename.strip())[-1]
     for stem in (image_id, name, name.rpartition(".")[0]):
         if stem in images:
             return images[stem]
+    usual = root / "JPEGImages" / f"{image_id}.jpg"
     if need_images:
         raise UserError(
             f"{record.xml}: image {usual} is missing (also .jpeg and .png, and <filename> "

@@ -4,19 +4,18 @@ A sample draws as many images as the split has, with replacement; an image drawn
 All figures of a sample come from the same draw, and those of two sets of detections as well, so
 that their difference is paired. Nothing is matched again.
 
-The average precision of a split is a little too high, and that of a sample of it again: an envelope
-takes the best of its noise. So the interval is the bias-corrected one of the percentiles, and the
+An average precision is a little higher the fewer images it has, since an envelope takes the best of
+its noise, and that of a sample, with repeated images, is higher still. So the samples are centred
+on the figure of the split: the interval is that of the mean over splits of as many images, and the
 p-value is the level at which it would end at 0.
 
-Source: Efron, "Nonparametric standard errors and confidence intervals", Canadian Journal of
-Statistics 9, 1981, and Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 14.
+Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 10 and 13.
 
 Shapes: B samples, I images.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -108,7 +107,7 @@ def differences(
 
 
 def interval(value: float, sampled: np.ndarray) -> tuple[float, float]:
-    """The bias-corrected percentile interval at `LEVEL`.
+    """The percentile interval at `LEVEL` of the centred samples.
 
     Args:
         value: the figure on the split.
@@ -117,12 +116,10 @@ def interval(value: float, sampled: np.ndarray) -> tuple[float, float]:
     Returns:
         Both ends; NaN where every sample is NaN.
     """
-    sampled = sampled[~np.isnan(sampled)]
-    if not len(sampled):
+    centred = _centred(value, sampled)
+    if not len(centred):
         return math.nan, math.nan
-    shift = 2 * _normal_quantile(sampled, value)
-    ends = [_NORMAL.inv_cdf(tail) for tail in ((1 - LEVEL) / 2, (1 + LEVEL) / 2)]
-    low, high = np.quantile(sampled, [_NORMAL.cdf(shift + end) for end in ends])
+    low, high = np.quantile(centred, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -134,19 +131,17 @@ def p_value(difference: float, sampled: np.ndarray) -> float:
         sampled: (B,) float, in each sample; NaN is left out.
 
     Returns:
-        1 if all samples are 0; NaN where every sample is NaN.
+        1 / (B + 1) at least; 1 if all samples are 0, NaN if all are NaN.
     """
-    sampled = sampled[~np.isnan(sampled)]
-    if not len(sampled):
+    centred = _centred(difference, sampled)
+    if not len(centred):
         return math.nan
-    tail = _NORMAL.cdf(_normal_quantile(sampled, 0.0) - 2 * _normal_quantile(sampled, difference))
-    return 2 * min(tail, 1 - tail)
+    below = np.count_nonzero(centred < 0) + np.count_nonzero(centred == 0) / 2
+    share = (below + 0.5) / (len(centred) + 1)
+    return float(2 * min(share, 1 - share))
 
 
-_NORMAL = NormalDist()
-
-
-def _normal_quantile(sampled: np.ndarray, value: float) -> float:
-    """The normal quantile of the share of samples below a value; equal ones are half below it."""
-    below = np.count_nonzero(sampled < value) + np.count_nonzero(sampled == value) / 2
-    return _NORMAL.inv_cdf((below + 0.5) / (len(sampled) + 1))
+def _centred(value: float, sampled: np.ndarray) -> np.ndarray:
+    """The samples that are not NaN, moved so that their mean is the value."""
+    sampled = sampled[~np.isnan(sampled)]
+    return sampled - sampled.mean() + value if len(sampled) else sampled

@@ -131,34 +131,51 @@ def _find_detection_files(folder: Path, split: str, class_names: Sequence[str]) 
 def _read_file(path: Path, positions: Mapping[Any, int]) -> np.ndarray:
     """A file as rows of the image's position, score and box as in the file. (n, 6) float."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({error}): write it again") from None
-    table = _table(lines, positions)
-    if table is None:  # something is wrong with a line, or an image id has blanks
+    table = _table(text, positions)
+    if table is None:
         rows = [
             _row(f"{path}, line {number}", line, positions)
-            for number, line in enumerate(lines, start=1)
+            for number, line in enumerate(text.splitlines(), start=1)
             if line.strip()
         ]
         table = np.array(rows, dtype=np.float64).reshape(-1, 6)
     return table
 
 
-def _table(lines: Sequence[str], positions: Mapping[Any, int]) -> np.ndarray | None:
-    """The lines at once, several times as fast as one by one; None if that does not work."""
-    rows = [columns for line in lines if (columns := line.split())]
-    table = np.empty((len(rows), 6))
-    try:
-        for index, column in enumerate(zip(*rows, strict=True)):
-            table[:, index] = (
-                [positions[c] for c in column] if index == 0 else [*map(float, column)]
-            )
-    except (KeyError, ValueError, IndexError):
+def _table(text: str, positions: Mapping[Any, int]) -> np.ndarray | None:
+    """A file without mistakes, several times as fast as line by line.
+
+    Returns:
+        (n, 6) float; None if a line is malformed, or an image id has blanks.
+    """
+    words = text.split()
+    if not words:
+        return np.empty((0, 6))
+    if not _has_six_columns(text, len(words)):
         return None
-    is_complete = not rows or len(rows[0]) == 6
-    is_plain = is_complete and np.isfinite(table).all() and not _is_negative(table[:, 2:]).any()
-    return table if is_plain else None
+    table = np.array(words, dtype=object).reshape(-1, 6)
+    try:
+        table[:, 0] = [positions[image_id] for image_id in words[::6]]
+        numbers = table.astype(np.float64)
+    except (KeyError, ValueError):
+        return None
+    is_plain = np.isfinite(numbers).all() and not _is_negative(numbers[:, 2:]).any()
+    return numbers if is_plain else None
+
+
+def _has_six_columns(text: str, words: int) -> bool:
+    """Whether each line has six words or none, counted without making a list of each line."""
+    characters = np.frombuffer(text.encode(), dtype=np.uint8)
+    is_word = characters > ord(" ")
+    begins_word = is_word.copy()
+    begins_word[1:] &= ~is_word[:-1]
+    line_begins = np.append(0, np.flatnonzero(characters[:-1] == ord("\n")) + 1)
+    in_line = np.add.reduceat(begins_word, line_begins, dtype=np.int64)
+    # Other blanks than those of ASCII make the sum another: such a file is read line by line.
+    return bool(((in_line == 6) | (in_line == 0)).all() and in_line.sum() == words)
 
 
 def _row(where: str, line: str, positions: Mapping[Any, int]) -> tuple[float, ...]:
