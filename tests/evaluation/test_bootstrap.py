@@ -169,15 +169,15 @@ def test_the_paired_interval_is_narrower_than_that_of_either():
 
 @pytest.mark.slow
 def test_intervals_cover_the_known_mean_and_tests_keep_their_level():
-    """200 repetitions; the mean over splits of this size is known from 2,000 others."""
-    repetitions, images = 200, 300
+    """400 repetitions; the mean over splits of this size is known from 2,000 others."""
+    repetitions, images = 400, 400
     others = [made_split(images, seed) for seed in range(10_000, 12_000)]
     of_others = [figures(objects, detect(0)) for objects, detect in others]
     known = {name: np.mean([others[name] for others in of_others]) for name in METRICS}
     covered, rejected = dict.fromkeys(METRICS, 0.0), dict.fromkeys(METRICS, 0.0)
     for seed in range(repetitions):
         objects, detect = made_split(images, seed)
-        weights = draw(images, 500, seed)
+        weights = draw(images, 300, seed)
         both = figures(objects, detect(0)), figures(objects, detect(1))
         samples = means(objects, detect(0), weights), means(objects, detect(1), weights)
         for name, (low, high) in intervals(both[0], samples[0]).items():

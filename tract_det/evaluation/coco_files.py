@@ -4,7 +4,6 @@ Format: https://cocodataset.org/#format-data and #format-results.
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from json import JSONDecodeError
 from pathlib import Path
@@ -86,8 +85,7 @@ def read_coco_results(path: Path, truth: GroundTruth) -> Detections:
     try:
         image, labels, boxes = _columns(entries, truth.positions, truth.categories)
         scores = np.array([entry["score"] for entry in entries], dtype=np.float64)
-        is_finite = scores.ndim == 1 and np.isfinite(scores).all() and np.isfinite(boxes).all()
-        is_good = bool(is_finite and (boxes[:, 2:] >= 0).all())
+        is_good = scores.ndim == 1 and _are_good(boxes, scores)
     except _MALFORMED:
         is_good = False
     if not is_good:
@@ -97,6 +95,8 @@ def read_coco_results(path: Path, truth: GroundTruth) -> Detections:
 
 
 _LISTS = ("images", "annotations", "categories")
+# Of a number: areas and sums of larger ones would not be finite.
+_LARGEST = 1e15
 # What an entry of any other shape raises when its values are taken.
 _MALFORMED = (KeyError, TypeError, ValueError, OverflowError, AttributeError)
 
@@ -211,19 +211,19 @@ def _objects(
 
     try:
         image, label, boxes = _columns(entries, image_ids, labels)
-        sizes = (boxes[:, 2] * boxes[:, 3]).tolist()
-        areas = [entry.get("area", size) for entry, size in zip(entries, sizes, strict=True)]
+        areas = [entry.get("area", 0) for entry in entries]
         area = np.array(areas, dtype=np.float64).reshape(len(entries))
         flags = [
             [entry.get(flag, 0) for entry in entries] for flag in ("iscrowd", "ignore", "difficult")
         ]
         numbers = np.array(flags, dtype=np.float64).reshape(3, len(entries))
-        is_finite = all(np.isfinite(values).all() for values in (boxes, area, numbers))
-        is_good = bool(is_finite and (boxes[:, 2:] >= 0).all())
+        is_good = _are_good(boxes, area, numbers)
     except _MALFORMED:
         is_good = False
     if not is_good:
         where.refuse(entries, "annotations", problem)
+    has_area = np.array(["area" in entry for entry in entries], dtype=bool)
+    area = np.where(has_area, area, boxes[:, 2] * boxes[:, 3])
     boxes[:, 2:] += boxes[:, :2]
     crowd, ignore, difficult = numbers != 0
     return Objects(
@@ -258,7 +258,10 @@ def _box_problem(entry: Any, positions: Mapping[Any, int], labels: Mapping[int, 
 
 
 def _is_number(value: Any) -> bool:
-    try:
-        return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond the doubles
-        return False
+    return isinstance(value, int | float) and abs(value) <= _LARGEST
+
+
+def _are_good(boxes: np.ndarray, *others: np.ndarray) -> bool:
+    """Whether all are numbers in the sense of `_is_number`, and no size is negative."""
+    are_numbers = all((np.abs(values) <= _LARGEST).all() for values in (boxes, *others))
+    return are_numbers and bool((boxes[:, 2:] >= 0).all())
