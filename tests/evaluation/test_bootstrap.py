@@ -55,13 +55,21 @@ def made_split(images, seed):
     return Objects(image, boxes, labels, rng.random(n) < 0.1), detect
 
 
-def means(objects, detections, weights=None, rule="devkit"):
+def rankings(objects, detections, rule="devkit"):
     voc = match(objects, detections, rule).rankings(CLASSES)
-    return weighted_means(voc, coco_rankings(objects, detections, CLASSES), rule, weights)
+    return voc, coco_rankings(objects, detections, CLASSES)
+
+
+def means(objects, detections, weights=None, rule="devkit"):
+    return weighted_means(*rankings(objects, detections, rule), rule, weights)
+
+
+def first(by_name):
+    return {name: float(values[0]) for name, values in by_name.items()}
 
 
 def figures(objects, detections):
-    return {name: float(values[0]) for name, values in means(objects, detections).items()}
+    return first(means(objects, detections))
 
 
 def repeated(split, times):
@@ -178,8 +186,9 @@ def test_intervals_cover_the_known_mean_and_tests_keep_their_level():
     for seed in range(repetitions):
         objects, detect = made_split(images, seed)
         weights = draw(images, 300, seed)
-        both = figures(objects, detect(0)), figures(objects, detect(1))
-        samples = means(objects, detect(0), weights), means(objects, detect(1), weights)
+        matched = [rankings(objects, detect(number)) for number in (0, 1)]
+        both = tuple(first(weighted_means(*ranks, "devkit", None)) for ranks in matched)
+        samples = tuple(weighted_means(*ranks, "devkit", weights) for ranks in matched)
         for name, (low, high) in intervals(both[0], samples[0]).items():
             covered[name] += 100 / repetitions * (low <= known[name] <= high)
         for name, difference in differences(both, samples).items():
