@@ -112,6 +112,12 @@ def test_more_than_ten_classes_have_twenty_colours(tmp_path, figures):
     assert len({colors[name] for name in names}) == 20
 
 
+def test_without_pictures_the_legend_alone_is_drawn(tmp_path, figures):
+    detection_grid(tmp_path / "grid.png", [], ["cat"])
+    assert list(legend_colors(figures[0].legends[0])) == ["ground truth", "cat"]
+    assert not any(axis.images for axis in figures[0].axes)
+
+
 def test_pictures_are_laid_out_row_by_row(tmp_path, figures):
     shades = [10, 60, 110, 160, 210]
     pictures = [picture(tmp_path / f"{shade}.png", color=(shade, 0, 0)) for shade in shades]

@@ -77,21 +77,31 @@ def on_every_rank(work: Callable[[], T]) -> list[T]:
     try:
         result = work()
     except UserError as failure:
-        error = str(failure)
+        error = failure
     outcomes = gather((result, error))
-    for _, message in outcomes:
-        if message is not None:
-            raise UserError(message)
+    for _, refusal in outcomes:
+        if refusal is not None:
+            raise refusal
     return [outcome for outcome, _ in outcomes]  # type: ignore[misc]
 
 
-def on_main(work: Callable[[], T]) -> T:
-    """Calls `work` on the main rank, and returns its result on every rank.
+def on_main(function: Callable[[], T]) -> T:
+    """Calls a function on rank 0; every rank waits for what it returns or raises.
 
-    Raises:
-        UserError: that of the main rank, on every rank.
+    Every rank must call it.
     """
-    return on_every_rank(lambda: work() if is_main() else None)[0]  # type: ignore
+    if not is_initialized() or world_size() == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 class AnyRank:

@@ -66,13 +66,14 @@ def detection_grid(
 
     Args:
         path: the PNG file to write.
-        pictures: drawn row by row.
+        pictures: drawn row by row; there may be none.
         class_names: the K names that the labels index.
         score_thresh: detections with a lower score are not drawn.
         columns: number of pictures per row.
     """
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
+    cells = max(1, len(pictures))  # without pictures, one empty cell above the legend
+    columns = min(columns, cells)
+    rows = -(-cells // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(3.2 * columns, 3.2 * rows), squeeze=False, layout="constrained"
     )

@@ -11,6 +11,7 @@ import pytest
 from tract_det.cli import call
 from tract_det.data.voc import VOC_CLASSES
 from tract_det.errors import UserError
+from tract_det.evaluation.metrics import METRICS
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate_voc.py"
 
@@ -130,6 +131,96 @@ def test_given_classes_are_evaluated_in_their_order(tmp_path):
     assert list(results["voc_area"]["AP"].items()) == [("dog", 50), ("cat", 100), ("cow", None)]
 
 
+def test_the_json_has_classes_mistakes_confusion_and_intervals(tmp_path, capsys):
+    arguments = [
+        *("--root", str(write_tree(tmp_path / "cells")), "--json", str(tmp_path / "out.json")),
+        *("--detections", str(write_detections(tmp_path / "found", ("cat", "dog")))),
+    ]
+    main([*arguments, "--bootstrap", "50"])
+    results = json.loads((tmp_path / "out.json").read_text())
+    dog = results["classes"]["dog"]
+    assert (dog["objects"], dog["difficult"], dog["detections"]) == (2, 0, 1)
+    assert (dog["f1"], dog["score"], dog["recall"]) == pytest.approx((200 / 3, 0.8, 50))
+    assert (results["classes"]["cat"]["objects"], results["classes"]["cat"]["difficult"]) == (1, 1)
+    assert results["errors"]["missed"] == pytest.approx(
+        {"count": 1, "voc_07": 100 * 5 / 22, "voc_area": 25}
+    )
+    assert results["confusion"]["classes"] == ["cat", "dog", "background"]
+    assert results["confusion"]["matrix"] == [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
+    assert results["intervals"]["samples"] == 50
+    assert set(METRICS) < set(results["intervals"])
+    low, high = results["intervals"]["voc_area.mAP"]
+    assert low <= 75 <= high
+    printed = capsys.readouterr().out
+    assert "95% intervals, images resampled 50 times" in printed
+    main([*arguments, "--bootstrap", "0"])
+    assert "intervals" not in json.loads((tmp_path / "out.json").read_text())
+
+
+def test_detections_are_compared_with_others_of_the_split(tmp_path, capsys):
+    found = write_detections(tmp_path / "found", ("cat", "dog"))
+    other = write_detections(tmp_path / "other", ("cat", "dog"))
+    (other / "comp4_det_test_dog.txt").write_text("")
+    arguments = ["--root", str(write_tree(tmp_path / "cells")), "--bootstrap", "40"]
+    out = ["--json", str(tmp_path / "out.json")]
+    main([*arguments, *out, "--detections", str(found), "--against", str(other)])
+    against = json.loads((tmp_path / "out.json").read_text())["against"]
+    assert against["detections"] == str(other)
+    assert against["voc_area.mAP"]["difference"] == pytest.approx(25)
+    assert 0 < against["voc_area.mAP"]["p"] <= 1
+    assert f"minus {other}" in capsys.readouterr().out
+    main([*arguments, *out, "--detections", str(found), "--against", str(found)])
+    against = json.loads((tmp_path / "out.json").read_text())["against"]
+    assert against["voc_07.mAP"] == {"difference": 0, "interval": [0, 0], "p": 1}
+
+
+def test_coco_files_give_the_figures_of_the_challenges_files(tmp_path):
+    """Both kinds of detections, with both kinds of ground truth."""
+    root = write_tree(tmp_path / "cells")
+    found = write_detections(tmp_path / "found", ("cat", "dog"))
+    numbers = {"cat": 1, "dog": 2}
+    objects = [
+        {"image_id": int(image_id), "category_id": numbers[name], "ignore": difficult}
+        | {"bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]}
+        for image_id, entries in IMAGES.items()
+        for name, difficult, x1, y1, x2, y2 in entries
+    ]
+    truth = {
+        "images": [{"id": int(name), "file_name": f"{name}.jpg"} for name in IMAGES],
+        "categories": [{"id": number, "name": name} for name, number in numbers.items()],
+        "annotations": objects,
+    }
+    rows = [("cat", line.split()) for line in CATS.splitlines()]
+    rows += [("dog", line.split()) for line in DOGS.splitlines()]
+    results = []
+    for name, (image_id, score, *box) in rows:
+        x1, y1, x2, y2 = map(float, box)
+        entry = {"image_id": int(image_id), "category_id": numbers[name], "score": float(score)}
+        results.append(entry | {"bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]})
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    outputs = []
+    for data in (("--root", root), ("--coco-truth", tmp_path / "truth.json")):
+        for detections in (found, tmp_path / "results.json"):
+            out = tmp_path / "out.json"
+            main(list(map(str, (*data, "--detections", detections, "--json", out))))
+            outputs.append(json.loads(out.read_text()))
+    assert outputs[0]["voc_area"]["mAP"] == pytest.approx(75)
+    assert all(output == outputs[0] for output in outputs[1:])
+
+
+def test_pycocotools_gives_the_same_figures(tmp_path):
+    arguments = [
+        *("--root", str(write_tree(tmp_path / "cells")), "--json", str(tmp_path / "out.json")),
+        *("--detections", str(write_detections(tmp_path / "found", ("cat", "dog")))),
+    ]
+    figures = []
+    for option in ([], ["--pycocotools"]):
+        main([*arguments, *option, "--bootstrap", "0"])
+        figures.append(json.loads((tmp_path / "out.json").read_text())["coco"])
+    assert figures[0] == pytest.approx(figures[1], abs=1e-9)
+
+
 def test_missing_devkit_split_and_detections_are_errors_that_name_them(tmp_path):
     root = write_tree(tmp_path / "cells")
     found = str(write_detections(tmp_path / "found", ("cat", "dog")))
@@ -147,7 +238,10 @@ def test_missing_devkit_split_and_detections_are_errors_that_name_them(tmp_path)
         (["--devkit", "d", "--classes", "cat"], "--classes goes with --root"),
         (["--root", "r", "--year", "2007"], "--year goes with --devkit"),
         (["--root", "r", "--devkit", "d"], "not allowed with"),
-        ([], "one of the arguments --devkit --root is required"),
+        (["--coco-truth", "f", "--classes", "cat"], "--classes goes with --root"),
+        (["--root", "r", "--against", "d", "--bootstrap", "0"], "--against needs --bootstrap"),
+        (["--root", "r", "--bootstrap", "-1"], "--bootstrap is a number of samples"),
+        ([], "one of the arguments --devkit --root --coco-truth is required"),
     ],
 )
 def test_contradictory_arguments_are_refused(arguments, message, capsys):

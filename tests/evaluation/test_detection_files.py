@@ -14,6 +14,8 @@ from tract_det.evaluation.detection_files import (
     read_detections,
     write_detections,
 )
+from tract_det.evaluation.detection_results import evaluate_detections, summary
+from tract_det.evaluation.ground_truth import from_annotations
 
 
 @pytest.mark.parametrize("rule", ["devkit", "detectron2"])
@@ -21,10 +23,9 @@ def test_files_read_back_give_the_same_figures(tmp_path, rule):
     images, detections = random_split(40)
     evaluator, results = evaluate(images, detections, rule)
     evaluator.write_detections(tmp_path / "new", "val")
-    ids = [annotation.image_id for annotation in images]
-    read = read_detections(tmp_path / "new", "val", CLASSES, ids)
-    assert list(read) == ids
-    _, again = evaluate(images, list(read.values()), rule)
+    truth = from_annotations(images, CLASSES)
+    read = read_detections(tmp_path / "new", "val", CLASSES, truth.positions)
+    again = summary(evaluate_detections(truth, read, rule))
     for definition in ("voc_07", "voc_area"):
         for key in ("AP", "AP_50_95"):
             assert again[definition][key] == pytest.approx(results[definition][key], abs=1e-9)
@@ -53,8 +54,8 @@ def test_no_class_name_writes_outside_its_folder(tmp_path):
     write_detections(tmp_path / "run" / "here", "test", NAMES, detections)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["here"]
-    read = read_detections(tmp_path / "run" / "here", "test", NAMES)
-    assert sorted(read["a"].labels.tolist()) == list(range(len(NAMES)))
+    read = read_detections(tmp_path / "run" / "here", "test", NAMES, {"a": 0})
+    assert read.labels.tolist() == list(range(len(NAMES)))
 
 
 def numbers_of(names):
@@ -71,18 +72,25 @@ def write_files(folder: Path, lines: str = "", competition: str = "comp4") -> Pa
 
 def test_files_of_either_competition_are_read_but_not_of_both(tmp_path):
     write_files(tmp_path, "a 0.5 1 1 10 10\n\n", "comp3")
-    read = read_detections(tmp_path, "test", CLASSES)
-    np.testing.assert_array_equal(read["a"].boxes, [[0, 0, 10, 10]])
-    assert (read["a"].scores.tolist(), read["a"].labels.tolist()) == ([0.5], [1])
+    read = read_detections(tmp_path, "test", CLASSES, {"b": 0, "a": 1})
+    np.testing.assert_array_equal(read.boxes, [[0, 0, 10, 10]])
+    assert [read.image.tolist(), read.scores.tolist(), read.labels.tolist()] == [[1], [0.5], [1]]
     write_files(tmp_path)
     with pytest.raises(UserError, match=r"both comp3_det_test_cat\.txt and comp4_det_test_cat"):
-        read_detections(tmp_path, "test", CLASSES)
+        read_detections(tmp_path, "test", CLASSES, {"a": 0})
 
 
 def test_image_id_with_blanks_is_read_when_it_is_in_the_split(tmp_path):
-    write_files(tmp_path, "my cat 1 0.5 1 1 10 10\n")
-    read = read_detections(tmp_path, "test", CLASSES, ["my cat 1", "other"])
-    assert [len(detections.scores) for detections in read.values()] == [1, 0]
+    write_files(tmp_path, "other 0.5 1 1 10 10\nmy cat 1 0.25 1 1 10 10\n")
+    read = read_detections(tmp_path, "test", CLASSES, {"my cat 1": 0, "other": 1})
+    assert (read.image.tolist(), read.scores.tolist()) == ([1, 0], [0.5, 0.25])
+
+
+def test_a_box_of_less_than_a_pixel_is_written_and_read(tmp_path):
+    thin = ImageDetections(np.array([[3.0, 0.0, 3.0, 0.25]]), np.ones(1), np.zeros(1, dtype=int))
+    write_detections(tmp_path, "test", CLASSES, {"a": thin})
+    read = read_detections(tmp_path, "test", CLASSES, {"a": 0})
+    np.testing.assert_array_equal(read.boxes, thin.boxes)
 
 
 @pytest.mark.parametrize(
@@ -93,25 +101,28 @@ def test_image_id_with_blanks_is_read_when_it_is_in_the_split(tmp_path):
         ("a,0.5,1,1,10,10", "line 2: has 1 columns"),
         ("a 0.5 1 one 10 10", "line 2: .*numbers"),
         ("a nan 1 1 10 10", "line 2: .*finite numbers"),
+        ("a 0.5 1 1 inf 10", "line 2: .*finite numbers"),
         ("z 0.5 1 1 10 10", "line 2: image 'z' is not in the split"),
+        ("a 0.5 10 1 5 10", "line 2: .*xmax < xmin"),
+        ("a 0.5 1 10 10 5", "line 2: .*ymax < ymin"),
     ],
 )
 def test_bad_line_is_refused_in_one_line_with_file_and_number(tmp_path, line, message):
     path = write_files(tmp_path, f"a 0.5 1 1 10 10\n{line}\n")
     with pytest.raises(UserError, match=f"{re.escape(str(path))}, {message}") as caught:
-        read_detections(tmp_path, "test", CLASSES, ["a"])
+        read_detections(tmp_path, "test", CLASSES, {"a": 0})
     assert "\n" not in str(caught.value)
 
 
 def test_missing_files_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"nowhere: no such folder.*comp\[34\]_det_test_<class>"):
-        read_detections(tmp_path / "nowhere", "test", CLASSES)
+        read_detections(tmp_path / "nowhere", "test", CLASSES, {})
     path = write_files(tmp_path)
     with pytest.raises(UserError, match=r"no comp\[34\]_det_val_<class>\.txt .*check"):
-        read_detections(tmp_path, "val", CLASSES)
+        read_detections(tmp_path, "val", CLASSES, {})
     path.unlink()
     with pytest.raises(UserError, match=re.escape(f"{path}: is missing")):
-        read_detections(tmp_path, "test", CLASSES)
+        read_detections(tmp_path, "test", CLASSES, {"a": 0})
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=re.escape(f"{path}: cannot be read as text")):
-        read_detections(tmp_path, "test", CLASSES)
+        read_detections(tmp_path, "test", CLASSES, {"a": 0})

@@ -21,8 +21,9 @@ from tests.evaluation.detections import (
     random_split,
 )
 from tract_det.errors import DivergedError, UserError
-from tract_det.evaluation.evaluators import DetectionEvaluator, format_table
+from tract_det.evaluation.evaluators import DetectionEvaluator
 from tract_det.evaluation.metrics import METRICS
+from tract_det.evaluation.tables import format_table
 from tract_det.files import write_json
 
 # ---- Results. ----

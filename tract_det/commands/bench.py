@@ -4,6 +4,7 @@
     tract-det bench train            the trainer against a bare PyTorch loop
     tract-det bench data             reading and augmenting images against plain PIL + torchvision
     tract-det bench pasted FOLDER    a detection set to compare arms on, varied in one thing
+    tract-det bench evaluation       the evaluation of detections against pycocotools
     tract-det bench spectrum         in how many directions a config's stem learns
     tract-det bench paper            benchmarks/paper.md: the paper's experiments, what was measured
     tract-det bench stem --help      the arguments of one of them

@@ -1,22 +1,35 @@
-r"""Evaluates detections in the PASCAL VOC challenge's files: no model and no images are needed.
+r"""Evaluates detections in files: no model and no images are needed.
 
     tract-det evaluate --devkit datasets --year 2007 --split test \
         --detections output/detections --json output/voc.json
     tract-det evaluate --root datasets/cells --split test --detections output/detections
     tract-det evaluate --root datasets/cells --split test --classes RBC WBC Platelets \
-        --rule detectron2 --detections output/detections
+        --rule detectron2 --detections output/detections --against output/plain/detections
+    tract-det evaluate --coco-truth instances_val.json --detections results.json
 
-DETECTIONS holds a file `comp4_det_<split>_<class>.txt` (or comp3) for each class, with a line
-`image_id score xmin ymin xmax ymax` for each detection; pixels count from 1. The table goes to the
-console, the same figures unrounded to the JSON file. In a checkout, `tools/evaluate_voc.py` is the
-same program.
+DETECTIONS is a folder or a file. The folder holds the PASCAL VOC challenge's files
+`comp4_det_<split>_<class>.txt` (or comp3) for each class, with a line `image_id score xmin ymin
+xmax ymax` for each detection; pixels count from 1. The file is a COCO result file. Without a COCO
+ground truth, its `image_id` is the image's name or its number, its `category_id` the position of
+the class, from 1.
+
+Printed are AP by class, the best F1 and its score threshold, the mistakes by kind with what mending
+them adds to the mAP, and the confidence interval of every mean. With --against a second set of
+detections of the same split, also the differences of the means, with intervals and p-values. The
+JSON file has the same figures unrounded, and the confusion matrix. In a checkout,
+`tools/evaluate_voc.py` is the same program.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tract_det.evaluation.voc_ap import RULES
+
+if TYPE_CHECKING:
+    from tract_det.evaluation.boxes import Detections
+    from tract_det.evaluation.ground_truth import GroundTruth
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -25,45 +38,105 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
     data.add_argument(
         "--root", type=Path, help="a custom tree: folder with Annotations and ImageSets"
     )
+    data.add_argument("--coco-truth", type=Path, metavar="FILE", help="a COCO ground truth file")
     parser.add_argument("--year", type=int, help="of the devkit (default: 2007)")
     parser.add_argument("--split", default="test", help="of ImageSets/Main (default: %(default)s)")
     parser.add_argument(
         "--classes", nargs="+", help="of a custom tree (default: those in the split, sorted)"
     )
     parser.add_argument(
-        "--detections", type=Path, required=True, help="folder with the challenge's files"
+        "--detections", type=Path, required=True, help="the challenge's folder or a COCO file"
     )
+    parser.add_argument("--against", type=Path, help="other detections, to be subtracted")
     parser.add_argument("--rule", choices=RULES, default=RULES[0], help="default: %(default)s")
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="samples of the images for the intervals (default: %(default)s); 0 = no intervals",
+    )
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="of the confusion matrix (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pycocotools",
+        action="store_true",
+        help="let pycocotools compute the figures of COCO (slow; they are the same)",
+    )
     parser.add_argument("--json", type=Path, help="file for the figures, unrounded")
     args = parser.parse_args(argv)
-    if args.devkit and args.classes:
-        parser.error("--classes goes with --root: a devkit's classes are fixed")
-    if args.root and args.year:
+    if args.classes and not args.root:
+        parser.error("--classes goes with --root: other data have their own")
+    if args.year and not args.devkit:
         parser.error("--year goes with --devkit")
+    if args.bootstrap < 0:
+        parser.error("--bootstrap is a number of samples, or 0")
+    if args.against and not args.bootstrap:
+        parser.error("--against needs --bootstrap")
     return args
 
 
 def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Evaluates, prints the table and writes the JSON file.
+    """Evaluates, prints the tables and writes the JSON file.
 
     Raises:
         UserError: for anything wrong with the data, the detections or the output file.
     """
     args = _parse(parser, argv)
-    from tract_det.data.voc import VOC_CLASSES, find_devkit, read_split
-    from tract_det.evaluation.detection_files import read_detections
-    from tract_det.evaluation.evaluators import DetectionEvaluator, format_table
+    from tract_det.evaluation.detection_results import (
+        compare,
+        details,
+        evaluate_detections,
+        summary,
+    )
+    from tract_det.evaluation.tables import format_comparison, format_details, format_table
     from tract_det.files import write_json
+
+    truth = _read_truth(args)
+    detections = _read(args.detections, args.split, truth)
+    others = _read(args.against, args.split, truth) if args.against else None
+    evaluated = evaluate_detections(truth, detections, args.rule)
+    results = summary(evaluated)
+    if args.pycocotools:
+        from tract_det.evaluation.pycocotools_ap import pycocotools_ap
+
+        sizes = len(truth.image_ids), len(truth.class_names)
+        results["coco"] = pycocotools_ap(truth.objects, detections, *sizes)
+    results |= details(evaluated, bootstrap=args.bootstrap, score_threshold=args.score_threshold)
+    print(format_table(results))
+    print(format_details(results))
+    if others is not None:
+        other = evaluate_detections(truth, others, args.rule)
+        comparison = compare(evaluated, other, args.bootstrap)
+        results["against"] = {"detections": str(args.against), **comparison}
+        print(format_comparison(comparison, str(args.against)))
+    if args.json:
+        write_json(args.json, results)
+
+
+def _read_truth(args: argparse.Namespace) -> "GroundTruth":
+    if args.coco_truth:
+        from tract_det.evaluation.coco_files import read_coco_ground_truth
+
+        return read_coco_ground_truth(args.coco_truth)
+    from tract_det.data.voc import VOC_CLASSES, find_devkit, read_split
+    from tract_det.evaluation.ground_truth import from_annotations
 
     root = find_devkit(args.devkit, args.year or 2007) if args.devkit else args.root
     classes = VOC_CLASSES if args.devkit else args.classes
     split = read_split(root, args.split, classes, need_images=False)
-    evaluator = DetectionEvaluator(split.annotations, split.class_names, rule=args.rule)
-    image_ids = [annotation.image_id for annotation in split.annotations]
-    detections = read_detections(args.detections, args.split, split.class_names, image_ids)
-    for image_id, image_detections in detections.items():
-        evaluator.add(image_id, *image_detections)
-    results = evaluator.evaluate()
-    print(format_table(results))
-    if args.json:
-        write_json(args.json, results)
+    return from_annotations(split.annotations, split.class_names)
+
+
+def _read(path: Path, split: str, truth: "GroundTruth") -> "Detections":
+    from tract_det.evaluation.coco_files import read_coco_results
+    from tract_det.evaluation.detection_files import read_detections
+
+    if path.is_file():
+        return read_coco_results(path, truth)
+    return read_detections(path, split, truth.class_names, truth.positions)

@@ -161,6 +161,8 @@ def _solver() -> dict[str, Any]:
             "IMS_PER_BATCH": 1,  # images per batch on each rank, in evaluation
             "DETECTIONS_PER_IMAGE": 100,  # upper bound; those with the highest scores are kept
             "VOC_RULE": "devkit",  # devkit or detectron2: see tract_det/evaluation/voc_ap.py
+            # Samples of the images for the intervals in results.json; 0 = no intervals.
+            "BOOTSTRAP": 1000,
             # model_best.pth has the weights with the highest value of this figure; METRICS, above,
             # lists the choices.
             "BEST_METRIC": "voc_area.mAP",
@@ -210,6 +212,7 @@ RANGES: dict[str, Rule] = {
     "SOLVER.WARMUP_ITERS": COUNT_OR_NONE,
     "SOLVER.CHECKPOINT_PERIOD": COUNT,
     "TEST.EVAL_PERIOD": COUNT_OR_NONE,
+    "TEST.BOOTSTRAP": COUNT_OR_NONE,
     "TEST.DETECTIONS_PER_IMAGE": COUNT,
 }
 

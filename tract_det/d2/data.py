@@ -14,7 +14,8 @@ from detectron2.utils import comm
 from tract_det.data.detection import check_headers
 from tract_det.data.voc import VOC_CLASSES, Annotation, read_split
 from tract_det.errors import UserError
-from tract_det.evaluation.evaluators import DetectionEvaluator, format_table
+from tract_det.evaluation.evaluators import DetectionEvaluator
+from tract_det.evaluation.tables import format_table
 
 _LOG = logging.getLogger("detectron2.tract_det")  # below the logger that detectron2 sets up
 

@@ -274,9 +274,11 @@ def _list_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     files = folder.iterdir() if folder.is_dir() else ()
     # Sorted, so that of several files with the same stem the first suffix wins on every machine.
     ranked = sorted(
-        (suffixes.index(f.suffix.lower()), f) for f in files if f.suffix.lower() in suffixes
+        (suffixes.index(suffix), f.name, f)
+        for f in files
+        if (suffix := f.suffix.lower()) in suffixes
     )
-    for _, file in ranked:
+    for _, _, file in ranked:
         files_by_stem.setdefault(file.stem, file)
     return files_by_stem
 

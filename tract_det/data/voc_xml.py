@@ -2,6 +2,8 @@
 
 import math
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +44,7 @@ def parse_annotation(xml: Path) -> Record:
             the message names the file and the object.
     """
     try:
-        tree = ET.parse(xml).getroot()
+        tree = ET.XML(xml.read_bytes())
     except ET.ParseError as error:
         line = error.position[0]
         raise UserError(f"{xml}, line {line}: not well-formed XML ({error}): repair it") from None
@@ -51,15 +53,16 @@ def parse_annotation(xml: Path) -> Record:
     if tree.tag != "annotation":
         raise UserError(f"{xml}: starts with <{tree.tag}>, not <annotation>: not a VOC annotation")
     record = Record(xml, tree.findtext("filename") or "", _size(tree, xml), [], [], [], [], [])
-    for number, element in enumerate(tree.iterfind("object"), 1):
+    # Thousands of files are read: what only a message needs is put together for the message.
+    for number, element in enumerate(tree.findall("object"), 1):
         name = " ".join((element.findtext("name") or "").split())
-        where = f"{xml}: object {number} ({name or 'no name'})"
+        where = partial("{}: object {} ({})".format, xml, number, name or "no name")
         if not name:
-            raise UserError(f"{where}: no <name>: write its class")
+            raise UserError(f"{where()}: no <name>: write its class")
         bndbox = element.find("bndbox")
         if bndbox is None:
-            raise UserError(f"{where}: no <bndbox>: add it or remove the object")
-        x1, y1, x2, y2 = (_number(bndbox.findtext(tag), f"{where}: <{tag}>") for tag in _CORNERS)
+            raise UserError(f"{where()}: no <bndbox>: add it or remove the object")
+        x1, y1, x2, y2 = [_number(bndbox.findtext(tag), tag, where) for tag in _CORNERS]
         difficult = (element.findtext("difficult") or "").strip() or "0"
         record.classes.append(name)
         if x2 <= x1 or y2 <= y1:
@@ -67,7 +70,7 @@ def parse_annotation(xml: Path) -> Record:
             continue
         record.labelled.append(name)
         record.boxes.append((x1 - 1, y1 - 1, x2, y2))
-        record.difficult.append(_number(difficult, f"{where}: <difficult>") != 0)
+        record.difficult.append(_number(difficult, "difficult", where) != 0)
     return record
 
 
@@ -76,16 +79,18 @@ def _size(tree: ET.Element, xml: Path) -> tuple[int, int] | None:
     size = tree.find("size")
     if size is None:
         return None
-    width, height = (_number(size.findtext(tag), f"{xml}: <{tag}>") for tag in ("width", "height"))
+    width, height = [
+        _number(size.findtext(tag), tag, partial(str, xml)) for tag in ("width", "height")
+    ]
     return (int(width), int(height)) if width >= 1 and height >= 1 else None
 
 
-def _number(text: str | None, where: str) -> float:
+def _number(text: str | None, tag: str, where: Callable[[], str]) -> float:
     try:
         value = float(text or "")
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
         shown = "missing" if text is None else repr(text.strip())
-        raise UserError(f"{where} is {shown}: write a number")
+        raise UserError(f"{where()}: <{tag}> is {shown}: write a number")
     return value

@@ -31,95 +31,65 @@ then by their position in the image (detectron2 itself leaves this to its sortin
 Sources: Everingham et al., "The PASCAL Visual Object Classes (VOC) Challenge", IJCV 2010, section
 4.2 (11 points), and the VOC2010 development kit (area).
 
-Shapes: K classes, T IoU thresholds, D detections of one class, n objects or detections.
+Shapes: K classes, T IoU thresholds, D detections of the split, n objects.
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+from tract_det.evaluation.boxes import Detections, Objects, best_overlaps
+from tract_det.evaluation.ranking import Ranking, ap_11_point, ap_under_envelope, by_class
 
 RULES = ("devkit", "detectron2")
 # 0.5, 0.55, ..., 0.95, computed from integers so that each is the double nearest to its decimal. An
 # IoU of integer areas is such a double too: an IoU of exactly 11/20 reaches 0.55.
 IOU_THRESHOLDS = np.arange(50, 100, 5) / 100
-# detectron2's recall thresholds, with its rounding errors.
-_INEXACT_RECALLS = np.arange(0.0, 1.1, 0.1)
-# Number of detections whose overlaps are computed at once: bounds the memory on crowded images.
-_BLOCK = 32768
 
 
 @dataclass(frozen=True)
-class Objects:
-    """The ground truth of a split, or of one of its classes, in flat arrays.
+class Matching:
+    """The detections of a split, by class and in descending order of score, as a rule matches them.
 
     Attributes:
-        image: (n,) int, position of the object's image in the split.
-        boxes: (n, 4) float, pixel edges.
-        labels: (n,) int, 0..K-1.
-        difficult: (n,) bool.
+        objects: the ground truth.
+        rule: one of `RULES`.
+        detection: (D,) int, positions in the split's detections.
+        image: (D,) int, the image of each.
+        labels: (D,) int, 0..K-1.
+        scores: (D,) float, as the rule sees them.
+        best_iou: (D,) float, IoU with the object of its class that it overlaps most; -inf without.
+        best_object: (D,) int, that object; -1 without.
+        true_positive: (T, D) bool.
+        false_positive: (T, D) bool. An ignored detection is neither true nor false.
     """
 
+    objects: Objects
+    rule: str
+    detection: np.ndarray
     image: np.ndarray
-    boxes: np.ndarray
     labels: np.ndarray
-    difficult: np.ndarray
-
-    def of_class(self, label: int) -> "Objects":
-        """The objects of one class."""
-        mask = self.labels == label
-        return Objects(self.image[mask], self.boxes[mask], self.labels[mask], self.difficult[mask])
-
-
-@dataclass(frozen=True)
-class Detections:
-    """The detections of a split, or of one of its classes, in flat arrays.
-
-    Attributes:
-        image: (n,) int, position of the detection's image in the split.
-        boxes: (n, 4) float, pixel edges.
-        scores: (n,) float, finite.
-        labels: (n,) int, 0..K-1.
-    """
-
-    image: np.ndarray
-    boxes: np.ndarray
     scores: np.ndarray
-    labels: np.ndarray
+    best_iou: np.ndarray
+    best_object: np.ndarray
+    true_positive: np.ndarray
+    false_positive: np.ndarray
 
-    def of_class(self, label: int) -> "Detections":
-        """The detections of one class."""
-        mask = self.labels == label
-        return Detections(self.image[mask], self.boxes[mask], self.scores[mask], self.labels[mask])
-
-
-@dataclass(frozen=True)
-class Matches:
-    """Running counts over the detections of one class, in descending order of score.
-
-    Attributes:
-        true_positives: (T, D) int, true positives up to and including each detection.
-        false_positives: (T, D) int, false positives likewise. Ignored detections are in neither.
-        num_objects: number of objects that are not difficult.
-    """
-
-    true_positives: np.ndarray
-    false_positives: np.ndarray
-    num_objects: int
-
-    @property
-    def precision(self) -> np.ndarray:
-        """(T, D) float; 0 as long as every detection was ignored."""
-        counted = self.true_positives + self.false_positives
-        return self.true_positives / np.maximum(counted, 1)
-
-    @property
-    def recall(self) -> np.ndarray:
-        """(T, D) float; NaN where the class has no objects."""
-        if self.num_objects == 0:
-            return np.full(self.true_positives.shape, np.nan)
-        return self.true_positives / self.num_objects
+    def rankings(self, num_classes: int) -> list[Ranking]:
+        """The detections of each of the K classes."""
+        counts = ~self.objects.difficult.astype(bool)
+        whole = Ranking(
+            self.detection,
+            self.image,
+            self.scores,
+            self.true_positive,
+            self.false_positive,
+            self.objects.image[counts],
+        )
+        return by_class(whole, self.labels, self.objects.labels[counts], num_classes)
 
 
 @dataclass(frozen=True)
@@ -153,27 +123,30 @@ def voc_ap(
     Raises:
         ValueError: if the rule is unknown.
     """
-    num_classes = len(class_names)
-    ap_07 = np.full((num_classes, len(IOU_THRESHOLDS)), np.nan)
-    ap_area = ap_07.copy()
-    for label in range(num_classes):
-        matches = match(objects.of_class(label), detections.of_class(label), rule)
-        ap_07[label] = ap_11_point(matches, exact=rule == "devkit")
-        ap_area[label] = ap_under_envelope(matches)
-    empty = [name for name, ap in zip(class_names, ap_area[:, 0], strict=True) if np.isnan(ap)]
+    result = class_aps(match(objects, detections, rule).rankings(len(class_names)), rule)
+    warn_of_empty(class_names, result)
+    return result
+
+
+def class_aps(rankings: Sequence[Ranking], rule: str) -> VOCResult:
+    """Both APs of each of the K classes."""
+    return VOCResult(
+        np.array([ap_11_point(ranking, rule) for ranking in rankings]),
+        np.array([ap_under_envelope(ranking) for ranking in rankings]),
+    )
+
+
+def warn_of_empty(class_names: Sequence[str], result: VOCResult) -> None:
+    """Names the classes without an AP."""
+    is_empty = np.isnan(result.ap_area[:, 0])
+    empty = [name for name, no_ap in zip(class_names, is_empty, strict=True) if no_ap]
     if empty:
         warnings.warn(
-            f"{len(empty)} of {num_classes} classes have no objects in this split (difficult ones"
-            f" are ignored), so they have no AP and are left out of the mean: {', '.join(empty)}",
-            stacklevel=2,
+            f"{len(empty)} of {len(class_names)} classes have no objects in this split (difficult"
+            f" ones are ignored), so they have no AP and are left out of the mean:"
+            f" {', '.join(empty)}",
+            stacklevel=3,
         )
-    return VOCResult(ap_07, ap_area)
-
-
-def mean_ap(ap: np.ndarray) -> float:
-    """Mean over the classes that have an AP; NaN if none has."""
-    valid = ap[~np.isnan(ap)]
-    return float(valid.mean()) if valid.size else float("nan")
 
 
 def match(
@@ -181,39 +154,33 @@ def match(
     detections: Detections,
     rule: str = "devkit",
     iou_thresholds: np.ndarray = IOU_THRESHOLDS,
-) -> Matches:
-    """Counts the true and false positives of one class at every IoU threshold.
+) -> Matching:
+    """Finds the true and false positives of all classes at every IoU threshold.
 
     Args:
-        objects: the ground truth of the class.
-        detections: the detections of the class.
+        objects: the ground truth.
+        detections: the detections.
         rule: one of `RULES`.
         iou_thresholds: (T,) float.
-
-    Returns:
-        The running counts, in descending order of score.
 
     Raises:
         ValueError: if the rule is unknown.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}")
-    scores, boxes, object_boxes, pixel = detections.scores, detections.boxes, objects.boxes, 0.0
-    if rule == "detectron2":
-        # detectron2 rounds 1-based inclusive boxes and computes the overlap from them. So does this
-        # branch, so that an overlap near the threshold falls on the same side in floating point.
-        one_based = np.array([1.0, 1.0, 0.0, 0.0])
-        scores, boxes = round_decimals(scores, 3), round_decimals(boxes + one_based, 1)
-        object_boxes, pixel = objects.boxes + one_based, 1.0
-    order = np.lexsort((detections.image, -scores))  # stable: ties keep the order in an image
+    view = view_of(objects, detections, rule)
+    # Stable: ties keep the order in an image.
+    order = np.lexsort((detections.image, -view.scores, detections.labels))
+    image, labels = detections.image[order], detections.labels[order]
+    num_labels = 1 + max(labels.max(initial=0), objects.labels.max(initial=0))
     best_iou, best_object = best_overlaps(
-        detections.image[order], boxes[order], objects.image, object_boxes, pixel
+        image * num_labels + labels,
+        view.boxes[order],
+        objects.image * num_labels + objects.labels,
+        view.object_boxes,
+        view.pixel,
     )
-    thresholds = iou_thresholds[:, None]
-    overlapping = best_iou >= thresholds if rule == "devkit" else best_iou > thresholds  # (T, D)
-    difficult = objects.difficult.astype(bool)
+    overlapping = reaches(best_iou, iou_thresholds[:, None], rule)  # (T, D)
     # `best_object` is -1 where the image has no object of the class: that picks the appended False.
-    is_difficult = np.append(difficult, False)[best_object]  # (D,)
+    is_difficult = np.append(objects.difficult.astype(bool), False)[best_object]  # (D,)
     true_positive = np.zeros(overlapping.shape, dtype=bool)
     for row, matched in zip(true_positive, overlapping & ~is_difficult, strict=True):
         candidates = np.flatnonzero(matched)
@@ -221,115 +188,60 @@ def match(
         _, first = np.unique(best_object[candidates], return_index=True)
         row[candidates[first]] = True
     false_positive = ~true_positive & ~(overlapping & is_difficult)
-    return Matches(
-        np.cumsum(true_positive, axis=1),
-        np.cumsum(false_positive, axis=1),
-        int(np.count_nonzero(~difficult)),
+    return Matching(
+        objects,
+        rule,
+        order,
+        image,
+        labels,
+        view.scores[order],
+        best_iou,
+        best_object,
+        true_positive,
+        false_positive,
     )
 
 
-def best_overlaps(
-    image: np.ndarray,
-    boxes: np.ndarray,
-    object_image: np.ndarray,
-    object_boxes: np.ndarray,
-    pixel: float = 0.0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """For each box, the object in the same image that it overlaps most.
+class View(NamedTuple):
+    """Scores and boxes as a rule sees them.
 
-    Args:
-        image: (D,) int, the image of each box.
-        boxes: (D, 4) float.
-        object_image: (n,) int, the image of each object.
+    Attributes:
+        scores: (D,) float.
+        boxes: (D, 4) float, of the detections.
         object_boxes: (n, 4) float.
-        pixel: added to widths and heights: 0 for pixel edges, 1 for inclusive boxes.
-
-    Returns:
-        The IoU with that object, (D,) float, and the object's index, (D,) int (the lowest of equal
-        overlaps); -inf and -1 for a box whose image has no objects.
+        pixel: what is to be added to widths and heights.
     """
-    by_image = np.argsort(object_image, kind="stable")
-    sorted_image, sorted_boxes = object_image[by_image], object_boxes[by_image]
-    begin = np.searchsorted(sorted_image, image, side="left")
-    count = np.searchsorted(sorted_image, image, side="right") - begin
-    best_iou, best = np.full(len(boxes), -np.inf), np.full(len(boxes), -1)
-    with_objects = np.flatnonzero(count)
-    for start in range(0, len(with_objects), _BLOCK):
-        block = with_objects[start : start + _BLOCK]
-        n = count[block]
-        first = np.cumsum(n) - n  # where each box's run of (box, object) pairs begins
-        pair_object = np.arange(n.sum()) + np.repeat(begin[block] - first, n)
-        iou = paired_iou(np.repeat(boxes[block], n, axis=0), sorted_boxes[pair_object], pixel)
-        highest = np.maximum.reduceat(iou, first)
-        is_highest = iou == np.repeat(highest, n)
-        last = len(object_boxes)  # greater than every index, so it is never the minimum
-        best[block] = by_image[np.minimum.reduceat(np.where(is_highest, pair_object, last), first)]
-        best_iou[block] = highest
-    return best_iou, best
+
+    scores: np.ndarray
+    boxes: np.ndarray
+    object_boxes: np.ndarray
+    pixel: float
 
 
-def paired_iou(a: np.ndarray, b: np.ndarray, pixel: float = 0.0) -> np.ndarray:
-    """IoU of each box of `a` with the box in the same row of `b`.
+def view_of(objects: Objects, detections: Detections, rule: str) -> View:
+    """Scores and boxes as the rule sees them.
 
-    Args:
-        a: (n, 4) float.
-        b: (n, 4) float.
-        pixel: added to widths and heights: 0 for pixel edges, 1 for inclusive boxes.
-
-    Returns:
-        (n,) float; 0 for boxes that do not overlap, even if their union is empty.
+    Raises:
+        ValueError: if the rule is unknown.
     """
-    overlap = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]) + pixel
-    intersection = np.maximum(overlap, 0.0).prod(axis=1)
-    size_a, size_b = a[:, 2:] - a[:, :2] + pixel, b[:, 2:] - b[:, :2] + pixel
-    union = size_a.prod(axis=1) + size_b.prod(axis=1) - intersection
-    # Boxes that overlap have positive areas. The union of others may be 0 or less: do not divide.
-    return np.divide(intersection, union, out=np.zeros(len(a)), where=intersection > 0)
+    if rule not in RULES:
+        raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}")
+    if rule == "devkit":
+        return View(detections.scores, detections.boxes, objects.boxes, 0.0)
+    # detectron2 rounds 1-based inclusive boxes and computes the overlap from them. So does this, so
+    # that an overlap near the threshold falls on the same side in floating point.
+    one_based = np.array([1.0, 1.0, 0.0, 0.0])
+    return View(
+        round_decimals(detections.scores, 3),
+        round_decimals(detections.boxes + one_based, 1),
+        objects.boxes + one_based,
+        1.0,
+    )
 
 
-def ap_11_point(matches: Matches, *, exact: bool = True) -> np.ndarray:
-    """The 2007 challenge's AP: mean of the interpolated precision at recall 0, 0.1, ..., 1.
-
-    The interpolated precision at a recall is the highest precision at this or any greater recall.
-
-    Args:
-        matches: the counts of the class.
-        exact: compare recall with tenths in integers; otherwise with detectron2's inexact floats.
-
-    Returns:
-        (T,) float in 0..1, NaN where the class has no objects.
-    """
-    num_thresholds = len(matches.true_positives)
-    if matches.num_objects == 0:
-        return np.full(num_thresholds, np.nan)
-    beyond = np.zeros((num_thresholds, 1))  # the precision at a recall that no detection reaches
-    envelope = np.concatenate([_envelope(matches.precision), beyond], axis=1)
-    total = np.zeros(num_thresholds)
-    for tenth, inexact_recall in enumerate(_INEXACT_RECALLS):
-        if exact:
-            below = 10 * matches.true_positives < tenth * matches.num_objects
-        else:
-            below = matches.recall < inexact_recall
-        # Recall never falls, so the count of detections below the threshold is the index of the
-        # first that reaches it.
-        total += envelope[np.arange(num_thresholds), below.sum(axis=1)]
-    return total / len(_INEXACT_RECALLS)
-
-
-def ap_under_envelope(matches: Matches) -> np.ndarray:
-    """The AP of VOC2010 and later: the area under the precision envelope over recall.
-
-    Args:
-        matches: the counts of the class.
-
-    Returns:
-        (T,) float in 0..1, NaN where the class has no objects.
-    """
-    if matches.num_objects == 0:
-        return np.full(len(matches.true_positives), np.nan)
-    # Recall grows by 1 / num_objects at each true positive and does not change at the others.
-    true_positive = np.diff(matches.true_positives, axis=1, prepend=0)
-    return (true_positive * _envelope(matches.precision)).sum(axis=1) / matches.num_objects
+def reaches(iou: np.ndarray, threshold: float | np.ndarray, rule: str) -> np.ndarray:
+    """Whether an overlap is one by the rule, (...) bool."""
+    return iou >= threshold if rule == "devkit" else iou > threshold
 
 
 def round_decimals(values: np.ndarray, decimals: int) -> np.ndarray:
@@ -351,8 +263,3 @@ def round_decimals(values: np.ndarray, decimals: int) -> np.ndarray:
     near_tie = np.abs(scaled - np.floor(scaled) - 0.5) < 1e-6
     rounded[near_tie] = [round(value, decimals) for value in values[near_tie].tolist()]
     return rounded
-
-
-def _envelope(precision: np.ndarray) -> np.ndarray:
-    """The best precision at this or any later detection. (T, D) -> (T, D)."""
-    return np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]

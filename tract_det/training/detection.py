@@ -20,7 +20,9 @@ from tract_det.data.voc import VOCSplit, read_dataset
 from tract_det.engine.loop import infer
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
-from tract_det.evaluation.evaluators import DetectionEvaluator, format_table
+from tract_det.evaluation.detection_results import details
+from tract_det.evaluation.evaluators import DetectionEvaluator
+from tract_det.evaluation.tables import format_details, format_table
 from tract_det.files import write_json
 from tract_det.modeling.faster_rcnn import resize_shorter_side
 from tract_det.training import assembly
@@ -165,8 +167,10 @@ class DetectionEvaluation:
         if distributed.is_main():
             # "voc_2007_test" is the challenge's split "test".
             name = re.sub(r"^(voc_\d{4}|shapes)_", "", self.split.name).replace("+", "_")
-            write_json(output / "results.json", results)
+            more = details(evaluator.evaluated, bootstrap=self.cfg.TEST.BOOTSTRAP)
+            write_json(output / "results.json", results | more)
             say(format_table(results))
+            say(format_details(results | more))
             evaluator.write_detections(output / "detections", name)
             pictures = self._pictures(evaluator)
             detection_grid(output / "detections.png", pictures, self.split.class_names)

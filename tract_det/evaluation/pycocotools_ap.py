@@ -1,4 +1,4 @@
-"""COCO's average precision, computed by pycocotools from VOC's ground truth."""
+"""COCO's average precision, computed by pycocotools: the oracle of `coco_ap`, which is faster."""
 
 import contextlib
 import io
@@ -6,11 +6,16 @@ import math
 from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
+from tract_det.errors import UserError
+from tract_det.evaluation.boxes import Detections, Objects
 from tract_det.evaluation.metrics import COCO_STATS
-from tract_det.evaluation.voc_ap import Detections, Objects
+
+try:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+except ImportError:
+    raise UserError("pycocotools is not installed: pip install pycocotools") from None
 
 
 class _VOCasCOCO(COCOeval):
@@ -29,7 +34,7 @@ class _VOCasCOCO(COCOeval):
                 annotation["ignore"] = annotation["difficult"]
 
 
-def coco_ap(
+def pycocotools_ap(
     objects: Objects, detections: Detections, num_images: int, num_classes: int
 ) -> dict[str, float]:
     """COCO's average precision: 101 recall points, at most 100 detections per image.
@@ -53,9 +58,22 @@ def coco_ap(
     ground_truth, results = COCO(), COCO()
     ground_truth.dataset = {
         **common,
-        "annotations": _coco_boxes(objects, "difficult", objects.difficult.astype(int)),
+        "annotations": [
+            annotation | {"difficult": int(is_difficult), "iscrowd": int(is_crowd), "area": area}
+            for annotation, is_difficult, is_crowd, area in zip(
+                _coco_boxes(objects), objects.difficult, *_crowds_and_areas(objects), strict=True
+            )
+        ],
     }
-    results.dataset = {**common, "annotations": _coco_boxes(detections, "score", detections.scores)}
+    results.dataset = {
+        **common,
+        "annotations": [
+            annotation | {"score": score}
+            for annotation, score in zip(
+                _coco_boxes(detections), detections.scores.tolist(), strict=True
+            )
+        ],
+    }
     with contextlib.redirect_stdout(io.StringIO()):
         ground_truth.createIndex()
         results.createIndex()
@@ -70,28 +88,24 @@ def coco_ap(
     }
 
 
-def _coco_boxes(boxes: Objects | Detections, key: str, values: np.ndarray) -> list[dict[str, Any]]:
-    """Boxes as COCO annotations, each with the additional entry `key`."""
+def _crowds_and_areas(objects: Objects) -> tuple[np.ndarray, list[float]]:
+    size = objects.boxes[:, 2:] - objects.boxes[:, :2]
+    crowd = np.zeros(len(size), dtype=bool) if objects.crowd is None else objects.crowd
+    return crowd, (size.prod(axis=1) if objects.area is None else objects.area).tolist()
+
+
+def _coco_boxes(boxes: Objects | Detections) -> list[dict[str, Any]]:
+    """Boxes as COCO annotations."""
     size = boxes.boxes[:, 2:] - boxes.boxes[:, :2]
     columns = (
         (boxes.image + 1).tolist(),
         (boxes.labels + 1).tolist(),
         np.concatenate([boxes.boxes[:, :2], size], axis=1).tolist(),
         size.prod(axis=1).tolist(),
-        values.tolist(),
     )
     # Ids count from 1: in pycocotools 0 means "unmatched", so an object 0 would never match.
     return [
-        {
-            "id": number,
-            "image_id": image,
-            "category_id": category,
-            "bbox": box,
-            "area": area,
-            "iscrowd": 0,
-            key: value,
-        }
-        for number, (image, category, box, area, value) in enumerate(
-            zip(*columns, strict=True), start=1
-        )
+        {"id": number, "image_id": image, "category_id": category, "bbox": box, "area": area}
+        | {"iscrowd": 0}
+        for number, (image, category, box, area) in enumerate(zip(*columns, strict=True), start=1)
     ]
