@@ -23,6 +23,7 @@ from tract_det.engine import checkpoint, ds, provenance
 from tract_det.engine.ema import Ema
 from tract_det.engine.loop import StopSignal, train
 from tract_det.engine.run import Run
+from tract_det.engine.watch import watched
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.files import make_folder, write_text
@@ -40,7 +41,8 @@ def run(task: Task, cfg: CfgNode, *, resume: bool = False, eval_only: bool = Fal
     task.check(cfg)
     device = ds.start(cfg.MODEL.DEVICE)
     torch.manual_seed(cfg.SEED)
-    code = _evaluate(task, cfg, device) if eval_only else _train(task, cfg, device, resume)
+    with watched("start again" if eval_only else "go on with --resume"):
+        code = _evaluate(task, cfg, device) if eval_only else _train(task, cfg, device, resume)
     ds.stop()
     return code
 
