@@ -135,10 +135,15 @@ class _Watch(threading.Thread):
 
     def explain(self, error: BaseException) -> None:
         """Ends the process if another rank's end explains the error; else tells the others."""
-        if not self.is_ending.wait(_NOTICE_SECONDS if self.peers else 0):
-            self.leave(getattr(error, "exit_code", 1))
-        elif self.is_lost or not isinstance(error, UserError):
+        code = getattr(error, "exit_code", 1)
+        if not self.peers:
+            self.leave(code)
+            return
+        is_noticed = self.is_ending.wait(_NOTICE_SECONDS)
+        if is_noticed and (self.is_lost or not isinstance(error, UserError)):
             self.join()
+        # The thread stays, and may be about to end this process, which is ending anyway.
+        self._send(self.rank, code)
 
     def leave(self, code: int) -> None:
         """Tells the other ranks that this one ends with this exit code, and ends the thread."""
