@@ -94,19 +94,27 @@ def test_ranks_whose_launcher_gets_a_signal_save_and_stop(
 
 
 def test_ranks_go_on_when_the_shell_that_started_their_launcher_has_ended(voc_tree, tmp_path):
-    options = tiny_options(voc_tree, tmp_path, SOLVER__MAX_ITER=30)
+    options = tiny_options(voc_tree, tmp_path, SOLVER__MAX_ITER=8)
     command = [sys.executable, *LAUNCHERS["deepspeed"], free_port(), TRAIN, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with (tmp_path / "log").open("w") as file:
-        subprocess.run(
-            ["/bin/sh", "-c", 'nohup "$@" & sleep 20; kill -9 $$', "sh", *map(str, command)],
-            stdout=file, stderr=file, env=environment, cwd=REPO, check=False,
+        shell = subprocess.Popen(
+            ["/bin/sh", "-c", 'nohup "$@" & read line', "sh", *map(str, command)],
+            stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment, cwd=REPO,
+            start_new_session=True,
         )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "results.json").exists():
-        assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-        time.sleep(0.2)
-    assert sorted(log(tmp_path))[-1] == 30
+
+    def wait_for(text):
+        deadline = time.monotonic() + 120
+        while text not in (printed := (tmp_path / "log").read_text()):
+            assert time.monotonic() < deadline, printed
+            time.sleep(0.1)
+
+    wait_for("step 2/8")
+    os.killpg(shell.pid, signal.SIGHUP)  # as when a terminal closes
+    shell.wait()
+    wait_for("detections.png")
+    assert sorted(log(tmp_path)) == list(range(1, 9))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from tract_det import distributed
-from tract_det.engine import checkpoint, ds
+from tract_det.engine import checkpoint, ds, space
 from tract_det.engine.ema import Ema
 from tract_det.engine.step import Step
 from tract_det.engine.writers import Writers, say
@@ -75,6 +75,9 @@ class Run:
             UserError: there is nothing to resume, or the run began with other settings.
         """
         state: dict[str, Any] = {"iteration": 0, "pending": None}
+        # A checkpoint goes when the next is complete; the one to resume from is there already.
+        checkpoints = 1 if resume or self.checkpoint_period >= self.max_iter else 2
+        space.require_for_run(self.output, self.engine, self.ema, checkpoints)
         if resume:
             state = checkpoint.load(self.engine, self.output)
             for key, value in self.identity.items():
@@ -128,6 +131,7 @@ class Run:
         if iteration == self.saved:
             return
         self.writers.read()
+        space.require_for_checkpoint(self.output, self.engine, self.ema, iteration)
         ema = None
         if self.ema is not None:
             buffers = distributed.gather(checkpoint.buffers_of(self.ema.model))

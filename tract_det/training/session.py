@@ -26,7 +26,7 @@ from tract_det.engine.run import Run
 from tract_det.engine.watch import watched
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
-from tract_det.files import make_folder, write_text
+from tract_det.files import make_folder, remove_abandoned, write_text
 from tract_det.modeling.weight_files import Weights
 from tract_det.training import assembly
 from tract_det.training.task import BuiltModel, Evaluation, Plan, Split, Task
@@ -41,6 +41,8 @@ def run(task: Task, cfg: CfgNode, *, resume: bool = False, eval_only: bool = Fal
     task.check(cfg)
     device = ds.start(cfg.MODEL.DEVICE)
     torch.manual_seed(cfg.SEED)
+    if distributed.is_main():
+        remove_abandoned(Path(cfg.OUTPUT_DIR))
     with watched("start again" if eval_only else "go on with --resume"):
         code = _evaluate(task, cfg, device) if eval_only else _train(task, cfg, device, resume)
     ds.stop()
