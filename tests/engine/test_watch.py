@@ -14,6 +14,7 @@ PROGRAM = r"""
 import json, os, signal, sys, tempfile, time
 import torch.distributed as dist
 from tests.training.runs import free_port
+from tract_det.engine import watch
 from tract_det.engine.watch import watched
 from tract_det.errors import UserError
 
@@ -24,7 +25,7 @@ def wait_in_a_collective():
     dist.barrier()
 
 def work_alone():
-    time.sleep(60)
+    time.sleep(300)
 
 def kill_myself():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -41,6 +42,9 @@ def crash():
 def finish():
     pass
 
+def wait_a_little():
+    time.sleep(3)
+
 CASES = {
     "killed, collective": [wait_in_a_collective, kill_myself, wait_in_a_collective],
     "killed, alone": [work_alone, kill_myself, work_alone],
@@ -50,6 +54,7 @@ CASES = {
     "error of all": [fail, fail, fail],
     "crash": [crash, work_alone, wait_in_a_collective],
     "done": [finish, finish, finish],
+    "unreachable": [finish, finish, wait_a_little],
 }
 
 def rank_of(case, rank, port, output):
@@ -57,6 +62,10 @@ def rank_of(case, rank, port, output):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank))
     os.environ.update(WORLD_SIZE="3", LOCAL_RANK=str(rank))
     dist.init_process_group("gloo")
+    if case == "unreachable":
+        watch._CONNECT_SECONDS = 2
+        if rank == 1:
+            os.environ["MASTER_ADDR"] = "255.255.255.255"
     code = 0
     try:
         with watched("go on with --resume"):
@@ -95,7 +104,7 @@ main()
 def ended():
     """The exit code and the output of every rank, by case."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, cwd=REPO, timeout=55,
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, cwd=REPO, timeout=120,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -134,6 +143,14 @@ def test_ranks_that_end_in_order_are_not_missed(ended):
     assert ended["done"] == [[0, ""]] * 3
 
 
+def test_a_rank_that_has_no_connection_is_a_warning_and_is_not_taken_for_lost(ended):
+    assert [code for code, _ in ended["unreachable"]] == [0, 0, 0]
+    hub, unreachable, other = (printed for _, printed in ended["unreachable"])
+    assert "warning: rank 0 is not told when another one is lost: 1 of them have not" in hub
+    assert "warning: rank 1 is not told when another one is lost: " in unreachable
+    assert other == ""
+
+
 # Its command line ends with that of the rank which it starts, as a launcher's does.
 LAUNCHER = [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])"]
 # Its own does not.
@@ -149,6 +166,7 @@ print("not stopped", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_rank_stops_when_its_launcher_is_gone_and_only_then(tmp_path):
     program = tmp_path / "rank.py"
     program.write_text(RANK)

@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ from tract_det.errors import UserError
 
 _POLL_SECONDS = 1.0  # between two looks at the launchers
 _CONNECT_SECONDS = 30.0
+_GREETING_SECONDS = 5.0
 # An error of this rank may be the consequence of another's end, which is about to be noticed.
 _NOTICE_SECONDS = 1.0
 # Ranks that come upon the same error have this long to print it themselves.
@@ -161,31 +163,17 @@ def _connect() -> dict[int, socket.socket]:
 
     A connection that cannot be made is a warning: whether that rank is lost, the launcher sees.
     """
-    is_hub = distributed.rank() == 0
-    door = _door() if is_hub else None
-    address: list[tuple[int, bytes]] = [(0, b"")]
-    if door is not None:
-        address = [(door.getsockname()[1], secrets.token_bytes(16))]
-    dist.broadcast_object_list(address)
-    port, token = address[0]
-    try:
-        peers = _accept(door, token) if door is not None else _call(port, token)
-    except OSError as error:
-        peers = {}
-        print(
-            f"warning: rank {distributed.rank()} has no connection that shows whether the other "
-            f"ranks are there: {error}",
-            file=sys.stderr,
-        )
+    door = _door() if distributed.rank() == 0 else None
+    invitation = [(0, b"") if door is None else (door.getsockname()[1], secrets.token_bytes(16))]
+    dist.broadcast_object_list(invitation)
+    port, token = invitation[0]
+    peers = _call(port, token) if door is None else _receive(door, token)
     for connection in peers.values():
         connection.settimeout(None)
-        for option, value in (
-            (socket.TCP_KEEPIDLE, 10),
-            (socket.TCP_KEEPINTVL, 5),
-            (socket.TCP_KEEPCNT, 4),
-        ):
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
     return peers
 
 
@@ -196,27 +184,49 @@ def _door() -> socket.socket:
 
 
 def _call(port: int, token: bytes) -> dict[int, socket.socket]:
-    address = (os.environ["MASTER_ADDR"], port)
-    connection = socket.create_connection(address, timeout=_CONNECT_SECONDS)
-    connection.sendall(token + _ENDED.pack(distributed.rank(), 0))
-    return {0: connection}
+    """The connection to rank 0, once that one has confirmed it."""
+    address = os.environ["MASTER_ADDR"], port
+    try:
+        connection = socket.create_connection(address, timeout=_CONNECT_SECONDS)
+        connection.sendall(token + _ENDED.pack(distributed.rank(), 0))
+        if connection.recv(len(token), socket.MSG_WAITALL) == token:
+            return {0: connection}
+        _warn("rank 0 does not answer")
+    except OSError as error:
+        _warn(str(error))
+    return {}
 
 
-def _accept(door: socket.socket, token: bytes) -> dict[int, socket.socket]:
+def _receive(door: socket.socket, token: bytes) -> dict[int, socket.socket]:
+    """The connections to the ranks that call in time."""
     peers: dict[int, socket.socket] = {}
-    door.settimeout(_CONNECT_SECONDS)
+    end = time.monotonic() + _CONNECT_SECONDS
     with door:
         while len(peers) < distributed.world_size() - 1:
-            connection, _ = door.accept()
-            connection.settimeout(_CONNECT_SECONDS)
-            greeting = connection.recv(len(token) + _ENDED.size, socket.MSG_WAITALL)
-            if len(greeting) == len(token) + _ENDED.size and secrets.compare_digest(
-                greeting[: len(token)], token
-            ):
-                peers[_ENDED.unpack(greeting[len(token) :])[0]] = connection
-            else:  # of something else, which has come to the wrong door
-                connection.close()
+            door.settimeout(max(end - time.monotonic(), 0.001))
+            try:
+                connection, _ = door.accept()
+            except TimeoutError:
+                _warn(f"{distributed.world_size() - 1 - len(peers)} of them have not called")
+                break
+            with suppress(OSError):
+                connection.settimeout(_GREETING_SECONDS)
+                greeting = connection.recv(len(token) + _ENDED.size, socket.MSG_WAITALL)
+                if len(greeting) == len(token) + _ENDED.size and secrets.compare_digest(
+                    greeting[: len(token)], token
+                ):
+                    connection.sendall(token)
+                    peers[_ENDED.unpack(greeting[len(token) :])[0]] = connection
+                    continue
+            connection.close()  # of a caller that is no rank, or is gone
     return peers
+
+
+def _warn(reason: str) -> None:
+    print(
+        f"warning: rank {distributed.rank()} is not told when another one is lost: {reason}",
+        file=sys.stderr,
+    )
 
 
 def _launchers() -> tuple[int, ...]:
