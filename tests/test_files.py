@@ -1,13 +1,14 @@
-"""Names from data as parts of file names."""
+"""Names from data as parts of file names, and files that are whole or not there."""
 
 from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import run_python
 from tests.names import NAMES
 from tract_det.errors import shortened
-from tract_det.files import file_name_part
+from tract_det.files import atomically, file_name_part, remove_abandoned
 
 
 def test_ordinary_names_stay_as_they_are():
@@ -30,3 +31,31 @@ def test_different_names_have_different_files(one, other):
 
 def test_so_have_names_that_differ_at_their_end_or_in_an_escape():
     assert len({file_name_part(name) for name in NAMES}) == len(NAMES)
+
+
+def test_a_file_whose_writer_was_killed_is_removed_and_one_in_the_making_is_not(tmp_path):
+    program = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from tract_det.files import atomically\n"
+        "def write(path):\n"
+        "    path.write_text('half')\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "atomically(Path(sys.argv[1]), write)\n"
+    )
+    for name in ("model.pth", "detections/a.b.txt", "without_suffix"):
+        assert run_python("-c", program, tmp_path / name).returncode == -9
+    (tmp_path / ".hidden.1.txt").write_text("a user's own")
+    assert len(files_in(tmp_path)) == 4
+
+    def start_of_another(path):
+        path.write_text("whole")
+        remove_abandoned(tmp_path)
+
+    atomically(tmp_path / "results.json", start_of_another)
+    assert files_in(tmp_path) == {".hidden.1.txt", "results.json"}
+    remove_abandoned(tmp_path / "no_such_folder")
+
+
+def files_in(folder):
+    return {path.name for path in folder.rglob("*") if path.is_file()}

@@ -13,7 +13,13 @@ from tests.names import NAMES
 from tract_det.cli import call
 from tract_det.engine.checkpoint import save_weights
 from tract_det.errors import UserError
-from tract_det.visualize import Picture, detection_grid, stem_filters, training_curves
+from tract_det.visualize import (
+    Picture,
+    beside_the_results,
+    detection_grid,
+    stem_filters,
+    training_curves,
+)
 
 NO_BOXES = np.zeros((0, 4))
 GROUND_TRUTH = np.array([[5.0, 5, 20, 20]])
@@ -217,3 +223,10 @@ def test_bad_input_is_refused_by_name_and_leaves_no_file(tmp_path):
     with pytest.raises(UserError, match=r"same folder name \(run, run\)"):
         call("visualize", [str(tmp_path / "x/run"), str(tmp_path / "y/run")])
     assert not list(tmp_path.iterdir())
+
+
+def test_whatever_goes_wrong_beside_the_results_is_a_warning_in_one_line(tmp_path):
+    with pytest.warns(UserWarning) as warned, beside_the_results(tmp_path / "a.png"):
+        raise RuntimeError("cannot\ndraw")
+    (warning,) = warned
+    assert str(warning.message) == f"{tmp_path / 'a.png'} is not drawn: cannot draw"

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +16,7 @@ from tract_det.errors import UserError
 
 _NOT_IN_FILE_NAMES = frozenset('/\\:*?"<>|%')
 _LONGEST_PART = 150
+_WRITING = ".writing-"  # then a process: the one that writes a temporary file
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -29,7 +31,7 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
             at `path` is unchanged.
     """
     # The suffix stays at the end, since savers such as matplotlib's infer the format from it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}{_WRITING}{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -41,6 +43,30 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Removes the temporary files of processes that were killed in `atomically`.
+
+    Args:
+        folder: it and the folders in it are searched; it need not exist.
+    """
+    for depth in ("", "*/"):
+        for temporary in folder.glob(f"{depth}.*{_WRITING}*"):
+            process = temporary.name.rpartition(_WRITING)[2].partition(".")[0]
+            if process.isdecimal() and not _is_running(int(process)):
+                with suppress(OSError):  # another start has removed it, or may
+                    temporary.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # of another user
+        pass
+    return True
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:

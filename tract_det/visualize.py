@@ -1,5 +1,6 @@
 """Pictures as PNG files: detections on images, curves of training runs, filters of a stem."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,16 @@ class Picture:
     boxes: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
+
+
+@contextmanager
+def beside_the_results(path: Path) -> Iterator[None]:
+    """Around the drawing of a picture: whatever goes wrong is a warning, and costs no result."""
+    try:
+        yield
+    except Exception as error:  # of matplotlib, of an image file, of the disk
+        reason = shortened(str(error) or type(error).__name__, 200)
+        warnings.warn(f"{path} is not drawn: {reason}", stacklevel=3)
 
 
 @contextmanager

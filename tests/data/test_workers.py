@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 from itertools import islice
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import run_python
 from tests.data.noisy import Broken, Noisy
 from tract_det.data.detection_loaders import detection_evaluation_loader, detection_loader
 from tract_det.errors import UserError
@@ -68,3 +70,27 @@ def test_workers_end_when_their_own_training_process_says_so():
     process.terminate()
     process.join(timeout=20)
     assert process.exitcode == 0
+
+
+ORPHANS = """
+import os, signal, time
+from tests.data.noisy import Noisy
+from tract_det.data.detection_loaders import detection_loader
+
+class Stuck(Noisy):
+    def __getitem__(self, index):
+        self.read = getattr(self, "read", 0) + 1
+        if self.read > 1:
+            time.sleep(600)
+        return super().__getitem__(index)
+
+batches = iter(detection_loader(Stuck(), micro_batch=1, seed=0, num_workers=3))
+next(batches)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_in_the_middle_of_a_file_when_their_training_process_is_killed():
+    """They hold its output open, so that the output ends with the last of them."""
+    killed = run_python("-c", ORPHANS, timeout=60)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr

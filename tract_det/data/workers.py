@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+_POLL_SECONDS = 1.0
+
 
 def data_loader(
     dataset: Dataset,
@@ -69,11 +71,17 @@ def _init_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_exit_with, args=(parent.pid,), daemon=True).start()
+        threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
 
-def _exit_with(parent: int) -> None:
-    """Ends this process at the first SIGTERM from process `parent`, and ignores all others."""
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-        pass
+def _exit_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """Ends this process at the first SIGTERM from `parent`, or when that one is gone.
+
+    All other SIGTERMs are ignored. torch itself notices a lost parent only between two batches, and
+    not at all while it waits for room in a full queue.
+    """
+    while parent.is_alive():
+        signal_info = signal.sigtimedwait([signal.SIGTERM], _POLL_SECONDS)
+        if signal_info is not None and signal_info.si_pid == parent.pid:
+            break
     os._exit(0)

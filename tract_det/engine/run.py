@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from tract_det import distributed
-from tract_det.engine import checkpoint, ds
+from tract_det.engine import checkpoint, ds, space
 from tract_det.engine.checkpoint import Checkpoint
 from tract_det.engine.ema import Ema
 from tract_det.engine.step import Step, mean_steps
@@ -89,6 +89,9 @@ class Run:
             The number of steps done before.
         """
         start, pending = 0, []
+        space.require_for_run(
+            self.output, self.engine, self.ema, self._checkpoints_to_come(stopped)
+        )
         if stopped is not None:
             start = self.saved = stopped.iteration
             average = self.ema.model if self.ema is not None else None
@@ -109,6 +112,13 @@ class Run:
             steps = pending[distributed.rank()] if is_same else mean_steps(pending)
             self.writers.pending = steps
         return start
+
+    def _checkpoints_to_come(self, stopped: Checkpoint | None) -> int:
+        """How many will be added to those that are there: the oldest goes after the newest is."""
+        start = stopped.iteration if stopped is not None else 0
+        saves = math.ceil((self.max_iter - start) / self.checkpoint_period)
+        there = min(self.checkpoint_keep, len(checkpoint.iterations(self.output)))
+        return min(saves, self.checkpoint_keep + 1 - there)
 
     def after_step(self, step: Step) -> None:
         """Logs, evaluates and saves as the periods say; the loop calls it after each step."""
@@ -133,6 +143,7 @@ class Run:
         if iteration == self.saved:
             return
         self.writers.read()
+        space.require_for_checkpoint(self.output, self.engine, self.ema, iteration)
         steps = [dataclasses.replace(step, unread=None) for step in self.writers.pending]
         self.settle()
         self._settling = checkpoint.save(

@@ -1,5 +1,6 @@
 """Where a run writes its progress: the console, `metrics.jsonl` and TensorBoard."""
 
+import io
 import json
 import math
 import resource
@@ -21,13 +22,22 @@ from tract_det.engine.step import Step
 from tract_det.files import append_line, cannot_write, write_text
 
 _METRICS = "metrics.jsonl"
+_LEARNING_RATE = "lr"
 
 
 def say(text: str = "") -> None:
-    """Prints on the main rank, above a progress bar where there is one."""
-    if distributed.is_main():
+    """Prints on the main rank, above a progress bar where there is one.
+
+    Where nothing can be printed any more (the terminal is closed, the reader of a pipe is gone), a
+    training goes on in silence: `metrics.jsonl` has its figures.
+    """
+    if not distributed.is_main():
+        return
+    try:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+    except OSError:
+        sys.stdout = io.StringIO()
 
 
 def peak_memory(device: torch.device) -> float:
@@ -80,7 +90,7 @@ class Writers:
         self._path = output / _METRICS
         if not distributed.is_main():
             return
-        _keep_until(self._path, start)
+        _keep_until(self._path, start, is_at_end=start == max_iter)
         self._hook = threading.excepthook
         threading.excepthook = partial(_without_board, self._hook)
         self._board = SummaryWriter(str(output), purge_step=start + 1)
@@ -129,7 +139,7 @@ class Writers:
             now,
             {
                 **losses,
-                "lr": steps[-1].lr,
+                _LEARNING_RATE: steps[-1].lr,
                 "images_per_second": rate,
                 "data_fraction": sum(step.data_seconds for step in steps) / seconds,
                 "peak_memory_gib": peak_memory(self.device),
@@ -186,17 +196,30 @@ def _without_board(
         hook(args)
 
 
-def _keep_until(path: Path, iteration: int) -> None:
-    """Drops the lines after `iteration`, which a resumed run writes again."""
+def _keep_until(path: Path, iteration: int, *, is_at_end: bool) -> None:
+    """Drops the lines that a resumed run writes again.
+
+    Args:
+        path: `metrics.jsonl`.
+        iteration: number of steps done.
+        is_at_end: all steps are done; what comes again is their evaluation.
+    """
     if not path.is_file():
         return
-    kept = [line for line in path.read_text().splitlines() if _iteration(line) <= iteration]
-    write_text(path, "".join(line + "\n" for line in kept))
+    kept = []
+    for line in path.read_text().splitlines():
+        entry = _entry(line)
+        is_again = entry["iteration"] > iteration
+        if entry["iteration"] == iteration and is_at_end:
+            is_again = _LEARNING_RATE not in entry  # unlike the losses, which are not repeated
+        if not is_again:
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))
 
 
-def _iteration(line: str) -> float:
+def _entry(line: str) -> dict[str, Any]:
     try:
         entry: Any = json.loads(line)
-        return entry["iteration"]
+        return {**entry, "iteration": entry["iteration"]}
     except (ValueError, KeyError, TypeError):  # half a line, of a run that was killed
-        return math.inf
+        return {"iteration": math.inf}

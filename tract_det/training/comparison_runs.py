@@ -13,14 +13,14 @@ from tract_det.errors import DivergedError, UserError
 from tract_det.evaluation.comparison import Curve, mean_curve
 from tract_det.evaluation.comparison_report import Group, as_values, judge, table, verdicts
 from tract_det.evaluation.runs import Record, read_run
-from tract_det.files import write_json, write_text
+from tract_det.files import remove_abandoned, write_json, write_text
 from tract_det.training.comparison import (
     Comparison,
     PlannedRun,
     Variant,
     refuse_other_settings,
 )
-from tract_det.visualize import Line, comparison
+from tract_det.visualize import Line, beside_the_results, comparison
 
 # A run that diverged has this file, with the error: it would diverge again.
 _DIVERGED = "diverged.txt"
@@ -75,6 +75,7 @@ def run_missing(
     Returns:
         An exit code: 0 if every run finished or diverged.
     """
+    remove_abandoned(planned.output)
     todo = missing(planned)
     done = len(planned.runs) - len(todo)
     print(
@@ -186,7 +187,6 @@ def report(planned: Comparison, command: str) -> None:
     print(f"\n{text}\n")
     heading = f"`{command}`\n\n{_origin(records)}\n\n![metric](comparison.png)"
     write_text(planned.output / "comparison.md", f"{heading}\n\n{text}\n")
-    comparison(planned.output / "comparison.png", [_line(group) for group in arms], planned.metric)
     content = {
         "command": command,
         "metric": planned.metric,
@@ -196,7 +196,11 @@ def report(planned: Comparison, command: str) -> None:
         "runs": records,
     }
     write_json(planned.output / "comparison.json", content)
-    print(f"wrote comparison.md, .png and .json to {planned.output}")
+    print(f"wrote comparison.md and .json to {planned.output}")
+    picture = planned.output / "comparison.png"
+    with beside_the_results(picture):
+        comparison(picture, [_line(group) for group in arms], planned.metric)
+        print(f"wrote {picture}")
 
 
 def _origin(records: Sequence[Mapping[str, Any]]) -> str:

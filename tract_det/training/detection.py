@@ -28,7 +28,7 @@ from tract_det.modeling.faster_rcnn import resize_shorter_side
 from tract_det.training import assembly
 from tract_det.training.detectors import build_detector, check_backend, read_detector_weights
 from tract_det.training.task import Meta, Plan, Task
-from tract_det.visualize import Picture, detection_grid
+from tract_det.visualize import Picture, beside_the_results, detection_grid
 
 _PICTURES = 16  # in detections.png
 
@@ -172,9 +172,11 @@ class DetectionEvaluation:
             say(format_table(results))
             say(format_details(results | more))
             evaluator.write_detections(output / "detections", name)
-            pictures = self._pictures(evaluator)
-            detection_grid(output / "detections.png", pictures, self.split.class_names)
-            say(f"wrote {output / 'results.json'}, detections.png and detections/")
+            say(f"wrote {output / 'results.json'} and detections/")
+            picture = output / "detections.png"
+            with beside_the_results(picture):
+                detection_grid(picture, self._pictures(evaluator), self.split.class_names)
+                say(f"wrote {picture}")
         return means(results)
 
     def _pictures(self, evaluator: DetectionEvaluator) -> list[Picture]:

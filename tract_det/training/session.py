@@ -25,9 +25,10 @@ from tract_det.engine.checkpoint import Checkpoint
 from tract_det.engine.ema import Ema
 from tract_det.engine.loop import StopSignal, train
 from tract_det.engine.run import Run
+from tract_det.engine.watch import watched
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
-from tract_det.files import write_text
+from tract_det.files import remove_abandoned, write_text
 from tract_det.modeling.weight_files import Weights
 from tract_det.training import assembly
 from tract_det.training.task import BuiltModel, Evaluation, Plan, Split, Task
@@ -56,11 +57,14 @@ def run(
     task.check(cfg)
     device = ds.start(cfg.MODEL.DEVICE)
     torch.manual_seed(cfg.SEED)
-    if eval_only:
-        code = _evaluate(task, cfg, device)
-    else:
-        with run_folder.sole_use(Path(cfg.OUTPUT_DIR)):
-            code = _train(task, cfg, device, resume=resume, overwrite=overwrite)
+    if distributed.is_main():
+        remove_abandoned(Path(cfg.OUTPUT_DIR))
+    with watched("start again" if eval_only else "go on with --resume"):
+        if eval_only:
+            code = _evaluate(task, cfg, device)
+        else:
+            with run_folder.sole_use(Path(cfg.OUTPUT_DIR)):
+                code = _train(task, cfg, device, resume=resume, overwrite=overwrite)
     ds.stop()
     return code
 
