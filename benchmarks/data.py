@@ -15,7 +15,6 @@ import importlib.util
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,12 +33,12 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from tract_det.cli import run
+from tract_det.commands.bench import print_and_keep
 from tract_det.data.classification import ClassificationDataset, ClassificationSplit
 from tract_det.data.classification_loaders import classification_loader
 from tract_det.data.classification_transforms import classification_train
 from tract_det.data.images import read_rgb
 from tract_det.errors import UserError
-from tract_det.files import write_text
 from tract_det.pixels import IMAGENET_MEAN as MEAN
 from tract_det.pixels import IMAGENET_STD as STD
 
@@ -257,7 +256,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write what is printed")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    lines = []
     with tempfile.TemporaryDirectory() as made:
         if args.images:
             paths = sorted(
@@ -267,12 +265,7 @@ def main(argv: list[str] | None = None) -> None:
             paths = make_photographs(Path(made), 256)
         if len(paths) < args.batch:
             raise UserError(f"{args.images}: {len(paths)} JPEG files, a batch takes {args.batch}")
-        for line in report(args, paths):
-            print(line, flush=True)
-            lines.append(line)
-    if args.output:
-        write_text(args.output, "".join(f"{line}\n" for line in lines))
-        print(f"written to {args.output}", file=sys.stderr)
+        print_and_keep(report(args, paths), args.output)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from tract_det.cli import run
+from tract_det.commands.bench import print_and_keep
 from tract_det.data.voc import VOC_CLASSES, VOCSplit, read_split
 from tract_det.evaluation.boxes import Detections
 from tract_det.evaluation.detection_files import ImageDetections, read_detections, write_detections
@@ -35,7 +35,6 @@ from tract_det.evaluation.detection_results import (
 from tract_det.evaluation.ground_truth import GroundTruth, from_annotations
 from tract_det.evaluation.pycocotools_ap import pycocotools_ap
 from tract_det.evaluation.tables import format_details, format_table
-from tract_det.files import write_text
 
 OBJECT = (
     "<object><name>{}</name><pose>Unspecified</pose><truncated>0</truncated>"
@@ -202,14 +201,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.objects < args.images:
         parser.error("--objects is at least --images")
-    lines = []
     with tempfile.TemporaryDirectory() as made:
-        for line in report(args, Path(made) / "split", Path(made) / "detections"):
-            print(line, flush=True)
-            lines.append(line)
-    if args.output:
-        write_text(args.output, "".join(f"{line}\n" for line in lines))
-        print(f"written to {args.output}", file=sys.stderr)
+        lines = report(args, Path(made) / "split", Path(made) / "detections")
+        print_and_keep(lines, args.output)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ More cases than the suite has: `FUZZ_CASES=10000 python -m pytest -n0 tests/fuzz
 """
 
 import json
-import os
 import random
 
 import numpy as np
@@ -12,12 +11,13 @@ import pytest
 
 from tests.evaluation.test_coco_files import RESULTS, TRUTH
 from tests.fuzz.mutations import damaged
+from tests.fuzz.refusals import cases
 from tract_det.errors import UserError
 from tract_det.evaluation.coco_files import read_coco_ground_truth, read_coco_results
 from tract_det.evaluation.detection_files import read_detections
 from tract_det.evaluation.detection_results import details, evaluate_detections, summary
 
-CASES = int(os.environ.get("FUZZ_CASES", "250"))
+CASES = cases(250)
 CHALLENGE = (
     "\n".join(f"7 {k / 10} {k} {k}.5 {k + 20} 30.25" for k in range(1, 9)) + "\n3 1 1 1 2 2\n"
 )

@@ -5,7 +5,6 @@ says where it is. More cases than the suite has: `FUZZ_CASES=10000 python -m pyt
 """
 
 import base64
-import os
 import random
 import resource
 import subprocess
@@ -18,11 +17,11 @@ from PIL import Image
 
 from tests.conftest import REPO, write_voc_tree
 from tests.fuzz.mutations import damaged
+from tests.fuzz.refusals import cases, refusal
 from tract_det.data.images import CorruptImageError, read_rgb, read_upright, upright_size
 from tract_det.data.voc import read_split
-from tract_det.errors import UserError
 
-CASES = int(os.environ.get("FUZZ_CASES", "50"))
+CASES = cases(50)
 SUFFIXES = (".jpg", ".png", ".webp", ".bmp", ".tiff", ".gif")
 SECONDS = 5  # that a case may take
 MEMORY = 2**30  # bytes that it may add
@@ -31,15 +30,6 @@ MEMORY = 2**30  # bytes that it may add
 BROKEN = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAAAElEQVR4nGNgYGAAAAAEAAH2FzhVAAAAAElFTkSuQmCC"
 )
-
-
-def refused(read, *arguments):
-    try:
-        read(*arguments)
-    except UserError as error:
-        assert 10 < len(str(error)) < 2_100
-        return str(error)
-    return ""
 
 
 def images(folder):
@@ -53,7 +43,7 @@ def images(folder):
             print(suffix, case, flush=True)
             path.write_bytes(damaged(whole, rng))
             for read in (read_rgb, read_upright, upright_size):
-                refused(read, path)
+                refusal(read, path)
 
 
 def trees(folder):
@@ -64,7 +54,7 @@ def trees(folder):
         for case in range(CASES):
             print(path.name, case, flush=True)
             path.write_bytes(damaged(whole, rng))
-            refused(read_split, root, "train")
+            refusal(read_split, root, "train")
         path.write_bytes(whole)
 
 

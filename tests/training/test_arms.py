@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.conftest import tiny_options
 from tests.reference import tract_gradient
-from tests.training.image_folder import TINY, options, write_image_folder
+from tests.training.image_folder import TINY, options
 from tests.training.runs import log, results, run_here, weights
 from tract_det import TrActLayer
 from tract_det.cli import call
@@ -14,11 +14,6 @@ from tract_det.config import classification as classification_config
 from tract_det.errors import UserError
 from tract_det.modeling.whitening import patch_covariance, whitening_weight
 from tract_det.training import assembly, classification
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_image_folder(tmp_path_factory.mktemp("images"))
 
 
 def without_arm_keys(pairs):

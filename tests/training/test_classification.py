@@ -20,11 +20,6 @@ def train(root, output, *flags, **changes):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_image_folder(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
 def trained(tmp_path_factory, folder):
     """A run with batch norm, a moving average, a reader, bf16, channels_last and evaluations."""
     output = tmp_path_factory.mktemp("trained") / "out"

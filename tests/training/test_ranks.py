@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import REPO, run_python, tiny_options
-from tests.training.image_folder import options, write_image_folder
+from tests.training.image_folder import options
 from tests.training.runs import (
     TwoRanks,
     assert_close,
@@ -43,11 +43,6 @@ def two_ranks(tmp_path_factory):
     ranks = TwoRanks(tmp_path_factory.mktemp("two_ranks"))
     yield ranks
     ranks.close()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_image_folder(tmp_path_factory.mktemp("images"))
 
 
 # Detectors

@@ -12,18 +12,13 @@ import pytest
 import torch
 
 from tests.conftest import REPO, tiny_options
-from tests.training.image_folder import options, write_image_folder
+from tests.training.image_folder import options
 from tests.training.runs import assert_same_bits, log, run_here, weights
 from tract_det.cli import call
-from tract_det.engine import checkpoint
+from tract_det.engine import checkpoint, manifest
 from tract_det.errors import DivergedError, UserError
 
 EVERY_STEP = {"SOLVER__MAX_ITER": 4, "SOLVER__CHECKPOINT_EPOCHS": 0.01, "SOLVER__OPTIMIZER": "Adam"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_image_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +90,9 @@ def test_every_byte_of_a_file_counts(finished, tmp_path, name):
     ]:
         flip(path, at)
         with pytest.raises(UserError, match="is damaged"):
-            checkpoint._whole(path.parent)
+            manifest.read(path.parent)
         flip(path, at)
-    assert checkpoint._whole(path.parent)
+    assert manifest.read(path.parent)
 
 
 def test_every_bit_of_a_manifest_counts(finished, tmp_path):
@@ -161,8 +156,8 @@ def test_a_foreign_checkpoint_runs_no_code(finished, tmp_path, monkeypatch):
         archive.writestr("archive/data.pkl", pickle.dumps(Attack(), protocol=2))
         archive.writestr("archive/version", "3\n")
     content = json.loads((target / "manifest.json").read_text())["content"]
-    content["files"]["model.pt"] = checkpoint._described(target / "model.pt", read=True)
-    checkpoint._write_manifest(target, content)
+    content["files"]["model.pt"] = manifest.described(target / "model.pt", from_disk=True)
+    manifest.write(target, content)
     with pytest.raises(UserError, match=r"model\.pt is not one of tract_det's checkpoints"):
         checkpoint.newest(tmp_path).shared()
     assert not (tmp_path / "executed").exists()

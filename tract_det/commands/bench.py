@@ -15,8 +15,10 @@ The programs, and what they measured, are in `benchmarks/`.
 import argparse
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from tract_det.files import write_text
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -30,3 +32,14 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     path = FOLDER / f"{args.program}.py"
     sys.argv = [str(path), *args.arguments]
     runpy.run_path(str(path), run_name="__main__")
+
+
+def print_and_keep(lines: Iterable[str], output: Path | None) -> None:
+    """For a program: prints each line as it comes, and writes all of them where a file is named."""
+    printed = []
+    for line in lines:
+        print(line, flush=True)
+        printed.append(line)
+    if output:
+        write_text(output, "".join(f"{line}\n" for line in printed))
+        print(f"written to {output}", file=sys.stderr)

@@ -12,20 +12,25 @@ from tract_det.config.files import flat
 from tract_det.config.machinery import plain
 from tract_det.errors import shortened
 
+# Keys that change where a run is, what it says and how often it saves, but not what it learns.
+INCIDENTAL = frozenset(
+    {
+        *("OUTPUT_DIR", "ARM", "LOG_PERIOD", "MODEL.DEVICE", "MODEL.TRACT.WORKSPACE"),
+        *("DATASETS.ROOT", "DATASETS.CACHE", "DATALOADER.NUM_WORKERS", "INPUT.MAX_PIXELS"),
+        *("TEST.EVAL_PERIOD", "TEST.EVAL_EPOCHS", "TEST.IMS_PER_BATCH", "TEST.BOOTSTRAP"),
+        *("SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_EPOCHS", "SOLVER.CHECKPOINT_KEEP"),
+    }
+)
+
 # Keys, and sections, that `--resume` takes as they are now.
-TAKES_EFFECT = (
-    # Where the run is, what it says, and how fast it is.
-    *("OUTPUT_DIR", "ARM", "LOG_PERIOD", "DEEPSPEED", "DATASETS.ROOT", "DATASETS.CACHE"),
-    "INPUT.MAX_PIXELS",
-    *("DATALOADER.NUM_WORKERS", "MODEL.DEVICE", "MODEL.COMPILE", "MODEL.CHANNELS_LAST"),
-    *("MODEL.CHECKPOINTING", "MODEL.TRACT.WORKSPACE", "TEST.IMS_PER_BATCH", "SOLVER.ACCUMULATION"),
-    # Periods.
-    *("TEST.EVAL_PERIOD", "TEST.EVAL_EPOCHS", "TEST.BOOTSTRAP", "SOLVER.CHECKPOINT_PERIOD"),
-    *("SOLVER.CHECKPOINT_EPOCHS", "SOLVER.CHECKPOINT_KEEP"),
+TAKES_EFFECT = INCIDENTAL | {
+    # How a step is computed: the same but for rounding.
+    *("DEEPSPEED", "SOLVER.ACCUMULATION"),
+    *("MODEL.COMPILE", "MODEL.CHANNELS_LAST", "MODEL.CHECKPOINTING"),
     # The length, and the learning rates of the steps to come.
     *("SOLVER.MAX_ITER", "SOLVER.EPOCHS", "SOLVER.STEPS", "SOLVER.GAMMA", "SOLVER.BASE_LR"),
     *("SOLVER.BASE_LR_END", "SOLVER.FALLBACK_LR", "SOLVER.STEM.BASE_LR"),
-)
+}
 
 
 def must_be_equal(cfg: CfgNode) -> dict[str, Any]:
@@ -47,16 +52,16 @@ def differences(
         now: of the run that is to go on.
         defaults: for keys that did not exist when the run began.
     """
-    changed = []
-    for key, value in now.items():
-        first, last = (list(v) if isinstance(v, tuple) else v for v in (before.get(key), value))
-        if key not in before:
-            first = defaults.get(key, last)
-        changed += _difference(key, first, last)
-    return changed
+    known = {**defaults, **before}
+    return [
+        text
+        for key, value in now.items()
+        for text in _difference(key, known.get(key, value), value)
+    ]
 
 
 def _difference(key: str, first: Any, last: Any) -> list[str]:
+    first, last = (list(value) if isinstance(value, tuple) else value for value in (first, last))
     if first == last:
         return []
     if isinstance(first, list) and isinstance(last, list) and len(first) == len(last) > 1:

@@ -8,31 +8,27 @@
     OUTPUT_DIR/model_best.pth, model_final.pth
 
 All files are plain values and tensors, which are read without running code. A folder appears under
-its name when all of it is on the disk; so do the other files. A checkpoint fits any number of ranks
-and any stage of ZeRO.
+its name when all of it is written; so do the other files. A checkpoint fits any number of ranks and
+any stage of ZeRO.
 """
 
 import errno
-import json
 import os
 import pickle
 import shutil
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from tract_det import distributed
-from tract_det.engine import ds, optimizer_state
+from tract_det.engine import ds, manifest, optimizer_state
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.files import cannot_write, plain_values, sync_folder, write_binary, write_text
@@ -40,8 +36,6 @@ from tract_det.files import cannot_write, plain_values, sync_folder, write_binar
 _POINTER = "last_checkpoint"
 _FOLDER = "checkpoints"
 _MODEL = "model.pt"
-_MANIFEST = "manifest.json"
-_CHUNK = 2**22  # bytes
 
 
 def save_weights(path: Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
@@ -144,12 +138,13 @@ def save(
 
 
 def _in_background(sync: Callable[[], None], tidy: Callable[[], None]) -> "Future[None]":
+    is_main = distributed.is_main()
+
     def work() -> None:
         sync()
         if is_main:
             tidy()
 
-    is_main = distributed.is_main()
     pool = ThreadPoolExecutor(1, "checkpoint")
     future = pool.submit(work)
     pool.shutdown(wait=False)
@@ -198,13 +193,13 @@ def _make_empty(folder: Path) -> None:
 
 
 def _write(folder: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes files; returns what `_described` says of each, by name."""
+    """Writes files; returns what the manifest is to say of each, by name."""
     entries = {}
     for name, content in contents.items():
         try:
             with (folder / name).open("wb") as file:
                 torch.save(content, file)
-            entries[name] = _described(folder / name)
+            entries[name] = manifest.described(folder / name)
         except OSError as error:
             raise cannot_write(folder / name, error) from error
         except RuntimeError as error:
@@ -220,7 +215,7 @@ def _complete(
     unfinished: Path, folder: Path, files: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> None:
     """Gives a written checkpoint its manifest and its name."""
-    _write_manifest(unfinished, {"files": files, "identity": plain_values(identity)})
+    manifest.write(unfinished, {"files": files, "identity": plain_values(identity)})
     try:
         # A checkpoint of this name is damaged, or was passed over to go on from an older one.
         shutil.rmtree(folder, ignore_errors=True)
@@ -314,86 +309,13 @@ def _whole(folder: Path) -> Checkpoint:
     Raises:
         UserError: it is damaged or torn; says which file.
     """
-    if not (folder / _MANIFEST).is_file() and any(folder.glob("mp_rank_*")):
+    if not (folder / manifest.NAME).is_file() and any(folder.glob("mp_rank_*")):
         raise UserError(
             f"checkpoint {folder} is of an earlier version: finish the run with that, or give "
             "MODEL.WEIGHTS its weights"
         )
-    manifest = _read_manifest(folder)
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"checkpoint {folder} is damaged: {name} is missing")
-        if path.stat().st_size != entry["bytes"]:
-            size = path.stat().st_size
-            raise UserError(
-                f"checkpoint {folder} is damaged: {name} has {size} of {entry['bytes']} bytes"
-            )
-        try:
-            is_sound = _described(path, read=True) == entry
-        except (ValueError, EOFError, OSError, RuntimeError, struct.error, zipfile.BadZipFile):
-            is_sound = False
-        if not is_sound:
-            raise UserError(f"checkpoint {folder} is damaged: {name} does not fit its checksums")
-    return Checkpoint(folder, len(manifest["files"]) - 1, manifest["identity"])
-
-
-def _described(path: Path, *, read: bool = False) -> dict[str, Any]:
-    """The size and the checksums of one of torch's files, for the manifest: plain values.
-
-    torch writes zip archives, and computes the CRC-32 of each record from memory as it writes.
-    Those are taken from the archive's directory; that of all bytes between the records is added.
-
-    Args:
-        path: the file.
-        read: compute the records' checksums from what is in the file.
-
-    Raises:
-        ValueError, zipfile.BadZipFile, EOFError: it is no such archive.
-    """
-    records, between, end = {}, 0, 0
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError("torch does not compress")
-            file.seek(entry.header_offset + 26)  # the lengths of the name and the extra field
-            name, extra = struct.unpack("<HH", file.read(4))
-            start = entry.header_offset + 30 + name + extra
-            between = _crc32(file, end, start, between)
-            end = start + entry.file_size
-            crc32 = _crc32(file, start, end) if read else entry.CRC
-            records[entry.filename] = [entry.file_size, crc32]
-        size = file.seek(0, os.SEEK_END)
-        between = _crc32(file, end, size, between)
-    return {"bytes": size, "between": between, "records": records}
-
-
-def _crc32(file: BinaryIO, start: int, end: int, crc32: int = 0) -> int:
-    """The checksum of a part of a file, continued from that of what comes before."""
-    file.seek(start)
-    for position in range(start, end, _CHUNK):
-        crc32 = zlib.crc32(file.read(min(_CHUNK, end - position)), crc32)
-    return crc32
-
-
-def _write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Writes the manifest, with a checksum of itself."""
-    text = json.dumps(content)
-    whole = {"crc32": zlib.crc32(text.encode()), "content": content}
-    write_text(folder / _MANIFEST, json.dumps(whole, indent=1) + "\n")
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        whole = json.loads((folder / _MANIFEST).read_bytes())
-        content = whole["content"]
-        if whole["crc32"] == zlib.crc32(json.dumps(content).encode()):
-            return content
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {folder} is damaged: {_MANIFEST} is missing") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise UserError(f"checkpoint {folder} is damaged: {_MANIFEST} does not fit its checksum")
+    content = manifest.read(folder)
+    return Checkpoint(folder, len(content["files"]) - 1, content["identity"])
 
 
 def _read(path: Path) -> dict[str, Any]:

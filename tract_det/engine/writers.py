@@ -121,7 +121,7 @@ class Writers:
         """
         for step in self.pending:
             if step.losses:
-                self.scalars(step.iteration, {**step.losses, "lr": step.lr})
+                self.scalars(step.iteration, {**step.losses, _LEARNING_RATE: step.lr})
 
     def _flush(self) -> None:
         self.read()

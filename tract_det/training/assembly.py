@@ -250,17 +250,15 @@ def engine_config(cfg: CfgNode) -> dict[str, Any]:
     """DeepSpeed's configuration; SOLVER and DEEPSPEED are read.
 
     Raises:
-        UserError: the batch does not divide, or DeepSpeed refuses a key or value.
+        UserError: the batch does not divide into ranks and micro-batches.
     """
     solver = cfg.SOLVER
-    config = ds.ds_config(
+    return ds.ds_config(
         batch_size=solver.IMS_PER_BATCH,
         accumulation=solver.ACCUMULATION,
         clip_norm=solver.CLIP_GRADIENTS.CLIP_VALUE if solver.CLIP_GRADIENTS.ENABLED else 0.0,
         extra=plain(cfg.DEEPSPEED),
     )
-    ds.check_config(config)
-    return config
 
 
 def build_engine(cfg: CfgNode, network: nn.Module, stem: str | None = None) -> Any:

@@ -18,6 +18,7 @@ from tract_det.config import tasks
 from tract_det.config.arms import the_one
 from tract_det.config.files import find_configs, flat, read_config, run_name
 from tract_det.config.machinery import value_at
+from tract_det.config.resuming import INCIDENTAL
 from tract_det.errors import UserError
 from tract_det.training.task import Task
 
@@ -25,14 +26,6 @@ LoadCfg = Callable[..., CfgNode]
 
 # What a comparison sets itself, with what to use instead.
 _TAKEN = {"SEED": "--seeds", "OUTPUT_DIR": "--output", "ARM": "--arms"}
-
-# Keys that do not change what a run learns: a finished run counts whatever they were.
-_INCIDENTAL = {
-    *("OUTPUT_DIR", "LOG_PERIOD", "ARM", "MODEL.DEVICE", "DATASETS.ROOT", "DATASETS.CACHE"),
-    *("DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_EPOCHS"),
-    *("TEST.EVAL_PERIOD", "TEST.EVAL_EPOCHS", "TEST.IMS_PER_BATCH", "TEST.BOOTSTRAP"),
-    *("SOLVER.CHECKPOINT_KEEP", "MODEL.TRACT.WORKSPACE", "INPUT.MAX_PIXELS"),
-}
 
 
 @dataclass(frozen=True)
@@ -267,7 +260,7 @@ def baseline_of(variant: Variant, variants: Sequence[Variant], arm: str) -> Vari
 
 
 def refuse_other_settings(run: PlannedRun) -> None:
-    """Refuses to take the run in a folder for another one.
+    """Refuses to take the run in a folder for another one; what is incidental may differ.
 
     Raises:
         UserError: the run there was made with other settings; the message names the key.
@@ -277,7 +270,7 @@ def refuse_other_settings(run: PlannedRun) -> None:
         return
     before, now = flat(read_config(path)), flat(run.cfg)
     for key, value in now.items():
-        if key not in _INCIDENTAL and _comparable(before.get(key, value)) != _comparable(value):
+        if key not in INCIDENTAL and _comparable(before.get(key, value)) != _comparable(value):
             raise UserError(
                 f"{run.folder} has a run with {key} {before[key]}, and this one has {value}: give "
                 "this comparison a folder of its own by --output"

@@ -15,7 +15,7 @@ from tract_det.engine import checkpoint, ds
 from tract_det.engine.loop import StopSignal, train
 from tract_det.engine.step import Step
 from tract_det.engine.writers import clock
-from tract_det.training import session
+from tract_det.training import assembly, session
 from tract_det.training.comparison import Comparison, PlannedRun
 from tract_det.training.comparison_runs import missing
 from tract_det.training.task import Task
@@ -96,6 +96,7 @@ def measure(task: Task, cfg: CfgNode, threads: int) -> Measured:
         if device.type == "cpu":
             torch.set_num_threads(threads)
         torch.manual_seed(cfg.SEED)
+        ds.check_config(assembly.engine_config(cfg))
         training, test = task.read_data(cfg)
         built = session.build(task, cfg, training, task.read_weights(cfg))
         engine, _ = session.prepare(cfg, built, device)

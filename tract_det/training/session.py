@@ -3,7 +3,7 @@
     check -> data -> weights -> model (TrAct on its stem) -> engine -> resume -> train -> report
 
 What can be refused is refused early: the configuration before this module is imported, the data
-before weights are downloaded, all of it before OUTPUT_DIR is made.
+before weights are downloaded, all of it before anything but a lock is in OUTPUT_DIR.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def _train(task: Task, cfg: CfgNode, device: torch.device, *, resume: bool, over
             f"MODEL.STEM_INIT {cfg.MODEL.STEM_INIT} would undo the first layer of MODEL.WEIGHTS "
             f"{cfg.MODEL.WEIGHTS}: leave one of them empty"
         )
-    assembly.engine_config(cfg)  # refuses before anything is read
+    ds.check_config(assembly.engine_config(cfg))
     stopped = checkpoint.newest(output) if resume else None
     _refuse_changes(stopped, must_be_equal(cfg), must_be_equal(task.defaults()))
     if not resume and not overwrite:
