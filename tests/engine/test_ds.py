@@ -146,3 +146,15 @@ def test_a_key_that_deepspeed_does_not_take_is_refused_in_a_line(extra, words):
     assert "\n" not in str(refusal.value)
     ds.check_config(ds.ds_config(batch_size=1, accumulation=1, extra={"prescale_gradients": False}))
     ds.stop()
+
+
+def test_no_check_waits_for_the_compilation_of_an_operator_that_is_not_called(monkeypatch):
+    """DeepSpeed builds it where it joins the ranks, which the check of its keys does first."""
+    import deepspeed
+
+    operators = deepspeed.ops.__compatible_ops__
+    monkeypatch.setitem(operators, "deepspeed_shm_comm", True)
+    ds.start("cpu")
+    ds.check_config(ds.ds_config(batch_size=1, accumulation=1))
+    assert not operators["deepspeed_shm_comm"]
+    ds.stop()

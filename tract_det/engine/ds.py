@@ -148,6 +148,17 @@ def _without_norm(zero: Mapping[str, Any]) -> dict[str, Any]:
     return {"compute_grad_norm": False, **zero} if is_offered else dict(zero)
 
 
+def _join() -> None:
+    """Makes DeepSpeed use the process group that there is; again, it does nothing."""
+    import deepspeed
+
+    # Training never calls DeepSpeed's shared-memory all-reduce, but would wait a minute for its
+    # compilation.
+    with suppress(AttributeError):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+
+
 class _Noting(dict[str, Any]):
     """A dict that notes which of its keys are asked for."""
 
@@ -176,10 +187,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         UserError: names the key.
     """
-    import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    deepspeed.init_distributed(verbose=False)  # it asks how many ranks there are
+    _join()  # it asks how many ranks there are
     noting = _Noting(copy.deepcopy(dict(config)))
     try:
         DeepSpeedConfig(noting)
@@ -201,11 +211,7 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     """
     import deepspeed
 
-    # Training never calls DeepSpeed's shared-memory all-reduce, but would wait a minute for its
-    # compilation.
-    with suppress(AttributeError):
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+    _join()
     is_sharded = config.get("zero_optimization", {}).get("stage", 0) == 3
     # Before DeepSpeed puts its hooks on the model.
     template = _without_weights(model) if is_sharded else None
