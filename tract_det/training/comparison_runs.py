@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
-from tract_det.engine import checkpoint, provenance
+from tract_det.engine import checkpoint, provenance, run_folder
 from tract_det.engine.jobs import Ended, Job, run_jobs
 from tract_det.engine.writers import clock
 from tract_det.errors import DivergedError, UserError
@@ -103,9 +103,13 @@ def run_missing(
 
 def _job(run: PlannedRun) -> Job:
     verb, *arguments = run.arguments
-    # What a run without a checkpoint has left is moved aside.
-    start = "--resume" if checkpoint.iterations(run.folder) else "--overwrite"
-    command = [sys.executable, "-m", "tract_det.cli", verb, start, *arguments]
+    start = []
+    if checkpoint.iterations(run.folder):
+        start = ["--resume"]
+    elif run.folder.is_dir():
+        # Here and not by the run's own --overwrite, which would move the open log as well.
+        run_folder.move_aside(run.folder)
+    command = [sys.executable, "-m", "tract_det.cli", verb, *start, *arguments]
     return Job(run.name, command, run.folder / _LOG)
 
 
