@@ -77,7 +77,7 @@ class Draft:
             factor = max(1, min(h, w) // SIZE)
             image.draft("RGB", (width // factor, height // factor))
             scale = image.size[0] / width
-            edges = [x * scale for x in (left, top, left + w, top + h)]
+            edges = (left * scale, top * scale, (left + w) * scale, (top + h) * scale)
             part = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR, edges)
         return self.rest(part)
 

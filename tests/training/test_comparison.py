@@ -219,7 +219,8 @@ def test_the_report_has_a_table_verdicts_a_picture_and_every_run(tmp_path, image
     printed = capsys.readouterr().out
     assert "tract is better than plain by 3.1 points" in printed
     page = (tmp_path / "comparison.md").read_text()
-    assert page.startswith("`tract-det compare`") and page[page.index("| arm") :].strip() in printed
+    assert page.startswith("# Comparison of plain, tract\n\n`tract-det compare`")
+    assert page[page.index("| arm") :].strip() in printed
     content = json.loads((tmp_path / "comparison.json").read_text())
     assert [run["status"] for run in content["runs"]] == ["finished"] * 5 + ["missing"]
     assert content["runs"][0]["curve"]["values"] == [25.0, 50.0]

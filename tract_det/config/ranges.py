@@ -49,9 +49,10 @@ class Number(NamedTuple):
             return f"it must be at most {_MANY}"
         too_low = value < self.low or (self.above and value == self.low)
         too_high = value > self.high or (self.below and value == self.high)
-        return self._words() if too_low or too_high else ""
+        return self.words() if too_low or too_high else ""
 
-    def _words(self) -> str:
+    def words(self) -> str:
+        """The bounds, in words that end a sentence."""
         other = "" if self.also is None else f", or {self.also:g}"
         if self.high >= _MANY and self.low in (0, 1):
             is_positive = self.above or self.low == 1

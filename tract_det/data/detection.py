@@ -30,16 +30,17 @@ _READERS = 8  # threads that read headers, which on a network's disk wait most o
 class VOCDetection(torch.utils.data.Dataset):
     """Pairs (image, target) of a split.
 
-    image: tv_tensors.Image, uint8 (3, H, W), RGB, turned upright by the file's EXIF orientation, as
-    detectron2 reads it. Annotators show images upright, so boxes refer to them so; where <size> is
-    that of the pixels as stored, the image is refused.
+    The image is a tv_tensors.Image, uint8 (3, H, W), RGB, turned upright by the file's EXIF
+    orientation, as detectron2 reads it. Annotators show images upright, so boxes refer to them so;
+    where <size> is that of the pixels as stored, the image is refused.
 
-    target:
-        boxes: tv_tensors.BoundingBoxes, (n, 4) float32 XYXY pixel edges, within the image and at
-            least 1 pixel wide and high. (0, 4) for an image without objects.
-        labels: (n,) int64, 1..K.
-        image_id: str.
-        index: int, the position in `split.annotations`.
+    The target has
+
+    - `boxes`: tv_tensors.BoundingBoxes, (n, 4) float32 XYXY pixel edges, within the image and at
+      least 1 pixel wide and high. (0, 4) for an image without objects.
+    - `labels`: (n,) int64, 1..K.
+    - `image_id`: str.
+    - `index`: int, the position in `split.annotations`.
 
     Args:
         split: The images and boxes.

@@ -189,7 +189,8 @@ def report(planned: Comparison, command: str) -> None:
     sentences = verdicts(arms)
     text = "\n\n".join([table(rows, planned.metric), *sentences])
     print(f"\n{text}\n")
-    heading = f"`{command}`\n\n{_origin(records)}\n\n![metric](comparison.png)"
+    heading = f"# Comparison of {', '.join(variant.name for variant in planned.variants)}"
+    heading += f"\n\n`{command}`\n\n{_origin(records)}\n\n![metric](comparison.png)"
     write_text(planned.output / "comparison.md", f"{heading}\n\n{text}\n")
     content = {
         "command": command,
