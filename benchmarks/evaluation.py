@@ -22,7 +22,8 @@ import numpy as np
 
 from tract_det.cli import run
 from tract_det.commands.bench import print_and_keep
-from tract_det.data.voc import VOC_CLASSES, VOCSplit, read_split
+from tract_det.data.annotations import VOCSplit
+from tract_det.data.voc import VOC_CLASSES, read_split
 from tract_det.evaluation.boxes import Detections
 from tract_det.evaluation.detection_files import ImageDetections, read_detections, write_detections
 from tract_det.evaluation.detection_results import (

@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, Dataset
 from tract_det.cli import run
 from tract_det.config import classification as classification_config
 from tract_det.config import detection as detection_config
+from tract_det.data.annotations import Annotation
 from tract_det.data.detection_loaders import collate
-from tract_det.data.voc import Annotation
 from tract_det.engine import ds
 from tract_det.engine.loop import StopSignal, train
 from tract_det.engine.provenance import hardware

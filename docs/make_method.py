@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from tract_det.data.datasets import read_dataset
 from tract_det.data.detection import VOCDetection
-from tract_det.data.voc import read_dataset
 from tract_det.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 matplotlib.use("Agg")

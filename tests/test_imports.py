@@ -18,7 +18,10 @@ ALLOWED = {
         {"modeling", "tract", "pixels", "errors", "files"},
         {"torch", "torchvision", "timm", "safetensors", "numpy"},
     ),
-    "data": ({"data", "pixels", "errors"}, {"torch", "torchvision", "numpy", "PIL", "matplotlib"}),
+    "data": (
+        {"data", "pixels", "errors"},
+        {"torch", "torchvision", "numpy", "PIL", "matplotlib", "yaml"},
+    ),
     "evaluation": (
         {"evaluation", "distributed", "errors", "files"},
         {"torch", "numpy", "pycocotools"},

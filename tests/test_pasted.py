@@ -7,9 +7,9 @@ from PIL import Image
 
 from benchmarks import pasted
 from tests.data.image_folder import folder, photo
+from tract_det.data.datasets import read_dataset
 from tract_det.data.images import read_rgb
 from tract_det.data.shapes import SHAPES_CLASSES
-from tract_det.data.voc import read_dataset
 from tract_det.errors import UserError
 
 SPLITS = ("train", "test")

@@ -19,7 +19,7 @@ from tract_det.errors import UserError
 from tract_det.version import __version__
 
 VERBS = {
-    "train": "train a detector on data in VOC layout, or evaluate one",
+    "train": "train a detector, or evaluate one",
     "pretrain": "train an image classifier, or evaluate one",
     "compare": "train the arms of an experiment with the same seeds, and judge them",
     "evaluate": "average precision of detections in the VOC challenge's files",

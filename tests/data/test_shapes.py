@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from tract_det.data import shapes
+from tract_det.data.datasets import read_dataset
 from tract_det.data.detection import VOCDetection, aspect_groups
 from tract_det.data.shapes import SHAPES_CLASSES, draw_scene, ensure_shapes
-from tract_det.data.voc import read_dataset, read_split
+from tract_det.data.voc import read_split
 from tract_det.errors import UserError
 
 SCENES = range(40)

@@ -5,12 +5,8 @@ import warnings
 import numpy as np
 import pytest
 
-from tract_det.data.voc import (
-    VOC_CLASSES,
-    find_devkit,
-    read_dataset,
-    read_split,
-)
+from tract_det.data.datasets import read_dataset
+from tract_det.data.voc import VOC_CLASSES, find_devkit, read_split
 from tract_det.errors import UserError
 
 CAT = ("cat", (2, 3, 10, 8))

@@ -5,6 +5,7 @@ r"""Evaluates detections in files: no model and no images are needed.
     tract-det evaluate --root datasets/cells --split test --detections output/detections
     tract-det evaluate --root datasets/cells --split test --classes RBC WBC Platelets \
         --rule detectron2 --detections output/detections --against output/plain/detections
+    tract-det evaluate --root datasets/coco --split val2017 --detections results.json
     tract-det evaluate --coco-truth instances_val.json --detections results.json
 
 DETECTIONS is a folder or a file. The folder holds the PASCAL VOC challenge's files
@@ -25,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tract_det.data.choices import DETECTION_FORMATS
 from tract_det.evaluation.voc_ap import RULES
 
 if TYPE_CHECKING:
@@ -36,13 +38,19 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--devkit", type=Path, help="folder with VOC<year> or VOCdevkit/VOC<year>")
     data.add_argument(
-        "--root", type=Path, help="a custom tree: folder with Annotations and ImageSets"
+        "--root", type=Path, help="your data: in the layout of VOC, or in COCO's or YOLO's format"
     )
     data.add_argument("--coco-truth", type=Path, metavar="FILE", help="a COCO ground truth file")
     parser.add_argument("--year", type=int, help="of the devkit (default: 2007)")
-    parser.add_argument("--split", default="test", help="of ImageSets/Main (default: %(default)s)")
+    parser.add_argument("--split", default="test", help="default: %(default)s")
     parser.add_argument(
-        "--classes", nargs="+", help="of a custom tree (default: those in the split, sorted)"
+        "--format",
+        choices=DETECTION_FORMATS,
+        default="auto",
+        help="of the data at --root; default: what lies there",
+    )
+    parser.add_argument(
+        "--classes", nargs="+", help="of the data at --root (default: those in the split, sorted)"
     )
     parser.add_argument(
         "--detections", type=Path, required=True, help="the challenge's folder or a COCO file"
@@ -124,12 +132,17 @@ def _read_truth(args: argparse.Namespace) -> "GroundTruth":
         from tract_det.evaluation.coco_files import read_coco_ground_truth
 
         return read_coco_ground_truth(args.coco_truth)
+    from tract_det.data.datasets import read_dataset
     from tract_det.data.voc import VOC_CLASSES, find_devkit, read_split
     from tract_det.evaluation.ground_truth import from_annotations
 
-    root = find_devkit(args.devkit, args.year or 2007) if args.devkit else args.root
-    classes = VOC_CLASSES if args.devkit else args.classes
-    split = read_split(root, args.split, classes, need_images=False)
+    if args.devkit:
+        root = find_devkit(args.devkit, args.year or 2007)
+        split = read_split(root, args.split, VOC_CLASSES, need_images=False)
+    else:
+        split = read_dataset(
+            [args.split], args.root, args.classes, format=args.format, need_images=False
+        )
     return from_annotations(split.annotations, split.class_names)
 
 

@@ -29,6 +29,7 @@ from tract_det.config.shared import (
     tract_keys,
     with_run_keys,
 )
+from tract_det.data.choices import DETECTION_FORMATS
 from tract_det.evaluation.metrics import METRICS
 from tract_det.evaluation.voc_ap import RULES
 from tract_det.modeling.choices import BACKBONES, DETECTOR_NORMS
@@ -123,12 +124,19 @@ def _data() -> dict[str, Any]:
         },
         "DATASETS": {
             # Splits to train on: voc_2007_trainval, voc_2012_train, ...; shapes_train (drawn on
-            # first use); or a file of ImageSets/Main in the tree at ROOT, without ".txt".
+            # first use); or the name of a split at ROOT: a file of ImageSets/Main without ".txt", a
+            # COCO file, a folder, an entry of data.yaml (tract_det/data/datasets.py has them all).
             "TRAIN": ["shapes_train"],
             "TEST": ["shapes_test"],  # splits to evaluate on, named in the same way
-            # Folder of the tree in VOC layout, or of VOC2007/ and VOC2012/. "" =
+            # Folder of data in VOC's, COCO's or YOLO's format, or of VOC2007/ and VOC2012/. "" =
             # $DETECTRON2_DATASETS, or ./datasets if it is not set.
             "ROOT": "",
+            # Format of the data at ROOT: voc, coco, yolo, or auto for what lies there.
+            "FORMAT": "auto",
+            # Fraction of the images to evaluate on where the data at ROOT have no splits: TRAIN
+            # [train] is then the rest of them, TEST [test] these; 0 = such data are refused.
+            "HOLDOUT": 0.0,
+            "HOLDOUT_SEED": 0,  # of the draw of these images
             # Class names in the order of the labels. [] = VOC's twenty, or in your own data the
             # sorted classes of the training split (--eval-only: those that the weights know).
             "CLASSES": [],
@@ -208,6 +216,8 @@ RANGES: dict[str, Rule] = {
     "DATASETS.TRAIN": Names(),
     "DATASETS.TEST": Names(),
     "DATASETS.CLASSES": Names(),
+    "DATASETS.HOLDOUT": BELOW_ONE,
+    "DATASETS.HOLDOUT_SEED": Number(0, 2**32 - 1, whole=True),
     "SOLVER.MAX_ITER": COUNT,
     "SOLVER.WARMUP_ITERS": COUNT_OR_NONE,
     "SOLVER.CHECKPOINT_PERIOD": COUNT,
@@ -228,6 +238,7 @@ def validate(cfg: CfgNode) -> None:
     check_common(cfg)
     one_of(cfg, "MODEL.BACKBONE.NAME", BACKBONES)
     one_of(cfg, "MODEL.BACKBONE.NORM", DETECTOR_NORMS)
+    one_of(cfg, "DATASETS.FORMAT", DETECTION_FORMATS)
     one_of(cfg, "TEST.VOC_RULE", RULES)
     one_of(cfg, "TEST.BEST_METRIC", METRICS)
     for part, sizes in (("TRAIN", cfg.INPUT.MIN_SIZE_TRAIN), ("TEST", [cfg.INPUT.MIN_SIZE_TEST])):

@@ -11,8 +11,9 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
+from tract_det.data.annotations import Annotation
 from tract_det.data.detection import check_headers
-from tract_det.data.voc import VOC_CLASSES, Annotation, read_split
+from tract_det.data.voc import VOC_CLASSES, read_split
 from tract_det.errors import UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator
 from tract_det.evaluation.tables import format_table

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
+from tract_det.data.annotations import Annotation, VOCSplit
 from tract_det.data.faults import Faults
 from tract_det.data.images import is_turned, orientation_of, read_upright, upright_size
-from tract_det.data.voc import Annotation, VOCSplit
 from tract_det.errors import UserError
 
 Target = dict[str, Any]

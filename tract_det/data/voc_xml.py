@@ -5,35 +5,11 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
+from tract_det.data.annotations import Record
 from tract_det.errors import UserError
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
-
-
-class Record(NamedTuple):
-    """The contents of one XML file.
-
-    Attributes:
-        xml: The file.
-        filename: Its <filename>; empty if missing.
-        size: (width, height) in pixels; None if missing.
-        classes: Classes of all objects, in file order.
-        labelled: Classes of the objects whose box has an area; parallel to `boxes` and `difficult`.
-        boxes: Pixel edges x1, y1, x2, y2.
-        difficult: Whether the evaluation ignores the object.
-        dropped: A description of each object whose box has no area.
-    """
-
-    xml: Path
-    filename: str
-    size: tuple[int, int] | None
-    classes: list[str]
-    labelled: list[str]
-    boxes: list[tuple[float, float, float, float]]
-    difficult: list[bool]
-    dropped: list[str]
 
 
 def parse_annotation(xml: Path) -> Record:

@@ -13,10 +13,11 @@ from torch import nn
 
 from tract_det import distributed
 from tract_det.config.detection import get_cfg
+from tract_det.data.annotations import VOCSplit
+from tract_det.data.datasets import Holdout, read_dataset
 from tract_det.data.detection import VOCDetection, aspect_groups, check_headers, drop_empty
 from tract_det.data.detection_loaders import detection_evaluation_loader, detection_loader
 from tract_det.data.detection_transforms import detection_train
-from tract_det.data.voc import VOCSplit, read_dataset
 from tract_det.engine.loop import infer
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
@@ -37,7 +38,10 @@ Results = dict[str, Any]
 
 def _read(cfg: CfgNode, names: Sequence[str], class_names: Sequence[str] | None) -> VOCSplit:
     root = Path(cfg.DATASETS.ROOT) if cfg.DATASETS.ROOT else None
-    split = read_dataset(names, root, class_names)
+    data = cfg.DATASETS
+    holdout = Holdout(data.HOLDOUT, data.HOLDOUT_SEED)
+    split = read_dataset(names, root, class_names, format=data.FORMAT, holdout=holdout)
+    say(f"{split.name}: {split.origin}")
     distributed.on_main(lambda: check_headers(split.annotations))
     return replace(split, max_pixels=cfg.INPUT.MAX_PIXELS)
 

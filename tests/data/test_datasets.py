@@ -1,0 +1,334 @@
+"""The same pictures are the same data in every format, and what is wrong is said in one line."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.data.conftest import BCCD
+from tests.data.formats import FORMS, WITHOUT_SPLITS, coco, label_img, labels, yolo_ultralytics
+from tract_det.data.datasets import Holdout, read_dataset
+from tract_det.data.detection import VOCDetection
+from tract_det.data.yolo import parse_labels
+from tract_det.errors import UserError
+
+MARKS = ("iscrowd", "difficult", "ignore")
+CAT, DOG = ("cat", (2, 3, 10, 8)), ("dog", (1, 1, 20, 10))
+
+
+@pytest.fixture
+def tree(new_tree):
+    """Two splits: images of several sizes, one without objects, one with a difficult one."""
+    tree = new_tree("voc")
+    tree.add("a", CAT, DOG)
+    tree.add("b", DOG, ("cat", (5, 2, 6, 9)), size=(31, 17))
+    tree.add("c", size=(13, 29))
+    tree.add("d", ("cat", (1, 2, 7, 5)), size=(7, 11))
+    tree.split("train", ["a", "b", "c"])
+    tree.split("test", ["d"])
+    return tree
+
+
+@pytest.fixture
+def out(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def read(root, name, **options):
+    return read_dataset([name], root, options.pop("class_names", None), **options)
+
+
+def both(root):
+    train = read(root, "train")
+    return [train, read(root, "test", class_names=train.class_names)]
+
+
+def assert_same(split, expected):
+    assert split.class_names == expected.class_names
+    assert [a.image_id for a in split.annotations] == [a.image_id for a in expected.annotations]
+    for a, b in zip(split.annotations, expected.annotations, strict=True):
+        assert (a.width, a.height) == (b.width, b.height)
+        np.testing.assert_array_equal(a.boxes, b.boxes)
+        np.testing.assert_array_equal(a.labels, b.labels)
+        assert a.path.read_bytes() == b.path.read_bytes()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_data_set_gives_the_same_boxes_labels_and_sizes(tree, out, form):
+    splits = both(tree.root)
+    FORMS[form](out / form, splits)
+    for split in splits:
+        copy = read(out / form, split.name, class_names=splits[0].class_names)
+        assert_same(copy, split)
+        assert copy.origin.startswith(form.partition("_")[0].upper())
+    assert read(out / form, "train").class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.skipif(not BCCD.is_dir(), reason="BCCD is not there")
+def test_photographs_of_cells_are_the_same_in_every_form(out, form):
+    splits = [read(BCCD, "train").first(20)]
+    FORMS[form](out, splits)
+    expected = read(BCCD, "train").first(20)
+    names = sorted(a.image_id for a in expected.annotations)
+    assert names == [a.image_id for a in expected.annotations]
+    assert_same(read(out, "train"), expected)
+
+
+@pytest.mark.parametrize("form", WITHOUT_SPLITS)
+def test_data_without_splits_are_held_out_by_a_seed(tree, out, form):
+    tree.split("all", "abcd")
+    whole = read(tree.root, "all")
+    WITHOUT_SPLITS[form](out / form, [whole])
+    for name in ("train", "test"):
+        with pytest.raises(UserError, match=r"set DATASETS\.HOLDOUT to the share of the images"):
+            read(out / form, name)
+    ids = {}
+    for seed in (0, 1, 2):
+        holdout = Holdout(0.5, seed)
+        parts = [read(out / form, name, holdout=holdout) for name in ("train", "test")]
+        ids[seed] = [{a.image_id for a in part.annotations} for part in parts]
+        assert len(parts[0]) == len(parts[1]) == 2
+        assert ids[seed][0] | ids[seed][1] == set("abcd")
+        assert "0.5 of the images are held out" in parts[1].origin
+        again = read(out / form, "test", holdout=holdout)
+        assert {a.image_id for a in again.annotations} == ids[seed][1]
+    assert len({tuple(map(frozenset, parts)) for parts in map(tuple, ids.values())}) > 1
+
+
+def test_what_is_held_out_stays_so_when_images_are_added(tree, out):
+    tree.split("all", "abcd")
+    label_img(out / "x", [read(tree.root, "all")])
+    before = {a.image_id for a in read(out / "x", "test", holdout=Holdout(0.5)).annotations}
+    shutil.copy(out / "x/a.jpg", out / "x/e.jpg")
+    shutil.copy(out / "x/a.txt", out / "x/e.txt")
+    after = {a.image_id for a in read(out / "x", "test", holdout=Holdout(0.4)).annotations}
+    assert len(before & after) >= 1 and after - before <= {"e"}
+
+
+def test_a_crowd_and_what_is_marked_is_difficult(tree, out):
+    content = coco([read(tree.root, "train")])
+    for annotation, key in zip(content["annotations"], MARKS, strict=False):
+        annotation[key] = 1
+    write_coco(out, content)
+    split = read(out, "train", need_images=False)
+    assert np.concatenate([a.difficult for a in split.annotations]).tolist() == [True] * 3 + [False]
+
+
+def test_a_polygon_counts_by_its_bounding_box(tree, out):
+    content = coco([read(tree.root, "train")])
+    content["annotations"][0] |= {"bbox": [], "segmentation": [[1, 2, 10, 4, 3, 8]]}
+    write_coco(out / "coco", content)
+    split = read(out / "coco", "train", need_images=False)
+    assert split.annotations[0].boxes[0].tolist() == [1, 2, 10, 8]
+    yolo_ultralytics(out / "yolo", both(tree.root))
+    (out / "yolo/labels/train/a.txt").write_text("0 0.05 0.2 0.5 0.4 0.15 0.8\n")
+    assert read(out / "yolo", "train").annotations[0].boxes[0].tolist() == [1, 2, 10, 8]
+
+
+@pytest.mark.parametrize("digits", [4, 6, 9, 17])
+def test_whole_pixels_survive_the_digits_of_a_yolo_file(digits, generator_of_boxes):
+    size, annotation = generator_of_boxes
+    path = annotation.path.with_suffix(".txt")
+    path.write_text(labels(annotation, digits))
+    record = parse_labels(path, annotation.path, size, {0: "cell"})
+    np.testing.assert_array_equal(record.boxes, annotation.boxes)
+
+
+@pytest.fixture
+def generator_of_boxes(out):
+    generator = np.random.default_rng(0)
+    width, height = 500, 375
+    corners = generator.integers(0, (width - 1, height - 1), (200, 2))
+    sides = generator.integers(1, 200, (200, 2))
+    boxes = np.concatenate((corners, np.minimum(corners + sides, (width, height))), 1)
+    labels = np.zeros(200, dtype=np.int64)
+    annotation = SimpleNamespace(
+        path=out / "x.jpg", boxes=boxes.astype(float), labels=labels, width=width,
+        height=height,
+    )  # fmt: skip
+    return (width, height), annotation
+
+
+def test_an_edge_between_pixels_stays_there(out):
+    path = out / "x.txt"
+    path.write_text("0 0.50625 0.5 0.4125 0.5\n")  # edges at 24.0 and 57.0, of 80 pixels
+    half = out / "y.txt"
+    half.write_text("0 0.50312500 0.5 0.40625000 0.5\n")  # edges at 24.0 and 56.5
+    names = {0: "cell"}
+    assert parse_labels(path, path, (80, 80), names).boxes[0][::2] == (24.0, 57.0)
+    assert parse_labels(half, half, (80, 80), names).boxes[0][::2] == (24.0, 56.5)
+
+
+def test_images_without_annotations_or_label_files_are_negatives(tree, out):
+    splits = both(tree.root)
+    yolo_ultralytics(out, splits)
+    (out / "labels/train/c.txt").unlink()
+    with pytest.warns(UserWarning, match=r"1 of 3 images have no label file and count as images"):
+        split = read(out, "train")
+    assert_same(split, splits[0])
+
+
+def test_val_and_valid_name_the_same_split(tree, out):
+    FORMS["coco_roboflow"](out, both(tree.root))
+    (out / "test").rename(out / "valid")
+    assert len(read(out, "val")) == len(read(out, "valid")) == 1
+
+
+def test_two_formats_in_one_folder_ask_for_the_key(tree, out):
+    splits = both(tree.root)
+    FORMS["coco_beside"](out, splits)
+    FORMS["yolo_ultralytics"](out, splits)
+    with pytest.raises(
+        UserError, match=r"holds COCO and YOLO: set DATASETS.FORMAT to coco or yolo"
+    ):
+        read(out, "train")
+    for format in ("coco", "yolo"):
+        assert_same(read(out, "train", format=format), splits[0])
+    with pytest.raises(UserError, match=r"no folder Annotations here"):
+        read(out, "train", format="voc")
+
+
+def test_images_are_read_by_the_data_set_as_by_vocs(tree, out):
+    splits = both(tree.root)
+    FORMS["coco_official"](out, splits)
+    image, target = VOCDetection(read(out, "train"))[1]
+    expected_image, expected_target = VOCDetection(splits[0])[1]
+    assert (image == expected_image).all()
+    assert (target["boxes"] == expected_target["boxes"]).all()
+
+
+def write_coco(root, content):
+    root.mkdir(exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (root / "train.json").write_text(text)
+
+
+def change(path, value):
+    def apply(content):
+        *parents, last = path
+        for key in parents:
+            content = content[key]
+        if value is None:
+            del content[last]
+        else:
+            content[last] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (change(["annotations", 0, "category_id"], 99), "annotation 1: category_id 99 is no"),
+        (change(["annotations", 1, "image_id"], 1), "annotation 2: image_id 1 is no image's id"),
+        (change(["annotations", 0, "image_id"], None), "annotation 1: image_id None is no image"),
+        (change(["annotations", 0, "bbox"], [1, 2, 3]), r"bbox is \[1, 2, 3\]: write"),
+        (change(["annotations", 0, "bbox", 2], float("nan")), "annotation 1: bbox is"),
+        (change(["annotations", 0, "bbox", 2], "9"), "annotation 1: bbox is"),
+        (change(["annotations", 0], 5), "annotation 5 is no object"),
+        (change(["images", 0, "id"], None), "has no id: write one"),
+        (change(["images", 0, "id"], 101), "image id 101 occurs twice"),
+        (change(["images", 0, "file_name"], "b.jpg"), "file_name 'b.jpg' occurs twice"),
+        (change(["images", 0, "file_name"], None), "image 100 has no file_name"),
+        (change(["images", 0, "file_name"], "z.jpg"), r"\(z.jpg\): the file is missing in"),
+        (change(["categories", 0, "name"], ""), "has no id and name"),
+        (change(["categories", 0, "id"], 3), "category id 3 occurs twice"),
+        (change(["images"], {}), "has no list 'images'"),
+    ],
+)  # fmt: skip
+def test_a_fault_in_a_coco_file_is_named_with_file_and_id(tree, out, changed, message):
+    splits = both(tree.root)
+    FORMS["coco_roboflow"](out, splits)
+    path = out / "train/_annotations.coco.json"
+    content = json.loads(path.read_text())
+    changed(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as error:
+        read(out, "train")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_all_faults_of_a_file_are_said_at_once(tree, out):
+    content = coco([read(tree.root, "train")])
+    content["annotations"][0]["category_id"] = 99
+    content["annotations"][2]["bbox"] = "x"
+    write_coco(out, content)
+    with pytest.raises(UserError, match=r"annotation 1: .*; .*annotation 3: "):
+        read(out, "train")
+
+
+def test_what_is_no_json_is_named_with_its_line(out):
+    write_coco(out, '{"images": [],\n"categories": [,]}')
+    with pytest.raises(UserError, match=r"train.json, line 2: is no JSON"):
+        read(out, "train")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("2 0.5 0.5 0.5 0.5", r"a.txt, line 2: class '2' is none of the 2 classes \(0 to 1\)"),
+        ("cat 0.5 0.5 0.5 0.5", "line 2: class 'cat' is none of"),
+        ("0 0.5 0.5 0.5", "line 2: has 3 numbers behind the class"),
+        ("0 0.5 0.5 0.5 0.5 0.9", "line 2: has 5 numbers behind the class"),
+        ("0 0.5 nan 0.5 0.5", "line 2: has something that is no number"),
+        ("0 0.5 x 0.5 0.5", "line 2: has something that is no number"),
+        ("0 120 80 30 40", "line 2: has 120: x, y, width and height are fractions"),
+        ("0 -0.2 0.5 0.1 0.1", "line 2: has 0.5|line 2: has -0.2"),
+    ],
+)
+def test_a_fault_in_a_label_file_is_named_with_file_and_line(tree, out, line, message):
+    yolo_ultralytics(out, both(tree.root))
+    path = out / "labels/train/a.txt"
+    path.write_text(f"0 0.5 0.5 0.5 0.5\n{line}\n")
+    with pytest.raises(UserError, match=message) as error:
+        read(out, "train")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("names: [a, b]\nnc: 3\ntrain: images/train", "nc is 3, but names has 2 classes"),
+        ("names: 5\ntrain: images/train", "names is 5: write a list of classes"),
+        ("names: [a, a]\ntrain: images/train", "two classes have the same name"),
+        ("names: [a, b]\ntrain: nowhere", "train: there is no 'nowhere' in"),
+        ("names: [a, b]", "has none of train, val"),
+        ("names: [a, b\ntrain: images/train", "is no YAML"),
+    ],
+)
+def test_a_fault_in_a_description_is_named(tree, out, text, message):
+    yolo_ultralytics(out, both(tree.root))
+    (out / "data.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        read(out, "train")
+    assert str(out / "data.yaml") in str(error.value)
+
+
+def test_label_files_that_are_all_missing_are_refused(tree, out):
+    yolo_ultralytics(out, both(tree.root))
+    shutil.rmtree(out / "labels")
+    with pytest.raises(UserError, match="none of its 3 images has a label file"):
+        read(out, "train")
+
+
+def test_an_image_that_another_xml_names_is_not_taken(tree, out):
+    FORMS["voc_roboflow"](out, both(tree.root))
+    (out / "train/a.jpg").unlink()
+    xml = out / "train/a.xml"
+    xml.write_text(xml.read_text().replace("<size>", "<filename>b.jpg</filename><size>"))
+    with pytest.raises(UserError, match=r"a.xml: no image a\.\* or <filename> 'b.jpg' beside it"):
+        read(out, "train")
+
+
+def test_a_folder_with_nothing_that_is_known_shows_what_is_expected(out):
+    with pytest.raises(UserError, match=r"no folder Annotations here\nexpected:"):
+        read(out, "train")
+    with pytest.raises(UserError, match="there is no such folder"):
+        read(out / "x", "train")
+    for format in ("coco", "yolo"):
+        with pytest.raises(UserError, match=rf"nothing here is in the format {format}"):
+            read(out, "train", format=format)

@@ -1,0 +1,236 @@
+"""Images with annotated boxes, whatever format they were read from.
+
+A reader (`voc.py`, `coco.py`, `yolo.py`) makes a `Record` of each image, and `build_split` makes
+the split of the records: class list, labels, sizes. Boxes are edges of pixels counted from 0, so
+that a width is a difference and a flip is `width - x`.
+"""
+
+import difflib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from tract_det.data.faults import Faults
+from tract_det.data.images import MAX_PIXELS, upright_size
+from tract_det.errors import UserError
+
+_READERS = 8  # threads that read files, which on a network's disk wait most of the time
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, eq=False)
+class Annotation:
+    """One image and its n objects.
+
+    Attributes:
+        image_id: The line of the split file, and the name of the XML file without its suffix; in
+            other formats the image's file name without suffix.
+        path: The image file.
+        width: In pixels, of the image turned upright by its EXIF orientation; 0 = neither the
+            annotation nor an image says, where none is needed.
+        height: In pixels, likewise.
+        boxes: (n, 4) float64, pixel edges x1, y1, x2, y2; as read, not clipped to the image.
+        labels: (n,) int64, 0..K-1, positions in the split's class names.
+        difficult: (n,) bool, objects that the evaluation ignores.
+    """
+
+    image_id: str
+    path: Path
+    width: int
+    height: int
+    boxes: np.ndarray
+    labels: np.ndarray
+    difficult: np.ndarray
+
+
+@dataclass
+class VOCSplit:
+    """The annotations of a split, in the order of the split file.
+
+    Attributes:
+        name: The split's name; several names are joined by "+".
+        class_names: K names; label k is class_names[k].
+        annotations: One per image, including images without objects.
+        dropped: Number of boxes without area, which were left out.
+        max_pixels: An image with more is refused.
+        origin: Format and place that it was read from, for the log.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    annotations: list[Annotation]
+    dropped: int
+    max_pixels: int = MAX_PIXELS
+    origin: str = ""
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def first(self, count: int) -> "VOCSplit":
+        """The first images, at most so many."""
+        return replace(self, annotations=self.annotations[:count])
+
+
+class Record(NamedTuple):
+    """What an annotation file says of one image.
+
+    Attributes:
+        source: The file, and where in it, for messages.
+        filename: Of the image, as the file has it; empty if missing.
+        size: (width, height) in pixels; None if missing.
+        classes: Classes of all objects, in file order.
+        labelled: Classes of the objects whose box has an area; parallel to `boxes` and `difficult`.
+        boxes: Pixel edges x1, y1, x2, y2.
+        difficult: Whether the evaluation ignores the object.
+        dropped: A description of each object whose box has no area.
+    """
+
+    source: Path | str
+    filename: str
+    size: tuple[int, int] | None
+    classes: list[str]
+    labelled: list[str]
+    boxes: list[tuple[float, float, float, float]]
+    difficult: list[bool]
+    dropped: list[str]
+
+
+def build_split(
+    name: str,
+    where: Path,
+    images: Sequence[tuple[str, Path, Record]],
+    class_names: Sequence[str] | None,
+    *,
+    need_images: bool = True,
+) -> VOCSplit:
+    """Makes a split of what was read. Boxes without area were dropped: a single warning says so.
+
+    Args:
+        name: Of the split.
+        where: The file or folder that lists its images, for messages.
+        images: Of each image its id, its file and its record.
+        class_names: The classes, in the order of the labels; None or empty: the sorted classes of
+            all objects in the split.
+        need_images: Whether a size that no annotation states must be found in the image.
+
+    Raises:
+        UserError: A class is not in the list, there is no object to take classes from, or a size is
+            missing and the image cannot be read. What is wrong with images is said of all at once.
+    """
+    records = [record for _, _, record in images]
+    names = class_list(class_names, records, where)
+    label_of = {name: k for k, name in enumerate(names)}
+
+    def size_of(image: tuple[str, Path, Record]) -> tuple[int, int]:
+        _, path, record = image
+        if record.size is not None:
+            return record.size
+        if not need_images and not path.is_file():
+            return 0, 0
+        try:
+            return upright_size(path)
+        except UserError as error:
+            raise UserError(f"{record.source}: no <size>, and {error}; or add <size>") from None
+
+    # Headers are read in threads; where all sizes are stated, threads would only take time.
+    stated = all(record.size is not None for record in records)
+    sizes = [size_of(image) for image in images] if stated else in_threads(size_of, images)
+    annotations = [
+        Annotation(
+            image_id,
+            path,
+            width,
+            height,
+            boxes=np.array(record.boxes, dtype=np.float64).reshape(-1, 4),
+            labels=np.array([label_of[name] for name in record.labelled], dtype=np.int64),
+            difficult=np.array(record.difficult, dtype=bool),
+        )
+        for (image_id, path, record), (width, height) in zip(images, sizes, strict=True)
+    ]
+    dropped = [text for record in records for text in record.dropped]
+    if dropped:
+        total = sum(len(record.classes) for record in records)
+        warnings.warn(
+            f"{where}: {len(dropped)} of {total} boxes have no area and were dropped: "
+            f"{shorten(dropped, 3)}",
+            stacklevel=3,
+        )
+    return VOCSplit(name, names, annotations, len(dropped))
+
+
+def in_threads(function: Callable[[Item], Value], items: Iterable[Item]) -> list[Value]:
+    """The values of a function that reads a file for each item.
+
+    Raises:
+        UserError: It raised one; says what is wrong with all items at once.
+    """
+
+    def values() -> Iterator[Value]:
+        faults = Faults()
+        with ThreadPoolExecutor(_READERS) as pool:
+            for future in [pool.submit(function, item) for item in items]:
+                with faults.noted():
+                    yield future.result()
+        faults.refuse()
+
+    return list(values())
+
+
+def class_list(
+    class_names: Sequence[str] | None, records: Sequence[Record], where: Path
+) -> tuple[str, ...]:
+    """The configured classes, checked against the records; without any, those in the records.
+
+    Raises:
+        UserError: There is none, one is there twice, or one is not among those configured.
+    """
+    annotated = {name for record in records for name in record.classes}
+    if not class_names:
+        if not annotated:
+            raise UserError(f"{where}: none of its annotations has an object: set DATASETS.CLASSES")
+        return tuple(sorted(annotated))
+    names = tuple(class_names)
+    if len(set(names)) < len(names):
+        raise UserError(f"the class list (DATASETS.CLASSES) has a name twice: {', '.join(names)}")
+    if not annotated <= set(names):
+        source, name = next((r.source, n) for r in records for n in r.classes if n not in names)
+        close = difflib.get_close_matches(name, names, n=1)
+        guess = f"did you mean {close[0]!r}? " if close else ""
+        raise UserError(
+            f"{source}: class {name!r} is not in the class list ({', '.join(names)}): {guess}"
+            "correct the annotation or add the class (DATASETS.CLASSES; register_voc's class_names)"
+        )
+    return names
+
+
+def relabel(split: VOCSplit, class_names: tuple[str, ...]) -> list[Annotation]:
+    """The split's annotations with labels for another class list that has all of its classes."""
+    if split.class_names == class_names:
+        return split.annotations
+    table = np.array([class_names.index(name) for name in split.class_names], dtype=np.int64)
+    return [replace(a, labels=table[a.labels]) for a in split.annotations]
+
+
+def check_unique(ids: Sequence[str], where: str) -> None:
+    """Refuses an image id that occurs twice.
+
+    Raises:
+        UserError: Names the id.
+    """
+    earlier: set[str] = set()
+    for image_id in ids:
+        if image_id in earlier:
+            raise UserError(f"{where}: image id {image_id!r} occurs twice: remove one of them")
+        earlier.add(image_id)
+
+
+def shorten(items: Sequence[str], count: int) -> str:
+    """The first items, separated by commas."""
+    return ", ".join(items[:count]) + (", ..." if len(items) > count else "")

@@ -1,0 +1,282 @@
+"""Reads data sets in COCO's format: a JSON file for each split, and images beside it.
+
+    root/annotations/instances_<split>.json     COCO's own, CVAT's
+    root/<split>/_annotations.coco.json         Roboflow's
+    root/<split>.json, root/result.json, ...    others, Label Studio's
+
+A box is (x, y, width, height) in pixels counted from 0, edges of pixels: so it is taken as it is.
+Crowds are difficult objects: the evaluation ignores them. So is what has a true `difficult` or
+`ignore`, keys that converters from VOC write.
+
+Format: https://cocodataset.org/#format-data.
+"""
+
+import json
+import math
+import mmap
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tract_det.data.annotations import Record
+from tract_det.data.faults import Faults
+from tract_det.data.files import Listing, Source
+from tract_det.errors import UserError
+
+EXPECTED = "a JSON file with images, annotations and categories for each split"
+
+_LISTS = ("images", "annotations", "categories")
+_LARGEST = 1e9  # of a coordinate
+
+
+def find_splits(root: Path) -> dict[str, Source]:
+    """The JSON files with annotations of boxes at and below `root`, by the names of their splits.
+
+    Raises:
+        UserError: Two of them have the same name.
+    """
+    files = [root] if root.suffix == ".json" else sorted(root.glob("*.json"))
+    files += sorted(root.glob("annotations/*.json")) if root.is_dir() else []
+    below = (path for path in sorted(root.glob("*/*.json")) if path.parent.name != "annotations")
+    splits: dict[str, Source] = {}
+    for path in [*files, *below]:
+        if not _is_ground_truth(path):
+            continue
+        split = _split_name(path, root)
+        if split in splits:
+            raise UserError(
+                f"{splits[split].where} and {path} are both the split {split!r}: move one of them "
+                "away"
+            )
+        base = root.parent if root.suffix == ".json" else root
+        folders = (
+            path.parent,
+            path.parent / "images",
+            base / split,
+            base / split / "images",
+            base / "images" / split,
+            base / "images",
+            base,
+        )
+        splits[split] = Source(path, tuple(dict.fromkeys(folders)))
+    return splits
+
+
+def _is_ground_truth(path: Path) -> bool:
+    """Whether the file has COCO's lists, and is not of captions, key points or segments."""
+    if re.match(r"(captions|person_keypoints|panoptic|stuff|image_info)_", path.name):
+        return False
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return all(data.find(f'"{key}"'.encode()) >= 0 for key in ("images", "categories"))
+    except (OSError, ValueError):  # unreadable, or empty
+        return False
+
+
+def _split_name(path: Path, root: Path) -> str:
+    stem = path.stem.removesuffix(".coco").removeprefix("instances_")
+    is_named_by_folder = path.parent not in (root, root / "annotations", root.parent)
+    return path.parent.name if is_named_by_folder else stem
+
+
+def describe(root: Path, source: Source, *, need_images: bool) -> list[tuple[str, Path, Record]]:
+    """Id, file and record of every image in a JSON file, in its order.
+
+    Args:
+        root: Of the data, for messages.
+        source: From `find_splits`.
+        need_images: Whether every image must be there.
+
+    Raises:
+        UserError: The file is malformed, or an image is missing; says what is wrong with all its
+            entries at once.
+    """
+    content = _read(source.where)
+    faults = Faults()
+    names = _category_names(source.where, content["categories"], faults)
+    entries = dict(_images(source.where, content["images"], faults))
+    faults.refuse()
+    records = {
+        number: Record(_where(source.where, entry), entry["file_name"], _size(entry), *_empty())
+        for number, entry in entries.items()
+    }
+    for annotation in content["annotations"]:
+        with faults.noted():
+            _add(source.where, annotation, names, records)
+    faults.refuse()
+    find = _Finder(source, need_images)
+    paths = []
+    for number, record in records.items():
+        with faults.noted():
+            paths.append(find.path(record, number))
+    faults.refuse()
+    ids = _ids(record.filename for record in records.values())
+    return list(zip(ids, paths, records.values(), strict=True))
+
+
+def _read(path: Path) -> dict[str, list[Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {error.lineno}: is no JSON ({error.msg}): export it again"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): export it again") from None
+    if not isinstance(content, dict):
+        content = {}
+    for key in _LISTS:
+        if not isinstance(content.get(key), list):
+            raise UserError(f"{path}: has no list {key!r}: {EXPECTED} is expected")
+    return content
+
+
+def _category_names(path: Path, categories: list[Any], faults: Faults) -> dict[Any, str]:
+    """Names of the categories by their ids, which need not be consecutive."""
+    names: dict[Any, str] = {}
+    for entry in categories:
+        with faults.noted():
+            name = entry.get("name") if isinstance(entry, dict) else None
+            if not isinstance(name, str) or not name.strip() or not _is_id(entry.get("id")):
+                raise UserError(f"{path}: category {entry!r:.80} has no id and name: write them")
+            if entry["id"] in names:
+                raise UserError(
+                    f"{path}: category id {entry['id']} occurs twice: give each its own"
+                )
+            names[entry["id"]] = " ".join(name.split())
+    faults.refuse()
+    return names
+
+
+def _images(path: Path, images: list[Any], faults: Faults) -> Iterator[tuple[Any, dict[str, Any]]]:
+    ids, files = set(), set()
+    for entry in images:
+        with faults.noted():
+            if not isinstance(entry, dict) or not _is_id(entry.get("id")):
+                raise UserError(f"{path}: image {entry!r:.80} has no id: write one")
+            file = entry.get("file_name")
+            if not isinstance(file, str) or not file.strip():
+                raise UserError(f"{path}: image {entry['id']} has no file_name: write it")
+            if entry["id"] in ids:
+                raise UserError(f"{path}: image id {entry['id']} occurs twice: give each its own")
+            if file in files:
+                raise UserError(f"{path}: file_name {file!r} occurs twice: remove one of them")
+            ids.add(entry["id"])
+            files.add(file)
+            yield entry["id"], entry
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+def _where(path: Path, entry: Mapping[str, Any]) -> str:
+    return f"{path}: image {entry['id']} ({entry['file_name']})"
+
+
+def _empty() -> tuple[list, list, list, list, list]:
+    return [], [], [], [], []
+
+
+def _size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Width and height; None if they are missing or, as some tools write them, 0."""
+    sides = [entry.get("width"), entry.get("height")]
+    if not all(isinstance(side, int | float) and 1 <= side < _LARGEST for side in sides):
+        return None
+    return int(sides[0]), int(sides[1])  # type: ignore[arg-type]
+
+
+def _add(
+    path: Path, annotation: Any, names: Mapping[Any, str], records: Mapping[Any, Record]
+) -> None:
+    """Adds an object to the record of its image."""
+    if not isinstance(annotation, dict):
+        raise UserError(f"{path}: annotation {annotation!r:.80} is no object: export it again")
+    where = f"{path}: annotation {annotation.get('id', 'without id')}"
+    try:
+        record = records[annotation["image_id"]]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{where}: image_id {annotation.get('image_id')!r} is no image's id: correct it"
+        ) from None
+    try:
+        name = names[annotation["category_id"]]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{where}: category_id {annotation.get('category_id')!r} is no category's id: correct "
+            "it, or add the category"
+        ) from None
+    x, y, width, height = _box(annotation, where)
+    record.classes.append(name)
+    if width <= 0 or height <= 0:
+        record.dropped.append(f"annotation {annotation.get('id')} ({name}) of {record.filename}")
+        return
+    record.labelled.append(name)
+    record.boxes.append((x, y, x + width, y + height))
+    keys = ("iscrowd", "difficult", "ignore")
+    record.difficult.append(any(bool(annotation.get(key)) for key in keys))
+
+
+def _box(annotation: Mapping[str, Any], where: str) -> tuple[float, float, float, float]:
+    """x, y, width and height; of the polygons where there is no box."""
+    box = annotation.get("bbox")
+    if not box and isinstance(annotation.get("segmentation"), list):
+        numbers = [part for part in annotation["segmentation"] if isinstance(part, list)]
+        if numbers and all(_are_numbers(part) and len(part) >= 6 for part in numbers):
+            xs = [x for part in numbers for x in part[::2]]
+            ys = [y for part in numbers for y in part[1::2]]
+            return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
+    if not isinstance(box, list) or len(box) != 4 or not _are_numbers(box):
+        raise UserError(f"{where}: bbox is {box!r:.80}: write [x, y, width, height], in pixels")
+    x, y, width, height = box
+    return x, y, width, height
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return all(
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and abs(value) < _LARGEST
+        for value in values
+    )
+
+
+class _Finder:
+    """Finds the images of one JSON file: all of them in one of the folders that are usual."""
+
+    def __init__(self, source: Source, need_images: bool) -> None:
+        self._source, self._need_images = source, need_images
+        self._listing = Listing()
+        self._folder: Path | None = None
+
+    def path(self, record: Record, number: Any) -> Path:
+        """The file that `file_name` names; it may be a path on the annotator's machine."""
+        file = PurePosixPath(record.filename.strip().replace("\\", "/"))
+        names = [Path(file)] if not file.is_absolute() else []
+        names.append(Path(file.name))
+        folders = self._source.folders if self._folder is None else (self._folder,)
+        for name in names:
+            for folder in folders:
+                if self._listing.has(folder / name):
+                    self._folder = folder
+                    return folder / name
+        if self._need_images:
+            places = ", ".join(str(folder) for folder in folders)
+            raise UserError(
+                f"{record.source}: the file is missing in {places}: add it, correct file_name, or "
+                "remove the image"
+            )
+        return folders[0] / names[0]
+
+
+def _ids(files: Iterator[str]) -> list[str]:
+    """Ids of images: their file names without suffix, unless two would have the same."""
+    names = [file.strip().replace("\\", "/") for file in files]
+    names = [
+        PurePosixPath(name).name if name.startswith("/") or ".." in name or ":" in name else name
+        for name in names
+    ]
+    stems = [str(PurePosixPath(name).with_suffix("")) for name in names]
+    return stems if len(set(stems)) == len(stems) else names

@@ -1,0 +1,223 @@
+"""Reads the named splits of a data set, in whatever format lies in its folder.
+
+| format | recognised by | splits |
+|---|---|---|
+| VOC | `Annotations/` with `ImageSets/Main/` | the lists in `ImageSets/Main` |
+| VOC | XML files beside images or in `Annotations/` | folders, or held out |
+| COCO | JSON files with `images` and `annotations` | one a file, or held out |
+| YOLO | `data.yaml`; `classes.txt` or `obj.names` with labels | entries, folders, or held out |
+
+Without a class list, the classes are the sorted classes of the objects, in every format: so the
+same pictures have the same labels in all of them.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from tract_det.data import coco, voc, voc_folders, yolo
+from tract_det.data.annotations import (
+    Record,
+    VOCSplit,
+    build_split,
+    check_unique,
+    relabel,
+    shorten,
+)
+from tract_det.data.files import Source
+from tract_det.data.shapes import SHAPES_CLASSES, ensure_shapes
+from tract_det.errors import UserError
+
+_READERS: dict[str, ModuleType] = {"coco": coco, "yolo": yolo, "voc": voc_folders}
+_TITLES = {"coco": "COCO", "yolo": "YOLO", "voc": "VOC"}
+# Names of the two parts of a data set that has no splits of its own.
+_TRAINING = ("train", "trainval")
+_HELD_OUT = ("val", "valid", "test")
+# Two names that people give to one split.
+_ALIASES = {"val": "valid", "valid": "val"}
+
+
+class Holdout(NamedTuple):
+    """What is held out of a data set that has no splits.
+
+    Attributes:
+        fraction: Of the images, 0 to 1; 0 = such a data set is refused.
+        seed: Of the draw.
+    """
+
+    fraction: float = 0.0
+    seed: int = 0
+
+
+_NOTHING = Holdout()
+
+
+def read_dataset(
+    names: Sequence[str],
+    root: Path | None,
+    class_names: Sequence[str] | None,
+    *,
+    format: str = "auto",
+    holdout: Holdout = _NOTHING,
+    need_images: bool = True,
+) -> VOCSplit:
+    """Reads and joins the named splits.
+
+    Args:
+        names: `voc_<year>_<split>` for a PASCAL VOC devkit, `shapes_train` and `shapes_test` for
+            the drawn shapes, any other name for the split of that name in the data at `root`.
+        root: Folder of the data, or of the devkits; None: devkits under $DETECTRON2_DATASETS or
+            ./datasets.
+        class_names: Overrides the class list; None or empty: VOC_CLASSES, SHAPES_CLASSES, or for
+            other data the sorted classes of all objects in the named splits.
+        format: Of the data at `root`: voc, coco, yolo, or auto for what lies there.
+        holdout: Makes the splits train and test (or val, or valid) of data without splits.
+        need_images: Whether every image must be there.
+
+    Raises:
+        UserError: Something is missing or malformed, the message names the file; there are no
+            names; a name of its own without root; an image id occurs twice; the splits have
+            different class lists.
+    """
+    if not names:
+        raise UserError("no data set is named: name at least one split")
+    root = Path(root).expanduser() if root else None
+    splits: list[VOCSplit] = []
+    fixed_lists: set[tuple[str, ...]] = set()
+    for name in names:
+        located = _locate(name, root)
+        if located is None:
+            assert root is not None
+            options = (class_names, format, holdout, need_images)
+            splits.append(_read_split(root, name, *options))
+            continue
+        folder, split_name, fixed_classes = located
+        classes = class_names or fixed_classes
+        splits.append(voc.read_split(folder, split_name, classes, need_images=need_images))
+        if not class_names:
+            fixed_lists.add(fixed_classes)
+    all_classes = tuple(sorted({c for split in splits for c in split.class_names}))
+    joined = tuple(class_names) if class_names else next(iter(fixed_lists), all_classes)
+    for name, split in zip(names, splits, strict=True):
+        if fixed_lists and split.class_names != joined:
+            raise UserError(
+                f"data sets {' and '.join(names)} have different classes ({name}: "
+                f"{', '.join(split.class_names)}): use one of them, or set DATASETS.CLASSES"
+            )
+    annotations = [a for split in splits for a in relabel(split, joined)]
+    check_unique([a.image_id for a in annotations], f"data sets {' + '.join(names)}")
+    return VOCSplit(
+        "+".join(names),
+        joined,
+        annotations,
+        sum(split.dropped for split in splits),
+        origin="; ".join(split.origin for split in splits),
+    )
+
+
+def _locate(name: str, root: Path | None) -> tuple[Path, str, tuple[str, ...]] | None:
+    """Folder, split name and class list of a data set that is known by name; None: another."""
+    if match := re.fullmatch(r"voc_(\d{4})_(\w+)", name):
+        devkits = root or Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser()
+        return voc.find_devkit(devkits, int(match[1])), match[2], voc.VOC_CLASSES
+    if name in ("shapes_train", "shapes_test"):
+        return ensure_shapes(), name.removeprefix("shapes_"), SHAPES_CLASSES
+    if root is None:
+        raise UserError(
+            f"data set {name!r}: set DATASETS.ROOT to the folder that holds its images and "
+            "annotations"
+        )
+    return None
+
+
+def _read_split(
+    root: Path,
+    name: str,
+    class_names: Sequence[str] | None,
+    format: str,
+    holdout: Holdout,
+    need_images: bool,
+) -> VOCSplit:
+    """One split of the data at `root`."""
+    if not root.exists():
+        raise UserError(f"{root}: there is no such folder: correct DATASETS.ROOT")
+    if format in ("auto", "voc") and voc.is_tree(root):
+        split = voc.read_split(root, name, class_names, need_images=need_images)
+        return replace(split, origin=f"VOC, {root / 'ImageSets/Main' / name}.txt")
+    format, sources = _sources(root, format)
+    source, part = _choose(root, name, sources, holdout)
+    images = _READERS[format].describe(root, source, need_images=need_images)
+    origin = f"{_TITLES[format]}, {source.where}"
+    if part:
+        images = _held_out(images, holdout) if part == "held out" else _kept(images, holdout)
+        origin += f", of which {holdout.fraction:g} of the images are held out; these are {part}"
+    if not images:
+        raise UserError(f"{source.where}: there is no image in split {name!r}")
+    split = build_split(name, source.where, images, class_names, need_images=need_images)
+    return replace(split, origin=origin)
+
+
+def _sources(root: Path, format: str) -> tuple[str, Mapping[str, Source]]:
+    """The format of what lies in a folder, and its splits by name."""
+    candidates = ["voc", "coco", "yolo"] if format == "auto" else [format]
+    recognised = {name: _READERS[name].find_splits(root) for name in candidates}
+    recognised = {name: sources for name, sources in recognised.items() if sources}
+    if len(recognised) > 1:
+        titles = " and ".join(_TITLES[name] for name in recognised)
+        raise UserError(f"{root} holds {titles}: set DATASETS.FORMAT to {' or '.join(recognised)}")
+    if not recognised:
+        if format in ("auto", "voc"):
+            voc.check_tree(root)
+        raise UserError(
+            f"{root}: nothing here is in the format {format} (DATASETS.FORMAT): "
+            f"{_READERS[format].EXPECTED}"
+        )
+    return next(iter(recognised.items()))
+
+
+def _choose(
+    root: Path, name: str, sources: Mapping[str, Source], holdout: Holdout
+) -> tuple[Source, str]:
+    """The source of a split, and which part of it: "" = all of it, "kept" or "held out"."""
+    for candidate in (name, _ALIASES.get(name, name)):
+        if candidate in sources:
+            return sources[candidate], ""
+    names = [known for known in sources if known]
+    if len(sources) == 1 and name in _TRAINING + _HELD_OUT:
+        if holdout.fraction:
+            part = "kept" if name in _TRAINING else "held out"
+            return next(iter(sources.values())), part
+        known = f"only {names[0]!r}" if names else "no splits"
+        raise UserError(
+            f"{root}: no split {name!r} here, there is {known}: set DATASETS.HOLDOUT to the "
+            "share of the images to evaluate on, such as 0.2"
+        )
+    raise UserError(f"{root}: no split {name!r} here; there is: {shorten(names, 8) or 'none'}")
+
+
+Image = tuple[str, Path, Record]
+
+
+def _held_out(images: Sequence[Image], holdout: Holdout) -> list[Image]:
+    held_out = _drawn(images, holdout)
+    return [image for image in images if image[0] in held_out]
+
+
+def _kept(images: Sequence[Image], holdout: Holdout) -> list[Image]:
+    held_out = _drawn(images, holdout)
+    return [image for image in images if image[0] not in held_out]
+
+
+def _drawn(images: Sequence[Image], holdout: Holdout) -> set[str]:
+    """The ids that are held out. Few of them change when images are added or removed."""
+
+    def place(image_id: str) -> bytes:
+        return hashlib.sha256(f"{holdout.seed} {image_id}".encode()).digest()
+
+    ids = sorted((image_id for image_id, _, _ in images), key=place)
+    return set(ids[: max(1, round(holdout.fraction * len(ids)))])

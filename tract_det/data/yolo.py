@@ -1,0 +1,325 @@
+"""Reads data sets in YOLO's format: a text file of normalised boxes for each image.
+
+    root/data.yaml               names, and where train, val and test lie (Ultralytics, Roboflow)
+    root/images/<split>/*.jpg    with root/labels/<split>/*.txt and classes.txt
+    root/<split>/images/*.jpg    with root/<split>/labels/*.txt and classes.txt
+    root/<split>.txt, obj.names  lists of images, with label files beside them (CVAT, Darknet)
+    root/images, root/labels     with classes.txt, no splits (Label Studio)
+    root/*.jpg, root/*.txt       with classes.txt, no splits (labelImg)
+
+A line is `class x y width height`: the class's number and the box's centre and size as fractions of
+the image's. A line with three points or more, `class x1 y1 x2 y2 x3 y3 ...`, is a polygon, whose
+bounding box is taken. An image without a label file, or with an empty one, has no objects.
+
+Numbers are written with few digits. An edge that is a whole pixel within what the digits leave open
+is taken to be that pixel: so boxes that were whole pixels come back as they were.
+
+Format: https://docs.ultralytics.com/datasets/detect.
+"""
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tract_det.data.annotations import Record, check_unique, in_threads
+from tract_det.data.files import IMAGE_SUFFIXES, Source
+from tract_det.data.images import upright_size
+from tract_det.errors import UserError
+
+EXPECTED = (
+    "data.yaml with names and train, or classes.txt (obj.names) with images and their label files, "
+    "is expected"
+)
+
+_SPLITS = ("train", "val", "valid", "test")
+_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
+_SLACK = 1e-3  # by which a fraction may lie outside 0..1: exporters round
+_SNAP = 0.05  # pixels: no edge is moved by more
+
+
+def find_splits(root: Path) -> dict[str, Source]:
+    """Where the images of each split lie; the name of data without splits is "".
+
+    Raises:
+        UserError: The file that names the classes is malformed.
+    """
+    if not root.is_dir():
+        return {}
+    description = _description(root)
+    if description is not None:
+        return _described_splits(root, description)
+    for name in _LISTS:
+        if (root / name).is_file():
+            return _listed_splits(root, _read_names(root / name))
+    return {}
+
+
+def _description(root: Path) -> Path | None:
+    """The YAML file that describes the data; `data.yaml` goes before others."""
+    files = sorted([*root.glob("*.yaml"), *root.glob("*.yml")], key=lambda p: p.stem != "data")
+    for path in files:
+        if re.search(r"^\s*['\"]?names['\"]?\s*:", _text(path), re.M):
+            return path
+    return None
+
+
+def _described_splits(root: Path, path: Path) -> dict[str, Source]:
+    try:
+        content = yaml.load(
+            _text(path), yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+        )
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is no YAML ({' '.join(str(error).split())}): repair it") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is no description of a data set: {EXPECTED}")
+    names = _numbered(path, content.get("names"))
+    count = content.get("nc", len(names))
+    if count != len(names):
+        raise UserError(f"{path}: nc is {count}, but names has {len(names)} classes: correct one")
+    base = Path(str(content.get("path") or "."))
+    bases = [root / base, root, root.parent] if not base.is_absolute() else [base, root]
+    splits = {}
+    for split in _SPLITS:
+        entries = content.get(split)
+        if entries:
+            files = _entry_files(path, split, entries, bases)
+            splits[split] = Source(path, (root,), names, tuple(files))
+    if not splits:
+        raise UserError(f"{path}: has none of {', '.join(_SPLITS)}: say where the images are")
+    return splits
+
+
+def _entry_files(path: Path, split: str, entries: Any, bases: list[Path]) -> list[Path]:
+    """The images of a split: of a folder, of a list in a text file, or of several of these."""
+    files: list[Path] = []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        name = str(entry)
+        # Exports write ../train/images where train/images beside the file is meant.
+        names = [name, *([name.lstrip("./")] if name.startswith("..") else [])]
+        places = [base / name for base in bases for name in names]
+        place = next((place for place in places if place.exists()), None)
+        if place is None:
+            raise UserError(
+                f"{path}: {split}: there is no {name!r} in {bases[0]} or {bases[1]}: correct it"
+            )
+        files += _in_folder(place) if place.is_dir() else _in_list(place)
+    return files
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """The images in a folder and below it, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _in_list(path: Path) -> list[Path]:
+    """The images that a text file lists, one a line."""
+    files = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        name = line.strip()
+        if not name:
+            continue
+        # CVAT and Darknet write data/obj_train_data/x.jpg for obj_train_data/x.jpg beside the list.
+        names = [name, name.removeprefix("data/"), name.removeprefix("./")]
+        file = next((path.parent / n for n in names if (path.parent / n).is_file()), None)
+        if file is None:
+            raise UserError(f"{path}, line {number}: there is no image {name!r}: correct it")
+        files.append(file)
+    return files
+
+
+def _listed_splits(root: Path, names: Mapping[int, str]) -> dict[str, Source]:
+    """The splits of a folder without a description, by lists, by folders, or none."""
+    splits: dict[str, Source] = {}
+    for split in _SPLITS:
+        listing = root / f"{split}.txt"
+        folders = [root / "images" / split, root / split / "images", root / split]
+        if listing.is_file():
+            splits[split] = Source(listing, (root,), names, tuple(_in_list(listing)))
+        elif folder := next((folder for folder in folders if folder.is_dir()), None):
+            splits[split] = Source(folder, (root,), names, tuple(_in_folder(folder)))
+    if splits:
+        return splits
+    for folder in (root / "images", root / "obj_train_data", root):
+        if folder.is_dir() and (files := _in_folder(folder)):
+            return {"": Source(folder, (root,), names, tuple(files))}
+    return {}
+
+
+def _read_names(path: Path) -> dict[int, str]:
+    return _numbered(path, [line for line in _text(path).splitlines() if line.strip()])
+
+
+def _numbered(path: Path, names: Any) -> dict[int, str]:
+    """Classes by their numbers, from a list or from a mapping."""
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    is_good = (
+        isinstance(names, dict)
+        and names
+        and all(
+            type(number) is int and number >= 0 and isinstance(name, str | int)
+            for number, name in names.items()
+        )
+    )
+    if not is_good:
+        raise UserError(f"{path}: names is {names!r:.80}: write a list of classes, in their order")
+    numbered = {number: " ".join(str(name).split()) for number, name in names.items()}
+    if len(set(numbered.values())) < len(numbered) or "" in numbered.values():
+        raise UserError(f"{path}: two classes have the same name, or one has none: correct names")
+    return numbered
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error}): save it as UTF-8") from None
+
+
+def describe(root: Path, source: Source, *, need_images: bool) -> list[tuple[str, Path, Record]]:
+    """Id, file and record of every image of a split, in the order of its folder or list.
+
+    Args:
+        root: Of the data; ids do not have its name in them.
+        source: From `find_splits`.
+        need_images: Images are needed in any case: boxes are fractions of their sizes.
+
+    Raises:
+        UserError: What is wrong with all images and label files at once.
+    """
+    files = list(source.files)
+    check_unique([str(file) for file in files], str(source.where))
+    labels = [label_file(file) for file in files]
+    missing = [file for file, label in zip(files, labels, strict=True) if not label.is_file()]
+    if files and len(missing) == len(files):
+        raise UserError(
+            f"{source.where}: none of its {len(files)} images has a label file, such as "
+            f"{labels[0]}: put them there"
+        )
+    if missing:
+        warnings.warn(
+            f"{source.where}: {len(missing)} of {len(files)} images have no label file and count "
+            f"as images without objects (first: {missing[0]})",
+            stacklevel=4,
+        )
+
+    def read(pair: tuple[Path, Path]) -> Record:
+        image, label = pair
+        return parse_labels(label, image, upright_size(image), source.class_names)
+
+    records = in_threads(read, zip(files, labels, strict=True))
+    return list(zip(_ids(files), files, records, strict=True))
+
+
+def label_file(image: Path) -> Path:
+    """The label file of an image: in `labels` instead of the last folder `images`, or beside it."""
+    parts = list(image.with_suffix(".txt").parts)
+    folders = [i for i, part in enumerate(parts[:-1]) if part == "images"]
+    if folders:
+        parts[folders[-1]] = "labels"
+    return Path(*parts)
+
+
+def _ids(files: list[Path]) -> list[str]:
+    """Ids of images: their names without suffix, with folders where names alone are not unique."""
+    stems = [file.stem for file in files]
+    if len(set(stems)) == len(stems):
+        return stems
+    return [re.sub(r"^/|[^/\w.\- ]", "", str(file.with_suffix(""))) for file in files]
+
+
+def parse_labels(
+    path: Path, image: Path, size: tuple[int, int], class_names: Mapping[int, str]
+) -> Record:
+    """Reads a label file; one that is not there has no objects.
+
+    Args:
+        path: The file.
+        image: Its image.
+        size: Width and height of the image, pixels.
+        class_names: By number.
+
+    Raises:
+        UserError: A line is malformed; the message names it.
+    """
+    record = Record(path, image.name, size, [], [], [], [], [])
+    text = _text(path) if path.is_file() else ""
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        where = f"{path}, line {number}"
+        name = _class_name(words[0], class_names, where)
+        x1, y1, x2, y2 = _edges(words[1:], where)
+        width, height = size
+        decimals = max(len(word.partition(".")[2]) if "e" not in word else 16 for word in words[1:])
+        box = (
+            _snapped(x1 * width, decimals, width),
+            _snapped(y1 * height, decimals, height),
+            _snapped(x2 * width, decimals, width),
+            _snapped(y2 * height, decimals, height),
+        )
+        record.classes.append(name)
+        if box[2] <= box[0] or box[3] <= box[1]:
+            record.dropped.append(f"{path.name} line {number} ({name})")
+            continue
+        record.labelled.append(name)
+        record.boxes.append(box)
+        record.difficult.append(False)
+    return record
+
+
+def _class_name(word: str, class_names: Mapping[int, str], where: str) -> str:
+    try:
+        return class_names[int(word)]
+    except (ValueError, KeyError):
+        raise UserError(
+            f"{where}: class {word!r:.40} is none of the {len(class_names)} classes "
+            f"({min(class_names)} to {max(class_names)}): correct it, or the list of classes"
+        ) from None
+
+
+def _edges(words: list[str], where: str) -> tuple[float, float, float, float]:
+    """Edges of a line's box or polygon, as fractions of the image."""
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(math.isfinite(number) for number in numbers):
+        raise UserError(f"{where}: has something that is no number: write class x y width height")
+    if len(numbers) == 4:
+        x, y, width, height = numbers
+        edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    elif len(numbers) >= 6 and len(numbers) % 2 == 0:
+        xs, ys = numbers[::2], numbers[1::2]
+        edges = (min(xs), min(ys), max(xs), max(ys))
+    else:
+        raise UserError(
+            f"{where}: has {len(numbers)} numbers behind the class: a box has 4 (x y width "
+            "height), a polygon 6 or more, two for each point"
+        )
+    if min(numbers) < -_SLACK or max(numbers) > 1 + _SLACK:
+        raise UserError(
+            f"{where}: has {max(numbers, key=abs):g}: x, y, width and height are fractions of the "
+            "image, 0 to 1; divide pixels by its size"
+        )
+    return edges
+
+
+def _snapped(edge: float, decimals: int, size: int) -> float:
+    """An edge, or the whole pixel that it may be by the digits that were written.
+
+    Args:
+        edge: In pixels.
+        decimals: Digits behind the point of its centre and width.
+        size: Of the image in this direction, pixels.
+    """
+    # A centre is off by half a unit of its last digit, half a width by a quarter.
+    tolerance = min(_SNAP, max(0.75 * 10.0**-decimals, 1e-12) * size)
+    whole = round(edge)
+    return float(whole) if abs(edge - whole) <= tolerance else edge
