@@ -210,7 +210,11 @@ def comparison(path: Path, lines: Sequence[Line], metric: str) -> None:
             over_epochs.fill_between(line.at, low, high, color=colors[line.name], alpha=0.2, lw=0)
     over_epochs.set(xlabel="epoch", ylabel=f"{metric}, %", title="mean ± standard deviation")
     over_epochs.grid(alpha=0.3)
-    over_epochs.legend()
+    if len(names) > 5:  # beside so many lines there is no room for it
+        handles, labels = over_epochs.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    else:
+        over_epochs.legend()
     if len(lengths) > 1:
         _finals_over_lengths(at_end, lines, colors)
         at_end.set_xticks(lengths, [f"{length:g}" for length in lengths])
@@ -246,7 +250,8 @@ def _finals_over_arms(axis: Axes, lines: Sequence[Line], colors: Mapping[str, Co
         if finals:
             axis.plot(i, np.mean(finals), "_", color=colors[line.name], markersize=24)
     names = [line.name for line in lines]
-    axis.set_xticks(range(len(lines)), names, rotation=30 if len(names) > 4 else 0)
+    turn = {"rotation": 30, "ha": "right"} if len(names) > 4 else {}
+    axis.set_xticks(range(len(lines)), names, **turn)
     axis.set_xlim(-0.5, len(lines) - 0.5)
 
 

@@ -157,6 +157,10 @@ class Twice(nn.Module):
         return self.model(images) + self.model(images)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14),
+    reason="PyTorch 2.12 merges equal calls of a graph, whatever their tags say",
+)
 @pytest.mark.parametrize("keywords", [{}, {"gram_patches": 40}], ids=["exact", "estimated"])
 def test_a_graph_that_calls_a_layer_twice_on_the_same_images_counts_two_passes(keywords, generator):
     images = photo_like(generator, 2, 3, 8, 8)
