@@ -21,7 +21,9 @@ from tract_det.version import __version__
 VERBS = {
     "train": "train a detector, or evaluate one",
     "pretrain": "train an image classifier, or evaluate one",
+    "check": "look at a data set before a training: counts, faults, settings that fit",
     "compare": "train the arms of an experiment with the same seeds, and judge them",
+    "report": "one HTML page of a training run, or of several",
     "evaluate": "average precision of detections in the VOC challenge's files",
     "convert": "convert weights between torchvision, timm and detectron2",
     "visualize": "draw the curves and stem filters of training runs",

@@ -1,5 +1,6 @@
 """Pictures as PNG files: detections on images, curves of training runs, filters of a stem."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class Picture:
         ground_truth: `(n, 4)` boxes of the annotation.
         boxes: `(m, 4)` boxes of the detections.
         labels: `(m,)` int, 0..K-1.
-        scores: `(m,)` float.
+        scores: `(m,)` float; infinite = none, and none is written.
     """
 
     path: Path
@@ -100,7 +101,8 @@ def detection_grid(
         for box, label, score in zip(picture.boxes, picture.labels, picture.scores, strict=True):
             if score >= score_thresh:
                 color = colors(int(label) % colors.N)
-                _detection(axis, box, f"{shown[int(label)]} {score:.2f}", color)
+                text = f"{shown[int(label)]} {score:.2f}" if math.isfinite(score) else ""
+                _detection(axis, box, text or shown[int(label)], color)
     handles = [
         Rectangle((0, 0), 1, 1, fill=False, edgecolor="grey", linestyle="--", label="ground truth"),
         *(
@@ -110,6 +112,26 @@ def detection_grid(
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8))
     _save(figure, path)
+
+
+def annotation_grid(
+    path: Path,
+    annotations: Sequence[tuple[Path, np.ndarray, np.ndarray]],
+    class_names: Sequence[str],
+) -> None:
+    """Draws annotated boxes with their classes.
+
+    Args:
+        path: the PNG file to write.
+        annotations: of each image its file, its boxes `(n, 4)` and their labels `(n,)`.
+        class_names: the K names that the labels index.
+    """
+    nothing = np.zeros((0, 4))
+    pictures = [
+        Picture(image, nothing, boxes, labels, np.full(len(labels), np.inf))
+        for image, boxes, labels in annotations
+    ]
+    detection_grid(path, pictures, class_names)
 
 
 def _detection(axis: Axes, box: np.ndarray, text: str, color: Color) -> None:
@@ -250,8 +272,10 @@ def _finals_over_arms(axis: Axes, lines: Sequence[Line], colors: Mapping[str, Co
         if finals:
             axis.plot(i, np.mean(finals), "_", color=colors[line.name], markersize=24)
     names = [line.name for line in lines]
-    turn = {"rotation": 30, "ha": "right"} if len(names) > 4 else {}
-    axis.set_xticks(range(len(lines)), names, **turn)
+    axis.set_xticks(range(len(lines)), names)
+    if len(names) > 4:
+        axis.tick_params(axis="x", rotation=30)
+        plt.setp(axis.get_xticklabels(), ha="right")
     axis.set_xlim(-0.5, len(lines) - 0.5)
 
 

@@ -120,6 +120,37 @@ def read_dataset(
     )
 
 
+def splits_of(root: Path, format: str = "auto") -> list[str]:
+    """Names of the splits of the data at `root`; [""] where they have none.
+
+    Raises:
+        UserError: nothing there is known.
+    """
+    root = Path(root).expanduser()
+    if format in ("auto", "voc") and voc.is_tree(root):
+        return voc.split_names(root)
+    _, sources = _sources(root, format)
+    return list(sources)
+
+
+def read_whole(
+    root: Path, name: str, class_names: Sequence[str] | None, format: str = "auto"
+) -> VOCSplit:
+    """One of the splits that `splits_of` names, whose name is "all" where data have none.
+
+    Raises:
+        UserError: As `read_dataset`.
+    """
+    root = Path(root).expanduser()
+    if name:
+        return _read_split(root, name, class_names, format, _NOTHING, True)
+    format, sources = _sources(root, format)
+    source = sources[name]
+    images = _READERS[format].describe(root, source, need_images=True)
+    split = build_split("all", source.where, images, class_names)
+    return replace(split, origin=f"{_TITLES[format]}, {source.where}")
+
+
 def _locate(name: str, root: Path | None) -> tuple[Path, str, tuple[str, ...]] | None:
     """Folder, split name and class list of a data set that is known by name; None: another."""
     if match := re.fullmatch(r"voc_(\d{4})_(\w+)", name):

@@ -132,6 +132,12 @@ def is_tree(root: Path) -> bool:
     return (root / "Annotations").is_dir() and (root / "ImageSets" / "Main").is_dir()
 
 
+def split_names(root: Path) -> list[str]:
+    """Names of the lists in ImageSets/Main, but for those of single classes (cat_train)."""
+    stems = sorted(path.stem for path in (root / "ImageSets" / "Main").glob("*.txt"))
+    return [stem for stem in stems if not re.fullmatch(r".+_(train|val|trainval|test)", stem)]
+
+
 def check_tree(root: Path, need_images: bool = True) -> None:
     """Refuses a folder without a devkit's layout.
 

@@ -1,5 +1,6 @@
-"""Top-1 and top-5 accuracy over all ranks, from integer counts of images."""
+"""Top-1 and top-5 accuracy over all ranks, from integer counts of images, and the mistakes."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import Tensor
 from tract_det.distributed import gather
 from tract_det.errors import DivergedError, UserError
 from tract_det.evaluation.metrics import DIVERGED_MEND, TOP_K
+
+_MOST_CELLS = 25  # classes of a confusion matrix that is kept whole
 
 
 class TopK:
@@ -75,3 +78,82 @@ class TopK:
         percent = {name: 100 * count / evaluated for name, count in correct.items()}
         results = {"images": evaluated, **percent, "correct": correct}
         return results | ({"skipped": num_skipped} if num_skipped else {})
+
+
+class Mistakes:
+    """Collects what a report shows of a classifier's mistakes, over all ranks.
+
+    Args:
+        class_names: the K names that labels index.
+        images: how many of the worst images are kept.
+    """
+
+    def __init__(self, class_names: Sequence[str], images: int = 12) -> None:
+        self.class_names, self.images = list(class_names), images
+        self._pairs: Counter[tuple[int, int]] = Counter()
+        self._worst: list[tuple[float, str, int, int, float]] = []
+
+    def add(self, logits: Tensor, labels: Tensor, ids: Sequence[str]) -> None:
+        """Adds a batch.
+
+        Args:
+            logits: `(B, K)`.
+            labels: `(B,)`.
+            ids: names of the images.
+        """
+        scores = logits.float().softmax(dim=1)
+        predicted = scores.argmax(dim=1)
+        losses = -scores.gather(1, labels[:, None])[:, 0].clamp_min(1e-30).log()
+        self._pairs.update(zip(labels.tolist(), predicted.tolist(), strict=True))
+        wrong = (predicted != labels).nonzero()[:, 0].tolist()
+        for i in wrong:
+            label, guess = int(labels[i]), int(predicted[i])
+            self._worst.append((float(losses[i]), ids[i], label, guess, float(scores[i, guess])))
+        self._worst = self._highest(self._worst)
+
+    def _highest(
+        self, mistakes: list[tuple[float, str, int, int, float]]
+    ) -> list[tuple[float, str, int, int, float]]:
+        """Those with the highest loss; of equal losses the first by name."""
+        return sorted(mistakes, key=lambda mistake: (-mistake[0], mistake[1]))[: self.images]
+
+    def figures(self) -> dict[str, Any]:
+        """What the mistakes are. Every rank must call it.
+
+        Returns:
+            `confused`, the pairs of classes that are confused most (`true`, `predicted`, `count`);
+            `confusion` with `classes` and the `matrix` of counts, rows being true classes, where
+            there are at most 25 classes; `worst`, the images with the highest cross-entropy
+            (`image`, `loss`, `true`, `predicted`, and the `score` of the prediction in per cent).
+        """
+        ranks = gather((self._pairs, self._worst))
+        pairs = sum((rank_pairs for rank_pairs, _ in ranks), Counter())
+        worst = self._highest([mistake for _, mistakes in ranks for mistake in mistakes])
+        wrong = sorted(
+            ((count, *pair) for pair, count in pairs.items() if pair[0] != pair[1]),
+            key=lambda entry: (-entry[0], entry[1:]),
+        )
+        names = self.class_names
+        figures: dict[str, Any] = {
+            "classes": names,
+            "confused": [
+                {"true": names[label], "predicted": names[guess], "count": count}
+                for count, label, guess in wrong[:20]
+            ],
+            "worst": [
+                {
+                    "image": image,
+                    "loss": loss,
+                    "true": names[label],
+                    "predicted": names[guess],
+                    "score": 100 * score,
+                }
+                for loss, image, label, guess, score in worst
+            ],
+        }
+        if len(names) <= _MOST_CELLS:
+            matrix = [
+                [pairs[label, guess] for guess in range(len(names))] for label in range(len(names))
+            ]
+            figures["confusion"] = {"classes": names, "matrix": matrix}
+        return figures

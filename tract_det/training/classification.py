@@ -30,7 +30,7 @@ from tract_det.engine.ema import Ema
 from tract_det.engine.loop import infer
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
-from tract_det.evaluation.classification import TopK
+from tract_det.evaluation.classification import Mistakes, TopK
 from tract_det.files import write_json
 from tract_det.modeling.classification_loss import ClassifierWithLoss
 from tract_det.modeling.classifiers import build_classifier, check_image_size
@@ -44,6 +44,7 @@ from tract_det.pixels import (
     input_variance,
     pixel_statistics,
 )
+from tract_det.report.folder import FIGURES
 from tract_det.training import assembly
 from tract_det.training.task import BuiltModel, Meta, Plan, Task
 from tract_det.version import __version__
@@ -315,15 +316,23 @@ class ClassificationEvaluation:
         """`top1`, `top5`, `ema.top1`, `ema.top5`."""
         return means(self._both(model, average))
 
-    def _both(self, model: nn.Module, average: nn.Module | None) -> Results:
+    def _both(
+        self, model: nn.Module, average: nn.Module | None, mistakes: Mistakes | None = None
+    ) -> Results:
         """The results, with those of the moving average under `ema`."""
-        results = self._results(model)
+        results = self._results(model, mistakes)
         if average is not None:
             results["ema"] = self._results(average)
         return results
 
-    def _results(self, model: nn.Module) -> Results:
+    def _results(self, model: nn.Module, mistakes: Mistakes | None = None) -> Results:
         top = TopK(len(self.dataset))
+
+        def consume(labels: Tensor, ids: Sequence[str], logits: Tensor) -> None:
+            top.add(logits, labels, ids)
+            if mistakes is not None:
+                mistakes.add(logits, labels, ids)
+
         loader = classification_evaluation_loader(
             self.dataset,
             batch_size=self.cfg.TEST.IMS_PER_BATCH,
@@ -335,16 +344,23 @@ class ClassificationEvaluation:
             model,
             loader,
             device=self.device,
-            consume=lambda labels, ids, logits: top.add(logits, labels, ids),
+            consume=consume,
             memory_format=_memory_format(self.cfg),
         )
         return top.evaluate(skipped=len(loader.skipped))
 
     def report(self, model: nn.Module, average: nn.Module | None, output: Path) -> dict[str, float]:
         """Evaluates, prints the figures and writes `results.json`."""
-        results = self._both(model, average)
+        split = self.dataset.split
+        mistakes = Mistakes(split.class_names)
+        results = self._both(model, average, mistakes)
+        shown = mistakes.figures()
         if distributed.is_main():
             write_json(output / "results.json", results)
+            for entry in shown["worst"]:
+                is_file = split.files is not None
+                entry["path"] = str((split.root / entry["image"]).absolute()) if is_file else ""
+            write_json(output / FIGURES, shown)
             for name, figures in (("", results), ("moving average: ", results.get("ema"))):
                 if figures:
                     say(

@@ -14,6 +14,7 @@ from torch import nn
 from tract_det import distributed
 from tract_det.config.detection import get_cfg
 from tract_det.data.annotations import VOCSplit
+from tract_det.data.check import summary
 from tract_det.data.datasets import Holdout, read_dataset
 from tract_det.data.detection import VOCDetection, aspect_groups, check_headers, drop_empty
 from tract_det.data.detection_loaders import detection_evaluation_loader, detection_loader
@@ -23,9 +24,11 @@ from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.evaluation.detection_results import details
 from tract_det.evaluation.evaluators import DetectionEvaluator
+from tract_det.evaluation.report_figures import report_figures
 from tract_det.evaluation.tables import format_details, format_table
 from tract_det.files import write_json
 from tract_det.modeling.faster_rcnn import resize_shorter_side
+from tract_det.report.folder import FIGURES
 from tract_det.training import assembly
 from tract_det.training.detectors import build_detector, check_backend, read_detector_weights
 from tract_det.training.task import Meta, Plan, Task
@@ -42,6 +45,7 @@ def _read(cfg: CfgNode, names: Sequence[str], class_names: Sequence[str] | None)
     holdout = Holdout(data.HOLDOUT, data.HOLDOUT_SEED)
     split = read_dataset(names, root, class_names, format=data.FORMAT, holdout=holdout)
     say(f"{split.name}: {split.origin}")
+    say(summary(split))
     distributed.on_main(lambda: check_headers(split.annotations))
     return replace(split, max_pixels=cfg.INPUT.MAX_PIXELS)
 
@@ -173,6 +177,11 @@ class DetectionEvaluation:
             name = re.sub(r"^(voc_\d{4}|shapes)_", "", self.split.name).replace("+", "_")
             more = details(evaluator.evaluated, bootstrap=self.cfg.TEST.BOOTSTRAP)
             write_json(output / "results.json", results | more)
+            figures = report_figures(evaluator.evaluated)
+            paths = {a.image_id: str(a.path.absolute()) for a in self.split.annotations}
+            for entry in figures["worst"]:
+                entry["path"] = paths[entry["image"]]
+            write_json(output / FIGURES, figures | {"classes": list(self.split.class_names)})
             say(format_table(results))
             say(format_details(results | more))
             evaluator.write_detections(output / "detections", name)

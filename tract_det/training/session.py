@@ -30,8 +30,11 @@ from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.files import remove_abandoned, write_text
 from tract_det.modeling.weight_files import Weights
+from tract_det.report.page import write_report
+from tract_det.report.stem import filters_of, write_filters
 from tract_det.training import assembly
 from tract_det.training.task import BuiltModel, Evaluation, Plan, Split, Task
+from tract_det.visualize import beside_the_results
 
 
 def run(
@@ -92,15 +95,20 @@ def _train(task: Task, cfg: CfgNode, device: torch.device, *, resume: bool, over
         _write_load_report(output, weights.source, built)
     if stopped is not None:
         built.network.load_state_dict(stopped.shared()["model"])
+    filters = filters_of(built.model, assembly.named_stem(cfg)) if stopped is None else None
     engine, ema = prepare(cfg, built, device)
     evaluation = task.evaluation(cfg, test, built.meta, device)
     this_run = build_run(task, cfg, plan, built, engine, ema, evaluation, training)
     start = _begin(cfg, this_run, built.meta["class_names"], stopped)
+    if filters is not None and distributed.is_main():
+        write_filters(output, filters)
     _announce(cfg, plan, training, test, device)
     loader = task.loader(cfg, training, built.meta, start)
     report = partial(evaluation.report, output=output)
     code = _fit(cfg, plan, built, this_run, loader, report, start)
     task.closing(loader)
+    if code == 0:
+        _write_page(output)
     return code
 
 
@@ -137,7 +145,17 @@ def _evaluate(task: Task, cfg: CfgNode, device: torch.device) -> int:
     network = assembly.place(cfg, built.network, device).to(memory_format=built.memory_format)
     evaluation = task.evaluation(cfg, test, built.meta, device)
     evaluation.report(network, None, Path(cfg.OUTPUT_DIR))
+    _write_page(Path(cfg.OUTPUT_DIR))
     return 0
+
+
+def _write_page(output: Path) -> None:
+    """Writes report.html; whatever goes wrong with it costs no result."""
+    page = output / "report.html"
+    if distributed.is_main():
+        with beside_the_results(page):
+            write_report([output], page)
+            say(f"wrote {page}")
 
 
 def build(task: Task, cfg: CfgNode, training: Split, weights: Weights | None) -> BuiltModel:

@@ -1,0 +1,31 @@
+"""Writes a report of training runs: one HTML page that opens offline.
+
+    tract-det report output/cells
+    tract-det report output/cells/plain output/cells/tract --out comparison.html
+
+Every run leaves `report.html` in its OUTPUT_DIR already. This makes it anew, also of a run that
+goes on or was made elsewhere, and puts several runs into one page: their curves over each other,
+their figures and configurations beside each other. Pictures of the worst images are shown where the
+images are still where they were.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Writes the page."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="OUTPUT_DIR")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: report.html in the folder, of several runs report.html here",
+    )
+    args = parser.parse_args(argv)
+    from tract_det.report.page import write_report
+
+    out = args.out or (args.runs[0] if len(args.runs) == 1 else Path()) / "report.html"
+    write_report(args.runs, out)
+    print(f"wrote {out}")

@@ -1,0 +1,266 @@
+"""What is in a data set, what is likely to be wrong with it, and settings that fit it.
+
+Everything but `image_facts` and `pixel_statistics` needs the annotations alone.
+"""
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tract_det.data.annotations import Annotation, VOCSplit, in_threads
+from tract_det.data.faults import Faults
+from tract_det.data.images import is_turned, orientation_of, read_upright
+from tract_det.errors import UserError
+
+THIN = 2.0  # pixels: a box that is thinner within its image
+_WHOLE = 0.97  # of the image's width and height: a box that covers it
+_SAME = 0.95  # IoU of two boxes of a class that are one object twice
+_FAR = 1.0  # pixels beyond the image's edge
+_SMALL = 16.0  # pixels: an object's side that a feature pyramid finds well
+_LARGEST_SIDE = 800  # pixels: beyond it, COCO's own recipes do not go
+_LEVELS = 5  # of a feature pyramid
+
+
+@dataclass
+class Suspects:
+    """Boxes that are likely to be wrong, as (image id, class) each.
+
+    Attributes:
+        outside: reach beyond their image by more than a pixel.
+        thin: are less than two pixels wide or high within it.
+        duplicated: nearly the same as another box of their class.
+        whole: cover the image.
+    """
+
+    outside: list[tuple[str, str]] = field(default_factory=list)
+    thin: list[tuple[str, str]] = field(default_factory=list)
+    duplicated: list[tuple[str, str]] = field(default_factory=list)
+    whole: list[tuple[str, str]] = field(default_factory=list)
+
+    def by_kind(self) -> dict[str, list[tuple[str, str]]]:
+        """The lists by what is said of them."""
+        return {
+            "outside their image": self.outside,
+            "less than two pixels wide or high": self.thin,
+            "twice there": self.duplicated,
+            "as large as their image": self.whole,
+        }
+
+
+def counts(split: VOCSplit) -> dict[str, Any]:
+    """Numbers of a split.
+
+    Returns:
+        `images`, `without_objects`, `objects`, `difficult`, `dropped` (boxes without area), and by
+        class `classes`; `sizes`, the five most frequent (width, height) with their numbers.
+    """
+    labels = np.concatenate([a.labels for a in split.annotations]).astype(int)
+    per_class = np.bincount(labels, minlength=len(split.class_names))
+    sizes = Counter((a.width, a.height) for a in split.annotations)
+    return {
+        "images": len(split),
+        "without_objects": sum(not len(a.labels) for a in split.annotations),
+        "objects": len(labels),
+        "difficult": int(sum(a.difficult.sum() for a in split.annotations)),
+        "dropped": split.dropped,
+        "classes": dict(zip(split.class_names, per_class.tolist(), strict=True)),
+        "sizes": sizes.most_common(5),
+    }
+
+
+def summary(split: VOCSplit) -> str:
+    """A split in a line, for the log of a training."""
+    numbers = counts(split)
+    classes = sorted(numbers["classes"].items(), key=lambda item: -item[1])
+    few = ", ".join(f"{name} {count:,}" for name, count in classes[:4])
+    others = f", and {len(classes) - 4} more classes" if len(classes) > 4 else ""
+    empty = numbers["without_objects"]
+    suspects = find_suspects(split).by_kind()
+    doubtful = [f"{len(found):,} boxes are {kind}" for kind, found in suspects.items() if found]
+    parts = [f"{numbers['objects']:,} objects ({few}{others})"]
+    parts += [f"{empty:,} images without objects"] * bool(empty)
+    parts += doubtful
+    hint = "; `tract-det check` shows them" if doubtful else ""
+    return f"{split.name}: {'; '.join(parts)}{hint}"
+
+
+def find_suspects(split: VOCSplit) -> Suspects:
+    """The boxes of a split that are likely to be wrong."""
+    suspects = Suspects()
+    for a in split.annotations:
+        if not len(a.boxes) or not a.width:
+            continue
+        low, high = a.boxes[:, :2], a.boxes[:, 2:]
+        size = np.array([a.width, a.height], dtype=float)
+        inside = np.clip(high, 0, size) - np.clip(low, 0, size)
+        flags = {
+            "outside": ((low < -_FAR) | (high > size + _FAR)).any(axis=1),
+            "thin": (inside < THIN).any(axis=1),
+            "whole": (inside >= _WHOLE * size).all(axis=1),
+            "duplicated": _is_double(a),
+        }
+        for kind, is_suspect in flags.items():
+            listed = getattr(suspects, kind)
+            listed += [
+                (a.image_id, split.class_names[a.labels[k]]) for k in np.flatnonzero(is_suspect)
+            ]
+    return suspects
+
+
+def _is_double(a: Annotation) -> np.ndarray:
+    """(n,) bool: boxes that an earlier one of their class is nearly the same as."""
+    n = len(a.boxes)
+    low = np.maximum(a.boxes[:, None, :2], a.boxes[None, :, :2])
+    high = np.minimum(a.boxes[:, None, 2:], a.boxes[None, :, 2:])
+    common = np.clip(high - low, 0, None).prod(axis=2)
+    area = (a.boxes[:, 2:] - a.boxes[:, :2]).prod(axis=1)
+    union = area[:, None] + area[None, :] - common
+    is_same = (common > _SAME * union) & (a.labels[:, None] == a.labels[None, :])
+    return (is_same & np.tri(n, k=-1, dtype=bool)).any(axis=1)
+
+
+def twins(class_names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Names that are one but for case, spaces, punctuation or a plural's s."""
+    groups = defaultdict(list)
+    for name in class_names:
+        bare = re.sub(r"[\W_]", "", name.casefold())
+        groups[bare.removesuffix("s") if len(bare) > 3 else bare].append(name)
+    return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+def only_in_one(splits: Sequence[VOCSplit]) -> dict[str, str]:
+    """Classes that have objects in one of several splits alone, with its name."""
+    where = defaultdict(list)
+    for split in splits:
+        for name, count in counts(split)["classes"].items():
+            if count:
+                where[name].append(split.name)
+    return {name: names[0] for name, names in where.items() if len(names) == 1 < len(splits)}
+
+
+class ImageFacts(NamedTuple):
+    """What reading the files of a data set has shown.
+
+    Attributes:
+        faults: of images that cannot be used, a line each.
+        turned: number of images that EXIF turns.
+        shared: of images with the same content, the places (split, image id). A list of images
+            that is part of another list, as train is of trainval, shares nothing with it.
+    """
+
+    faults: list[str]
+    turned: int
+    shared: list[list[tuple[str, str]]]
+
+
+def image_facts(splits: Sequence[VOCSplit]) -> ImageFacts:
+    """Reads every image's file: header, orientation, and a hash of its content."""
+    from tract_det.data.detection import check_headers  # it imports this package's data set
+
+    faults = []
+    for split in splits:
+        try:
+            check_headers(split.annotations)
+        except UserError as error:
+            faults.append(str(error))
+    places = [(split.name, a) for split in splits for a in split.annotations]
+
+    def read(place: tuple[str, Annotation]) -> tuple[bytes, bool]:
+        path = place[1].path
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return b"", False  # `check_headers` has named it
+        return hashlib.sha256(content).digest(), is_turned(orientation_of(path))
+
+    same = defaultdict(list)
+    turned = 0
+    for (name, a), (digest, is_turned_) in zip(places, in_threads(read, places), strict=True):
+        turned += is_turned_
+        if digest:
+            same[digest].append((name, a.image_id))
+    members = {split.name: {a.image_id for a in split.annotations} for split in splits}
+    paths = {(split.name, a.image_id): a.path for split in splits for a in split.annotations}
+    shared = [
+        group
+        for group in same.values()
+        if len({paths[place] for place in group}) > 1
+        or any(
+            not (members[a] <= members[b] or members[b] <= members[a])
+            for (a, _), (b, _) in combinations(group, 2)
+        )
+    ]
+    return ImageFacts(faults, turned, shared)
+
+
+def pixel_statistics(split: VOCSplit, images: int = 500) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of RGB in [0, 255], over images spread evenly over a split."""
+    step = max(1, len(split) // images)
+    total, squares, count = np.zeros(3), np.zeros(3), 0
+    faults = Faults()
+    for a in split.annotations[::step][:images]:
+        with faults.noted():
+            pixels = read_upright(a.path, split.max_pixels).double().flatten(1)
+            total += pixels.sum(1).numpy()
+            squares += pixels.square().sum(1).numpy()
+            count += pixels.shape[1]
+    faults.refuse()
+    mean = total / count
+    return mean.tolist(), np.sqrt(np.maximum(squares / count - mean**2, 0)).tolist()
+
+
+def fitting_settings(split: VOCSplit) -> dict[str, Any]:
+    """Image size and anchors that fit the objects of a split, by configuration key.
+
+    The shorter side is that of the images, enlarged until nine of ten objects have a side of 16
+    pixels, at most to 800 and at most by two and a half. Anchors of a feature pyramid's five levels
+    are quantiles of the objects' sides at that size, their aspect ratios (height / width) quantiles
+    likewise; all classes weigh the same, so that a rare one has anchors too.
+
+    Returns:
+        Values of INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, MIN_SIZE_TEST, MAX_SIZE_TEST and
+        MODEL.ANCHOR_GENERATOR's SIZES and ASPECT_RATIOS; {} without objects.
+    """
+    sizes = np.array([(a.width, a.height) for a in split.annotations], dtype=float)
+    boxes = np.concatenate([a.boxes for a in split.annotations])
+    sides = np.clip(boxes[:, 2:] - boxes[:, :2], 1, None)
+    if not len(sides) or not sizes.all():
+        return {}
+    shorter = float(np.median(sizes.min(axis=1)))
+    longer = float((sizes.max(axis=1) * shorter / sizes.min(axis=1)).max())
+    labels = np.concatenate([a.labels for a in split.annotations]).astype(int)
+    weights = 1 / np.bincount(labels)[labels]
+    root = np.sqrt(sides.prod(axis=1))
+    scale = float(np.clip(_SMALL / _quantile(root, weights, 0.1), 1.0, 2.5))
+    scale = min(scale, _LARGEST_SIDE / shorter)
+    side = max(32, round(shorter * scale / 16) * 16)
+    longest = -(-int(longer * side / shorter) // 16) * 16
+    anchors = []
+    for level in range(_LEVELS):
+        anchor = _quantile(root, weights, (level + 0.5) / _LEVELS) * side / shorter
+        anchors.append(8 * max(1, round(anchor / 8)))
+    for level in range(1, _LEVELS):  # each level has a size of its own
+        anchors[level] = max(anchors[level], anchors[level - 1] + 8)
+    ratio = sides[:, 1] / sides[:, 0]
+    ratios = sorted({round(_quantile(ratio, weights, q), 1) for q in (0.1, 0.5, 0.9)})
+    return {
+        "INPUT.MIN_SIZE_TRAIN": [side],
+        "INPUT.MAX_SIZE_TRAIN": longest,
+        "INPUT.MIN_SIZE_TEST": side,
+        "INPUT.MAX_SIZE_TEST": longest,
+        "MODEL.ANCHOR_GENERATOR.SIZES": anchors,
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [max(ratio, 0.1) for ratio in ratios],
+    }
+
+
+def _quantile(values: np.ndarray, weights: np.ndarray, q: float) -> float:
+    """The smallest value below or at which a fraction q of the weights lies."""
+    order = np.argsort(values)
+    reached = np.cumsum(weights[order])
+    return float(values[order[np.searchsorted(reached, q * reached[-1])]])

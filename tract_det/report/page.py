@@ -1,0 +1,382 @@
+"""The page: sections of what the runs have left, put into one HTML file.
+
+Everything that comes from data (names of classes, files and keys, values) goes through the
+template's escaping, or through `html.escape` where SVG is put together.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image, ImageOps
+
+from tract_det.files import write_text
+from tract_det.report.folder import RunFolder, read_run
+from tract_det.report.svg import Series, bar_chart, line_chart
+from tract_det.version import __version__
+
+_SIDE = 440  # pixels of a picture's longer side
+_QUALITY = 72  # of its JPEG
+_MOST_CLASSES = 10  # with a curve of their own
+_MOST_CELLS = 25  # rows of a confusion matrix that is shown as a table
+_FILTERS = 64
+_HEADLINE = {"detection": "voc_area.mAP", "classification": "top1"}
+_TITLES = {
+    "voc_area.mAP": "mAP (area)",
+    "voc_07.mAP": "mAP (11 points)",
+    "coco.AP": "COCO AP",
+    "coco.AP50": "COCO AP50",
+    "coco.AP75": "COCO AP75",
+    "top1": "top-1",
+    "top5": "top-5",
+    "ema.top1": "top-1 of the average",
+}
+
+
+def write_report(folders: Sequence[Path], path: Path) -> None:
+    """Writes a report of the runs in these folders.
+
+    Args:
+        folders: OUTPUT_DIRs; runs of detectors and classifiers do not mix.
+        path: the HTML file.
+
+    Raises:
+        UserError: a folder holds no run, or a file is damaged.
+    """
+    names = _names(folders)
+    runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    write_text(path, render(runs))
+
+
+def render(runs: Sequence[RunFolder]) -> str:
+    """The text of the page."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tract_det.report", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = number
+    return environment.get_template("report.html.j2").render(
+        title=" and ".join(run.name for run in runs),
+        runs=runs,
+        verdicts=[verdict(run) for run in runs],
+        figures=_figures(runs),
+        charts=_charts(runs),
+        classes=_class_table(runs),
+        details=[_details(run) for run in runs],
+        configs=_configs(runs),
+        version=__version__,
+    )
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of those above them as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    depth = 1
+    while depth < 8 and len({part[-depth:] for part in parts}) < len(parts):
+        depth += 1
+    return ["/".join(part[-depth:]) for part in parts]
+
+
+def number(value: Any) -> str:
+    """A figure as the tables show it."""
+    if isinstance(value, bool) or value is None:
+        return "–" if value is None else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.2f}"
+    return str(value)
+
+
+def verdict(run: RunFolder) -> str:
+    """What the run has reached, in a sentence."""
+    results = run.results
+    metric = _HEADLINE[run.task]
+    value = _at(results, metric)
+    stem = "a plain stem"
+    if run.config.get("MODEL.TRACT.ENABLED"):
+        stem = f"a TrAct stem (lambda {run.config.get('MODEL.TRACT.LAMBDA')})"
+    elif run.config.get("MODEL.STEM_INIT"):
+        stem = f"a {run.config['MODEL.STEM_INIT']} stem"
+    steps = max((line["iteration"] for line in run.metrics), default=0)
+    after = f" after {steps:,} steps" if steps else ""
+    if value is None:
+        return f"Not finished{after}, with {stem}."
+    interval = results.get("intervals", {}).get(metric)
+    sure = f" (95 % interval {interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
+    images = f" on {results['images']:,} images" if "images" in results else ""
+    with_stem = f", with {stem}" if run.config else ""
+    return f"{_TITLES[metric]} {value:.1f} %{sure}{images}{after}{with_stem}."
+
+
+def _at(results: dict[str, Any], metric: str) -> float | None:
+    value: Any = results
+    for part in metric.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value if isinstance(value, int | float) else None
+
+
+def _figures(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+    """Rows of the table of figures: title, and of each run value and interval."""
+    rows = []
+    for metric, title in _TITLES.items():
+        values = [_at(run.results, metric) for run in runs]
+        if any(value is not None for value in values):
+            intervals = [run.results.get("intervals", {}).get(metric) for run in runs]
+            rows.append({"title": title, "cells": list(zip(values, intervals, strict=True))})
+    speed = [_mean(run, "images_per_second") for run in runs]
+    memory = [_most(run, "peak_memory_gib") for run in runs]
+    for title, values in (("images/s in training", speed), ("peak memory, GiB", memory)):
+        if any(value is not None for value in values):
+            rows.append({"title": title, "cells": [(value, None) for value in values]})
+    return rows
+
+
+def _mean(run: RunFolder, key: str) -> float | None:
+    values = [line[key] for line in run.metrics if key in line]
+    return sum(values) / len(values) if values else None
+
+
+def _most(run: RunFolder, key: str) -> float | None:
+    return max((line[key] for line in run.metrics if key in line), default=None)
+
+
+def _charts(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+    """The curves of the training, all runs in one chart."""
+    metric = _HEADLINE[runs[0].task]
+    keys = [
+        ("Evaluation", metric, f"{_TITLES[metric]}, %", False),
+        ("Loss", "loss", "loss", True),
+        ("Learning rate", "lr", "rate", False),
+        ("TrAct: condition of G + lambda I", "tract_condition", "condition number", True),
+        ("TrAct: norm of the stem's gradient", "stem_grad_norm", "norm", True),
+    ]
+    charts = []
+    for title, key, label, log_y in keys:
+        series = [_series(run, key, run.name, i) for i, run in enumerate(runs)]
+        if key == "stem_grad_norm":
+            series += [
+                _series(run, "stem_plain_grad_norm", f"{run.name}, plain gradient", i, True)
+                for i, run in enumerate(runs)
+            ]
+        svg = line_chart(series, x_label="step", y_label=label, log_y=log_y)
+        if svg:
+            charts.append({"title": title, "svg": Markup(svg)})
+    return charts
+
+
+def _series(run: RunFolder, key: str, name: str, color: int, is_dashed: bool = False) -> Series:
+    lines = [line for line in run.metrics if isinstance(line.get(key), int | float)]
+    steps, values = [line["iteration"] for line in lines], [line[key] for line in lines]
+    return Series(name, steps, values, color, is_dashed=is_dashed)
+
+
+def _class_table(runs: Sequence[RunFolder]) -> dict[str, Any] | None:
+    """Rows by class, with the AP of each run, and what else is known where there is one run."""
+    tables = [run.results.get("classes") or {} for run in runs]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    if not names:
+        return None
+    keys = [
+        ("voc_area.AP_50", "AP@.5"),
+        ("voc_area.AP_75", "AP@.75"),
+        ("voc_area.AP_50_95", "AP@.5:.95"),
+        ("f1", "best F1"),
+        ("score", "at score"),
+        ("precision", "precision"),
+        ("recall", "recall"),
+        ("max_recall", "max recall"),
+        ("objects", "objects"),
+        ("difficult", "difficult"),
+        ("detections", "detections"),
+    ]
+    if len(runs) > 1:
+        head = ["class", "objects", *(f"AP@.5 {run.name}" for run in runs)]
+        rows = [
+            [
+                name,
+                next((table[name].get("objects") for table in tables if name in table), None),
+                *(table.get(name, {}).get("voc_area.AP_50") for table in tables),
+            ]
+            for name in names
+        ]
+    else:
+        head = ["class", *(title for _, title in keys)]
+        rows = [[name, *(tables[0][name].get(key) for key, _ in keys)] for name in names]
+    return {"head": head, "rows": rows}
+
+
+def _details(run: RunFolder) -> dict[str, Any]:
+    """What is shown of one run."""
+    return {
+        "name": run.name,
+        "curves": Markup(_precision_recall(run)),
+        "errors": Markup(_errors(run)),
+        "confusion": _confusion(run),
+        "confused": _confused(run),
+        "worst": _worst(run),
+        "filters": [
+            (title, Markup(_filters(weight)))
+            for title, weight in zip(("at the start", "now"), run.stem, strict=True)
+            if weight is not None
+        ],
+        "starts": run.starts,
+        "folder": run.folder,
+    }
+
+
+def _precision_recall(run: RunFolder) -> str:
+    """A curve for each class, with the point of the best F1; of many classes for the worst."""
+    curves, classes = run.figures.get("curves", {}), run.results.get("classes", {})
+    names = [name for name, curve in curves.items() if curve["recall"] and name in classes]
+    names.sort(key=lambda name: classes[name]["voc_area.AP_50"])
+    series = []
+    for i, name in enumerate(names[:_MOST_CLASSES]):
+        figures = classes[name]
+        mark = (figures["recall"], figures["precision"])
+        is_marked = all(isinstance(x, int | float) and math.isfinite(x) for x in mark)
+        curve = curves[name]
+        series.append(
+            Series(name, curve["recall"], curve["precision"], i, mark if is_marked else None)
+        )
+    span = (0.0, 100.0)
+    return line_chart(
+        series, x_label="recall, %", y_label="precision, %", x_range=span, y_range=(0.0, 100.0)
+    )
+
+
+def _errors(run: RunFolder) -> str:
+    errors = run.results.get("errors", {})
+    names = [f"{kind} ({entry['count']:,})" for kind, entry in errors.items()]
+    values = [entry["voc_area"] for entry in errors.values()]
+    values = [value if isinstance(value, int | float) else 0.0 for value in values]
+    return bar_chart(names, values, unit="mAP")
+
+
+def _confusion(run: RunFolder) -> dict[str, Any] | None:
+    """The matrix, with each cell's share of its row; None if it is too large for a table."""
+    confusion = run.results.get("confusion") or run.figures.get("confusion")
+    if not confusion or len(confusion["classes"]) > _MOST_CELLS:
+        return None
+    rows = []
+    for name, counts in zip(confusion["classes"], confusion["matrix"], strict=True):
+        total = max(1, sum(counts))
+        rows.append({"name": name, "cells": [(count, count / total) for count in counts]})
+    return {
+        "classes": confusion["classes"],
+        "rows": rows,
+        "score_threshold": confusion.get("score_threshold"),
+    }
+
+
+def _confused(run: RunFolder) -> list[tuple[str, str, int]]:
+    """Of a matrix that is too large for a table, the pairs of classes that are confused most."""
+    if _confusion(run) is not None:
+        return []
+    if "confused" in run.figures:
+        entries = run.figures["confused"]
+        return [(entry["true"], entry["predicted"], entry["count"]) for entry in entries]
+    confusion = run.results.get("confusion")
+    if not confusion:
+        return []
+    names, matrix = confusion["classes"], np.array(confusion["matrix"])
+    np.fill_diagonal(matrix, 0)
+    order = np.argsort(-matrix, axis=None, kind="stable")[:20]
+    pairs = [divmod(int(i), len(names)) for i in order]
+    return [(names[i], names[j], int(matrix[i, j])) for i, j in pairs if matrix[i, j]]
+
+
+def _worst(run: RunFolder) -> list[dict[str, Any]]:
+    """The worst images, each with its picture as text, or the reason why there is none."""
+    class_names = run.figures.get("classes", [])
+    shown = []
+    for number_, entry in enumerate(run.figures.get("worst", [])):
+        item = dict(entry) | {"id": f"{run.folder.name}-{number_}"}
+        try:
+            data, (width, height) = _picture(Path(entry["path"]))
+        except (OSError, ValueError) as error:
+            item |= {"missing": f"the image cannot be read: {error}"}
+        else:
+            item |= {"missing": "", "data": data, "width": width, "height": height}
+            if "objects" in entry:
+                item["truth"] = Markup(_boxes(entry["objects"], class_names, width))
+                item["found"] = Markup(_boxes(entry["detections"], class_names, width))
+        shown.append(item)
+    return shown
+
+
+def _picture(path: Path) -> tuple[str, tuple[int, int]]:
+    """An image as a data URI, upright and small, and its size as stored in the annotation."""
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        size = upright.size
+        upright = upright.convert("RGB")
+        upright.thumbnail((_SIDE, _SIDE))
+        buffer = io.BytesIO()
+        upright.save(buffer, "JPEG", quality=_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), size
+
+
+def _boxes(entries: Sequence[dict[str, Any]], class_names: Sequence[str], width: int) -> str:
+    """Rectangles in the image's own pixels, with class and score."""
+    scale = width / _SIDE
+    parts = []
+    for entry in entries:
+        x1, y1, x2, y2 = entry["box"]
+        kind = entry.get("verdict", "difficult" if entry.get("difficult") else "object")
+        text = class_names[entry["label"]] if entry["label"] < len(class_names) else "?"
+        if "score" in entry:
+            text += f" {entry['score']:.2f}"
+        parts.append(
+            f'<rect class="box {kind}" x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" '
+            f'height="{y2 - y1:.1f}" stroke-width="{2 * scale:.2f}">'
+            f"<title>{escape(text)}</title></rect>"
+        )
+        if len(entries) <= 12:
+            parts.append(
+                f'<text class="name {kind}" x="{x1 + 2 * scale:.1f}" y="{y1 + 11 * scale:.1f}" '
+                f'font-size="{11 * scale:.1f}">{escape(text)}</text>'
+            )
+    return "".join(parts)
+
+
+def _filters(weight: np.ndarray) -> str:
+    """The first filters as one PNG, each scaled to its own range."""
+    filters = weight[:_FILTERS].astype(float)
+    low = filters.min(axis=(1, 2, 3), keepdims=True)
+    span = np.maximum(filters.max(axis=(1, 2, 3), keepdims=True) - low, 1e-12)
+    pixels = ((filters - low) / span * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    count, height, width, _ = pixels.shape
+    columns = min(16, count)
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 255, dtype=np.uint8)
+    for i, filter_ in enumerate(pixels):
+        y, x = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
+        sheet[y : y + height, x : x + width] = filter_
+    buffer = io.BytesIO()
+    Image.fromarray(sheet).save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<img class="filters" alt="filters of the first layer" src="data:image/png;base64,{data}">'
+    )
+
+
+def _configs(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+    """Rows of the keys that are not at their defaults in some run."""
+    keys = sorted({key for run in runs for key in run.changed})
+    rows = []
+    for key in keys:
+        default = next(run.changed[key][1] for run in runs if key in run.changed)
+        values = [run.config.get(key) for run in runs]
+        rows.append({"key": key, "default": default, "cells": values})
+    return rows
