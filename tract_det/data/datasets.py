@@ -1,11 +1,10 @@
 """Reads the named splits of a data set, in whatever format lies in its folder.
 
-| format | recognised by | splits |
-|---|---|---|
-| VOC | `Annotations/` with `ImageSets/Main/` | the lists in `ImageSets/Main` |
-| VOC | XML files beside images or in `Annotations/` | folders, or held out |
-| COCO | JSON files with `images` and `annotations` | one a file, or held out |
-| YOLO | `data.yaml`; `classes.txt` or `obj.names` with labels | entries, folders, or held out |
+    format  recognised by                                           splits
+    VOC     Annotations/ with ImageSets/Main/                       the lists in ImageSets/Main
+    VOC     XML files beside images or in Annotations/              folders, or held out
+    COCO    JSON files with images and annotations                  one a file, or held out
+    YOLO    data.yaml; classes.txt or obj.names with labels         entries, folders, held out
 
 Without a class list, the classes are the sorted classes of the objects, in every format: so the
 same pictures have the same labels in all of them.
