@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -16,7 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tract_det.errors import UserError, shortened
 from tract_det.files import atomically, read_metrics
@@ -29,11 +30,12 @@ class Picture:
     """An image with its ground truth and its detections. Boxes are xyxy pixel edges.
 
     Attributes:
-        path: the image file.
+        path: the image file; its EXIF orientation is applied.
         ground_truth: `(n, 4)` boxes of the annotation.
         boxes: `(m, 4)` boxes of the detections.
         labels: `(m,)` int, 0..K-1.
         scores: `(m,)` float; infinite = none, and none is written.
+        pixels: `(H, W, 3)` uint8, what is drawn instead of the file; None = the file.
     """
 
     path: Path
@@ -41,6 +43,7 @@ class Picture:
     boxes: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
+    pixels: np.ndarray | None = None
 
 
 @contextmanager
@@ -94,8 +97,7 @@ def detection_grid(
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, picture in zip(axes.flat, pictures, strict=False):
-        with Image.open(picture.path) as image:
-            axis.imshow(image.convert("RGB"))
+        axis.imshow(_pixels(picture))
         for box in picture.ground_truth:
             _rectangle(axis, box, edgecolor="white", linestyle=(0, (3, 3)), linewidth=1.2)
         for box, label, score in zip(picture.boxes, picture.labels, picture.scores, strict=True):
@@ -132,6 +134,14 @@ def annotation_grid(
         for image, boxes, labels in annotations
     ]
     detection_grid(path, pictures, class_names)
+
+
+def _pixels(picture: Picture) -> Any:
+    if picture.pixels is not None:
+        return picture.pixels
+    with Image.open(picture.path) as image:
+        image.load()  # turns TIFF, so that it is not turned twice
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _detection(axis: Axes, box: np.ndarray, text: str, color: Color) -> None:

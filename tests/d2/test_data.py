@@ -27,6 +27,7 @@ from tests.conftest import write_voc_tree
 from tests.d2.models import tract_cfg
 from tract_det.d2 import VOCEvaluator, register_voc
 from tract_det.data.detection import VOCDetection
+from tract_det.data.exif import check_headers, with_sizes
 from tract_det.data.voc import read_split
 from tract_det.errors import UserError
 
@@ -34,9 +35,9 @@ CLASSES = ("disc", "box")
 
 
 @contextmanager
-def registered(name, *arguments):
+def registered(name, *arguments, **options):
     """The name of a data set that is registered meanwhile."""
-    register_voc(name, *arguments)
+    register_voc(name, *arguments, **options)
     try:
         yield name
     finally:
@@ -212,16 +213,38 @@ def test_both_back_ends_read_the_same_pixels_and_boxes_upright(orientation, tmp_
     ("orientation", "message"),
     [
         (1, r"a000\.png: the image is 96 x 64 .* swapped in <size>.*; .*a001\.png"),
-        (6, r"is 96 x 64, upright by its EXIF orientation 6, .* as stored: .*; .*a001\.png"),
+        (6, r"^2 of 2 images have an EXIF orientation .*\(a000\.png, a001\.png\): .*register_voc"),
     ],
 )
 def test_sizes_that_disagree_are_refused_before_the_training(orientation, message, tmp_path):
     root = turned_tree(tmp_path / "tree", orientation, stored_sizes=True)
     with (
         registered("test_swapped", root, "train", CLASSES) as name,
-        pytest.raises(UserError, match=message) as caught,
+        pytest.raises(UserError, match=message),
     ):
         DatasetCatalog.get(name)
-    with pytest.raises(UserError) as ours:
+    with pytest.raises(UserError, match=r"a000\.png: the image is 96 x 64"):
         VOCDetection(read_split(root, "train", CLASSES))[0]
-    assert str(caught.value).startswith(f"{ours.value}; ")
+
+
+def test_under_apply_both_back_ends_turn_images_whose_size_is_the_stored_one(tmp_path):
+    root = turned_tree(tmp_path / "tree", 6, stored_sizes=True)
+    split = read_split(root, "train", CLASSES)
+    split.annotations = with_sizes(split.annotations, check_headers(split.annotations, "apply"))
+    mapper = DatasetMapper(True, augmentations=[], image_format="RGB")
+    with registered("test_apply", root, "train", CLASSES, exif="apply") as name:
+        theirs = [mapper(record) for record in DatasetCatalog.get(name)]
+    for (image, target), record in zip(VOCDetection(split), theirs, strict=True):
+        assert torch.equal(image, record["image"]) and image.shape == (3, 64, 96)
+        assert torch.equal(target["boxes"], record["instances"].gt_boxes.tensor)
+
+
+def test_what_detectron2_turns_is_refused_under_ignore(tmp_path):
+    root = turned_tree(tmp_path / "tree", 6, stored_sizes=True)
+    with (
+        registered("test_ignore", root, "train", CLASSES, exif="ignore") as name,
+        pytest.raises(UserError, match=r"but detectron2 applies .* that 2 images have"),
+    ):
+        DatasetCatalog.get(name)
+    with pytest.raises(UserError, match="exif of register_voc is 'turn': give one of auto, apply"):
+        register_voc("test_turn", root, "train", CLASSES, exif="turn")

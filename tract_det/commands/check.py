@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tract_det.data.choices import DETECTION_FORMATS
+from tract_det.data.choices import DETECTION_FORMATS, EXIF_MODES
 from tract_det.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
     parser.add_argument("root", type=Path, metavar="DATA", help="as DATASETS.ROOT")
     parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="default: all that are there")
     parser.add_argument("--format", choices=DETECTION_FORMATS, default="auto")
+    parser.add_argument("--exif", choices=EXIF_MODES, default="auto", help="as INPUT.EXIF")
     parser.add_argument("--classes", nargs="+", help="as DATASETS.CLASSES")
     parser.add_argument("--statistics", action="store_true", help="measure pixel statistics")
     parser.add_argument("--out", type=Path, metavar="DIR", help="draw pictures into check.png here")
@@ -49,9 +50,10 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         print(f"error: {message}")
     if not splits:
         return 1
+    facts = check.image_facts(splits, args.exif)
+    splits = facts.splits
     numbers = {split.name: check.counts(split) for split in splits}
     suspects = {split.name: check.find_suspects(split) for split in splits}
-    facts = check.image_facts(splits)
     print(f"{args.root}: {splits[0].origin.partition(',')[0]}")
     print(_table(numbers))
     warnings = _warnings(splits, suspects, facts)
@@ -95,10 +97,11 @@ def _read(args: argparse.Namespace) -> tuple[list["VOCSplit"], list[str]]:
     from tract_det.data.datasets import read_whole, splits_of
 
     names = args.splits or splits_of(args.root, args.format)
+    upright = args.exif != "ignore"
     splits, refused = [], []
     for name in names:
         try:
-            splits.append(read_whole(args.root, name, args.classes, args.format))
+            splits.append(read_whole(args.root, name, args.classes, args.format, upright))
         except UserError as error:
             if str(error) not in refused:
                 refused.append(str(error))
@@ -157,8 +160,9 @@ def _warnings(
         if groups:
             first = " = ".join(f"{split}/{image}" for split, image in groups[0])
             lines.append(f"{len(groups):,} images are {where}: {first}")
-    if facts.turned:
-        lines.append(f"{facts.turned:,} images are stored on their side and turned by EXIF")
+    if facts.oriented:
+        fate = "are read as stored" if splits[0].exif == "ignore" else "are turned upright"
+        lines.append(f"{facts.oriented:,} images have an EXIF orientation and {fate}")
     return lines
 
 

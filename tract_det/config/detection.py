@@ -29,7 +29,7 @@ from tract_det.config.shared import (
     tract_keys,
     with_run_keys,
 )
-from tract_det.data.choices import DETECTION_FORMATS
+from tract_det.data.choices import DETECTION_FORMATS, EXIF_MODES
 from tract_det.evaluation.metrics import METRICS
 from tract_det.evaluation.voc_ap import RULES
 from tract_det.modeling.choices import BACKBONES, DETECTOR_NORMS
@@ -111,6 +111,11 @@ def _data() -> dict[str, Any]:
         "INPUT": {
             # An image with more is refused, by its header: a small file can ask for any memory.
             "MAX_PIXELS": 100_000_000,
+            # What an image's EXIF orientation does. auto = it turns the image upright, and images
+            # whose annotation has the size of the pixels as stored are refused, since their boxes
+            # may mean either: apply = turn these too, ignore = read all images as stored. refuse =
+            # no image may have an orientation.
+            "EXIF": "auto",
             # Shorter side in training, pixels, drawn from this list for each image; [] or 0 = no
             # resizing.
             "MIN_SIZE_TRAIN": [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
@@ -239,6 +244,7 @@ def validate(cfg: CfgNode) -> None:
     one_of(cfg, "MODEL.BACKBONE.NAME", BACKBONES)
     one_of(cfg, "MODEL.BACKBONE.NORM", DETECTOR_NORMS)
     one_of(cfg, "DATASETS.FORMAT", DETECTION_FORMATS)
+    one_of(cfg, "INPUT.EXIF", EXIF_MODES)
     one_of(cfg, "TEST.VOC_RULE", RULES)
     one_of(cfg, "TEST.BEST_METRIC", METRICS)
     for part, sizes in (("TRAIN", cfg.INPUT.MIN_SIZE_TRAIN), ("TEST", [cfg.INPUT.MIN_SIZE_TEST])):

@@ -12,7 +12,8 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
 from tract_det.data.annotations import Annotation
-from tract_det.data.detection import check_headers
+from tract_det.data.choices import EXIF_MODES
+from tract_det.data.exif import check_headers, with_sizes
 from tract_det.data.voc import VOC_CLASSES, read_split
 from tract_det.errors import UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator
@@ -28,6 +29,7 @@ def register_voc(
     class_names: Sequence[str] = VOC_CLASSES,
     *,
     use_difficult: bool = True,
+    exif: str = "auto",
 ) -> None:
     """Registers a split of a tree in VOC layout with detectron2; it is read when it is first used.
 
@@ -42,9 +44,11 @@ def register_voc(
         split: name of a file in ImageSets/Main, without ".txt".
         class_names: the classes, in the order of the labels.
         use_difficult: train on objects marked difficult, as detectron2 does.
+        exif: as INPUT.EXIF: auto, apply, ignore or refuse. detectron2 turns every image upright, so
+            that under `ignore` no image may have an EXIF orientation.
 
     Raises:
-        UserError: `class_names` is a single string, or empty.
+        UserError: `class_names` is a single string, or empty, or `exif` is none of these.
         AssertionError: from detectron2, if the name is already registered.
     """
     if isinstance(class_names, str) or not class_names:
@@ -52,12 +56,19 @@ def register_voc(
             f"class_names of register_voc is {class_names!r}: give a sequence of names, such as "
             "('RBC', 'WBC')"
         )
+    if exif not in EXIF_MODES:
+        raise UserError(f"exif of register_voc is {exif!r}: give one of {', '.join(EXIF_MODES)}")
     root, names = Path(root).expanduser(), tuple(class_names)
 
     def read() -> list[dict[str, Any]]:
-        annotations = read_split(root, split, names).annotations
-        check_headers(annotations)  # a reader of detectron2 would fail on them
-        return to_records(annotations, use_difficult=use_difficult)
+        annotations = read_split(root, split, names, upright=exif != "ignore").annotations
+        headers = check_headers(annotations, exif)  # a reader of detectron2 would fail on them
+        if exif == "ignore" and headers.oriented:
+            raise UserError(
+                f"{root}: exif of register_voc is ignore, but detectron2 applies the EXIF "
+                f"orientation that {headers.oriented} images have: rewrite them without it"
+            )
+        return to_records(with_sizes(annotations, headers), use_difficult=use_difficult)
 
     DatasetCatalog.register(name, read)
     MetadataCatalog.get(name).set(

@@ -16,10 +16,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from tract_det.data.faults import Faults
-from tract_det.data.images import MAX_PIXELS, upright_size
+from tract_det.data.images import MAX_PIXELS, stored_size, upright_size
 from tract_det.errors import UserError
 
-_READERS = 8  # threads that read files, which on a network's disk wait most of the time
+READERS = 8  # threads that read files, which on a network's disk wait most of the time
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -33,8 +33,8 @@ class Annotation:
         image_id: The line of the split file, and the name of the XML file without its suffix; in
             other formats the image's file name without suffix.
         path: The image file.
-        width: In pixels, of the image turned upright by its EXIF orientation; 0 = neither the
-            annotation nor an image says, where none is needed.
+        width: In pixels, of the image as it is read: turned upright by its EXIF orientation, unless
+            that is ignored. 0 = neither the annotation nor an image says, where none is needed.
         height: In pixels, likewise.
         boxes: (n, 4) float64, pixel edges x1, y1, x2, y2; as read, not clipped to the image.
         labels: (n,) int64, 0..K-1, positions in the split's class names.
@@ -60,6 +60,7 @@ class VOCSplit:
         annotations: One per image, including images without objects.
         dropped: Number of boxes without area, which were left out.
         max_pixels: An image with more is refused.
+        exif: What EXIF's orientation does to an image, one of `choices.EXIF_MODES`: see `exif.py`.
         origin: Format and place that it was read from, for the log.
     """
 
@@ -68,6 +69,7 @@ class VOCSplit:
     annotations: list[Annotation]
     dropped: int
     max_pixels: int = MAX_PIXELS
+    exif: str = "auto"
     origin: str = ""
 
     def __len__(self) -> int:
@@ -109,6 +111,7 @@ def build_split(
     class_names: Sequence[str] | None,
     *,
     need_images: bool = True,
+    upright: bool = True,
 ) -> VOCSplit:
     """Makes a split of what was read. Boxes without area were dropped: a single warning says so.
 
@@ -119,6 +122,7 @@ def build_split(
         class_names: The classes, in the order of the labels; None or empty: the sorted classes of
             all objects in the split.
         need_images: Whether a size that no annotation states must be found in the image.
+        upright: Whether such a size is that of the image turned upright by its EXIF orientation.
 
     Raises:
         UserError: A class is not in the list, there is no object to take classes from, or a size is
@@ -135,7 +139,7 @@ def build_split(
         if not need_images and not path.is_file():
             return 0, 0
         try:
-            return upright_size(path)
+            return upright_size(path) if upright else stored_size(path)
         except UserError as error:
             raise UserError(f"{record.source}: no <size>, and {error}; or add <size>") from None
 
@@ -174,7 +178,7 @@ def in_threads(function: Callable[[Item], Value], items: Iterable[Item]) -> list
 
     def values() -> Iterator[Value]:
         faults = Faults()
-        with ThreadPoolExecutor(_READERS) as pool:
+        with ThreadPoolExecutor(READERS) as pool:
             for future in [pool.submit(function, item) for item in items]:
                 with faults.noted():
                     yield future.result()

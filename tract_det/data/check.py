@@ -7,15 +7,15 @@ import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tract_det.data.annotations import Annotation, VOCSplit, in_threads
+from tract_det.data.exif import check_headers, reader, with_sizes
 from tract_det.data.faults import Faults
-from tract_det.data.images import is_turned, orientation_of, read_upright
 from tract_det.errors import UserError
 
 THIN = 2.0  # pixels: a box that is thinner within its image
@@ -148,41 +148,41 @@ class ImageFacts(NamedTuple):
     """What reading the files of a data set has shown.
 
     Attributes:
+        splits: the data, with the sizes of the images as they are read.
         faults: of images that cannot be used, a line each.
-        turned: number of images that EXIF turns.
+        oriented: number of images with an EXIF orientation other than upright.
         shared: of images with the same content, the places (split, image id). A list of images
             that is part of another list, as train is of trainval, shares nothing with it.
     """
 
+    splits: list[VOCSplit]
     faults: list[str]
-    turned: int
+    oriented: int
     shared: list[list[tuple[str, str]]]
 
 
-def image_facts(splits: Sequence[VOCSplit]) -> ImageFacts:
+def image_facts(splits: Sequence[VOCSplit], exif: str = "auto") -> ImageFacts:
     """Reads every image's file: header, orientation, and a hash of its content."""
-    from tract_det.data.detection import check_headers  # it imports this package's data set
-
-    faults = []
+    settled, faults, oriented = [], [], 0
     for split in splits:
         try:
-            check_headers(split.annotations)
+            headers = check_headers(split.annotations, exif)
+            oriented += headers.oriented
+            annotations = with_sizes(split.annotations, headers)
+            settled.append(replace(split, annotations=annotations, exif=exif))
         except UserError as error:
             faults.append(str(error))
+            settled.append(replace(split, exif=exif))
     places = [(split.name, a) for split in splits for a in split.annotations]
 
-    def read(place: tuple[str, Annotation]) -> tuple[bytes, bool]:
-        path = place[1].path
+    def read(place: tuple[str, Annotation]) -> bytes:
         try:
-            content = path.read_bytes()
+            return hashlib.sha256(place[1].path.read_bytes()).digest()
         except OSError:
-            return b"", False  # `check_headers` has named it
-        return hashlib.sha256(content).digest(), is_turned(orientation_of(path))
+            return b""  # `check_headers` has named it
 
     same = defaultdict(list)
-    turned = 0
-    for (name, a), (digest, is_turned_) in zip(places, in_threads(read, places), strict=True):
-        turned += is_turned_
+    for (name, a), digest in zip(places, in_threads(read, places), strict=True):
         if digest:
             same[digest].append((name, a.image_id))
     members = {split.name: {a.image_id for a in split.annotations} for split in splits}
@@ -196,7 +196,7 @@ def image_facts(splits: Sequence[VOCSplit]) -> ImageFacts:
             for (a, _), (b, _) in combinations(group, 2)
         )
     ]
-    return ImageFacts(faults, turned, shared)
+    return ImageFacts(settled, faults, oriented, shared)
 
 
 def pixel_statistics(split: VOCSplit, images: int = 500) -> tuple[list[float], list[float]]:
@@ -206,7 +206,7 @@ def pixel_statistics(split: VOCSplit, images: int = 500) -> tuple[list[float], l
     faults = Faults()
     for a in split.annotations[::step][:images]:
         with faults.noted():
-            pixels = read_upright(a.path, split.max_pixels).double().flatten(1)
+            pixels = reader(split.exif)(a.path, split.max_pixels).double().flatten(1)
             total += pixels.sum(1).numpy()
             squares += pixels.square().sum(1).numpy()
             count += pixels.shape[1]

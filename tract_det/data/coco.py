@@ -80,13 +80,16 @@ def _split_name(path: Path, root: Path) -> str:
     return path.parent.name if is_named_by_folder else stem
 
 
-def describe(root: Path, source: Source, *, need_images: bool) -> list[tuple[str, Path, Record]]:
+def describe(
+    root: Path, source: Source, *, need_images: bool, upright: bool = True
+) -> list[tuple[str, Path, Record]]:
     """Id, file and record of every image in a JSON file, in its order.
 
     Args:
         root: Of the data, for messages.
         source: From `find_splits`.
         need_images: Whether every image must be there.
+        upright: Not needed: no image is opened.
 
     Raises:
         UserError: The file is malformed, or an image is missing; says what is wrong with all its

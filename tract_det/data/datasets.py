@@ -64,6 +64,7 @@ def read_dataset(
     format: str = "auto",
     holdout: Holdout = _NOTHING,
     need_images: bool = True,
+    upright: bool = True,
 ) -> VOCSplit:
     """Reads and joins the named splits.
 
@@ -77,6 +78,8 @@ def read_dataset(
         format: Of the data at `root`: voc, coco, yolo, or auto for what lies there.
         holdout: Makes the splits train and test (or val, or valid) of data without splits.
         need_images: Whether every image must be there.
+        upright: Whether sizes that no annotation states, and YOLO's boxes, are those of the images
+            turned upright by their EXIF orientation.
 
     Raises:
         UserError: Something is missing or malformed, the message names the file; there are no
@@ -92,12 +95,14 @@ def read_dataset(
         located = _locate(name, root)
         if located is None:
             assert root is not None
-            options = (class_names, format, holdout, need_images)
+            options = (class_names, format, holdout, need_images, upright)
             splits.append(_read_split(root, name, *options))
             continue
         folder, split_name, fixed_classes = located
         classes = class_names or fixed_classes
-        splits.append(voc.read_split(folder, split_name, classes, need_images=need_images))
+        splits.append(
+            voc.read_split(folder, split_name, classes, need_images=need_images, upright=upright)
+        )
         if not class_names:
             fixed_lists.add(fixed_classes)
     all_classes = tuple(sorted({c for split in splits for c in split.class_names}))
@@ -133,7 +138,11 @@ def splits_of(root: Path, format: str = "auto") -> list[str]:
 
 
 def read_whole(
-    root: Path, name: str, class_names: Sequence[str] | None, format: str = "auto"
+    root: Path,
+    name: str,
+    class_names: Sequence[str] | None,
+    format: str = "auto",
+    upright: bool = True,
 ) -> VOCSplit:
     """One of the splits that `splits_of` names, whose name is "all" where data have none.
 
@@ -142,11 +151,11 @@ def read_whole(
     """
     root = Path(root).expanduser()
     if name:
-        return _read_split(root, name, class_names, format, _NOTHING, True)
+        return _read_split(root, name, class_names, format, _NOTHING, True, upright)
     format, sources = _sources(root, format)
     source = sources[name]
-    images = _READERS[format].describe(root, source, need_images=True)
-    split = build_split("all", source.where, images, class_names)
+    images = _READERS[format].describe(root, source, need_images=True, upright=upright)
+    split = build_split("all", source.where, images, class_names, upright=upright)
     return replace(split, origin=f"{_TITLES[format]}, {source.where}")
 
 
@@ -172,23 +181,26 @@ def _read_split(
     format: str,
     holdout: Holdout,
     need_images: bool,
+    upright: bool = True,
 ) -> VOCSplit:
     """One split of the data at `root`."""
     if not root.exists():
         raise UserError(f"{root}: there is no such folder: correct DATASETS.ROOT")
     if format in ("auto", "voc") and voc.is_tree(root):
-        split = voc.read_split(root, name, class_names, need_images=need_images)
+        split = voc.read_split(root, name, class_names, need_images=need_images, upright=upright)
         return replace(split, origin=f"VOC, {root / 'ImageSets/Main' / name}.txt")
     format, sources = _sources(root, format)
     source, part = _choose(root, name, sources, holdout)
-    images = _READERS[format].describe(root, source, need_images=need_images)
+    images = _READERS[format].describe(root, source, need_images=need_images, upright=upright)
     origin = f"{_TITLES[format]}, {source.where}"
     if part:
         images = _held_out(images, holdout) if part == "held out" else _kept(images, holdout)
         origin += f", of which {holdout.fraction:g} of the images are held out; these are {part}"
     if not images:
         raise UserError(f"{source.where}: there is no image in split {name!r}")
-    split = build_split(name, source.where, images, class_names, need_images=need_images)
+    split = build_split(
+        name, source.where, images, class_names, need_images=need_images, upright=upright
+    )
     return replace(split, origin=origin)
 
 

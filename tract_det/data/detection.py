@@ -5,8 +5,7 @@ detectors expect 1..K, with 0 for the background. `VOCDetection` is the only pla
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,16 +14,12 @@ import torch
 from torchvision import tv_tensors
 
 from tract_det.data.annotations import Annotation, VOCSplit
-from tract_det.data.faults import Faults
-from tract_det.data.images import is_turned, orientation_of, read_upright, upright_size
-from tract_det.errors import UserError
+from tract_det.data.exif import check_size, reader
 
 Target = dict[str, Any]
 
 # In pixels. A thinner box may hold no pixel, and torchvision's detectors refuse a width of 0.
 MIN_SIDE = 1.0
-
-_READERS = 8  # threads that read headers, which on a network's disk wait most of the time
 
 
 class VOCDetection(torch.utils.data.Dataset):
@@ -59,10 +54,19 @@ class VOCDetection(torch.utils.data.Dataset):
         self.split = split
         self.transform = transform
         self.use_difficult = use_difficult
+        self._read = reader(split.exif)
         _warn_outside(split)
 
     def __len__(self) -> int:
         return len(self.split.annotations)
+
+    def read(self, index: int) -> torch.Tensor:
+        """(3, H, W) uint8: an image without its objects.
+
+        Raises:
+            UserError: It cannot be read.
+        """
+        return self._read(self.split.annotations[index].path, self.split.max_pixels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
         """Reads and transforms one image, and drops boxes that have become too thin.
@@ -71,7 +75,7 @@ class VOCDetection(torch.utils.data.Dataset):
             UserError: The image cannot be read, or its size is not the one in its annotation.
         """
         annotation = self.split.annotations[index]
-        image = tv_tensors.Image(read_upright(annotation.path, self.split.max_pixels))
+        image = tv_tensors.Image(self.read(index))
         check_size(annotation, (image.shape[-1], image.shape[-2]))
         keep = np.ones(len(annotation.boxes), dtype=bool)
         if not self.use_difficult:
@@ -139,50 +143,3 @@ def _drop_thin(target: Target) -> Target:
         return target
     boxes = tv_tensors.wrap(target["boxes"][keep], like=target["boxes"])
     return target | {"boxes": boxes, "labels": target["labels"][keep]}
-
-
-def check_size(annotation: Annotation, size: tuple[int, int]) -> None:
-    """Refuses an image that is not as its annotation says.
-
-    Args:
-        annotation: of the image.
-        size: width and height of the image, turned upright.
-
-    Raises:
-        UserError: They are not those of the annotation; says which of the two to correct.
-    """
-    stated = (annotation.width, annotation.height)
-    if size == stated:
-        return
-    orientation = orientation_of(annotation.path)
-    turned = f", upright by its EXIF orientation {orientation}," if is_turned(orientation) else ""
-    mend = "restore the annotated image, or correct <size> and the boxes"
-    if size == stated[::-1]:
-        mend = "width and height are swapped in <size>: correct it, and the boxes if they lie wrong"
-        if turned:
-            mend = (
-                "<size> is that of the pixels as stored: if the boxes are too, remove the EXIF "
-                "orientation from the file; otherwise correct <size>"
-            )
-    raise UserError(
-        f"{annotation.path}: the image is {size[0]} x {size[1]}{turned} but its annotation says "
-        f"{stated[0]} x {stated[1]}: {mend}"
-    )
-
-
-def check_headers(annotations: Sequence[Annotation]) -> None:
-    """Refuses images that are not as their annotations say, before any of them is decoded.
-
-    Raises:
-        UserError: As `check_size`, for all of them at once.
-    """
-
-    def check(annotation: Annotation) -> None:
-        check_size(annotation, upright_size(annotation.path))
-
-    faults = Faults()
-    with ThreadPoolExecutor(_READERS) as pool:
-        for checked in [pool.submit(check, annotation) for annotation in annotations]:
-            with faults.noted():
-                checked.result()
-    faults.refuse()

@@ -5,11 +5,13 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from tract_det.errors import UserError, shortened
 
@@ -32,6 +34,7 @@ _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
     7: (True, (-2, -1)),
     8: (True, (-2,)),
 }
+_INVERSE = {6: 8, 8: 6}  # all others undo themselves
 
 
 # JPEG's markers of a frame header: SOF0 to SOF15 without those that mean something else.
@@ -45,13 +48,50 @@ class CorruptImageError(UserError):
     """The file exists but does not decode."""
 
 
+class Header(NamedTuple):
+    """What an image file says before its pixels.
+
+    Attributes:
+        stored: Width and height of the pixels as stored.
+        orientation: EXIF's, 1 to 8; 1 = upright, or the file does not say.
+    """
+
+    stored: tuple[int, int]
+    orientation: int
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height of the image turned as the orientation says."""
+        width, height = self.stored
+        return (height, width) if is_turned(self.orientation) else (width, height)
+
+
+def read_header(path: Path) -> Header:
+    """Size and orientation of an image, without decoding it.
+
+    Raises:
+        CorruptImageError: It is not an image.
+        UserError: The file cannot be opened.
+    """
+    with _opened(path) as image:
+        size = image.size
+        if isinstance(image, TiffImageFile):  # Pillow says the upright one's since version 11.1
+            size = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
+        return Header(size, _orientation(image))
+
+
 def orientation_of(path: Path) -> int:
     """EXIF's orientation of an image file, 1 to 8; 1 = upright, or the file does not say."""
+    return _turn_of(path)[0]
+
+
+def _turn_of(path: Path) -> tuple[int, bool]:
+    """EXIF's orientation, and whether `read_rgb` applies it: Pillow does so where it reads TIFF."""
     try:
         with Image.open(path) as image:
-            return _orientation(image)
+            return _orientation(image), isinstance(image, TiffImageFile)
     except Exception:  # Pillow raises many kinds; `read_rgb` says whether the file is an image
-        return 1
+        return 1, False
 
 
 def _orientation(image: Image.Image) -> int:
@@ -92,9 +132,12 @@ def upright_size(path: Path) -> tuple[int, int]:
         CorruptImageError: It is not an image.
         UserError: The file cannot be opened.
     """
-    with _opened(path) as image:
-        width, height = image.size
-        return (height, width) if is_turned(_orientation(image)) else (width, height)
+    return read_header(path).upright
+
+
+def stored_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image as `read_stored` reads it; otherwise as `upright_size`."""
+    return read_header(path).stored
 
 
 def read_upright(path: Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
@@ -103,7 +146,18 @@ def read_upright(path: Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     detectron2 reads its images so, by the same tag.
     """
     image = read_rgb(path, max_pixels)
-    orientation = orientation_of(path)
+    orientation, is_applied = _turn_of(path)
+    return image if is_applied else _turned(image, orientation)
+
+
+def read_stored(path: Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """As `read_rgb`, but never turned."""
+    image = read_rgb(path, max_pixels)
+    orientation, is_applied = _turn_of(path)
+    return _turned(image, _INVERSE.get(orientation, orientation)) if is_applied else image
+
+
+def _turned(image: torch.Tensor, orientation: int) -> torch.Tensor:
     if orientation == 1:
         return image
     is_exchanged, flipped = _TURNS[orientation]
@@ -113,8 +167,9 @@ def read_upright(path: Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
 def read_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """(3, H, W) uint8 from an image file; grey, palette, CMYK and transparent ones become RGB.
 
-    The pixels are as stored: an EXIF orientation is not applied, as in torchvision's and timm's
-    data sets of classes. Of 16 bits per channel the upper 8 are taken, and alpha is left out.
+    The pixels are as Pillow and torchvision decode them, as in torchvision's and timm's data sets
+    of classes: an EXIF orientation is applied to TIFF alone, by Pillow. Of 16 bits per channel the
+    upper 8 are taken, and alpha is left out.
 
     torchvision reads JPEG, with the same pixels as Pillow, bit for bit, two to three times as fast
     (benchmarks/data_design_notes.md). Pillow reads all other files: torchvision's PNG decoder ends

@@ -62,6 +62,7 @@ def read_split(
     class_names: Sequence[str] | None = None,
     *,
     need_images: bool = True,
+    upright: bool = True,
 ) -> VOCSplit:
     """Reads one split of a tree in the devkit's layout.
 
@@ -74,6 +75,7 @@ def read_split(
             all objects in the split.
         need_images: Whether every id must have an image file. If not, `Annotation.path` may name a
             file that does not exist.
+        upright: As in `build_split`.
 
     Raises:
         UserError: Something is missing or malformed; the message names the file.
@@ -92,7 +94,9 @@ def read_split(
             path = _find_image(root, image_id, record, images, xmls, need_images)
             described.append((image_id, path, record))
     faults.refuse()
-    return build_split(split, split_file, described, class_names, need_images=need_images)
+    return build_split(
+        split, split_file, described, class_names, need_images=need_images, upright=upright
+    )
 
 
 def find_devkit(root: Path, year: int) -> Path:

@@ -45,7 +45,9 @@ def _source(folder: Path, above: Path) -> Source:
     return Source(folder, (*beside, folder))
 
 
-def describe(root: Path, source: Source, *, need_images: bool) -> list[tuple[str, Path, Record]]:
+def describe(
+    root: Path, source: Source, *, need_images: bool, upright: bool = True
+) -> list[tuple[str, Path, Record]]:
     """Id, file and record of every image that has an XML file, sorted by id.
 
     Images without an XML file are not taken: nobody has looked at them.

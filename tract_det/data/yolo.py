@@ -28,7 +28,7 @@ import yaml
 
 from tract_det.data.annotations import Record, check_unique, in_threads
 from tract_det.data.files import IMAGE_SUFFIXES, Source
-from tract_det.data.images import upright_size
+from tract_det.data.images import stored_size, upright_size
 from tract_det.errors import UserError
 
 EXPECTED = (
@@ -181,13 +181,16 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read as text ({error}): save it as UTF-8") from None
 
 
-def describe(root: Path, source: Source, *, need_images: bool) -> list[tuple[str, Path, Record]]:
+def describe(
+    root: Path, source: Source, *, need_images: bool, upright: bool = True
+) -> list[tuple[str, Path, Record]]:
     """Id, file and record of every image of a split, in the order of its folder or list.
 
     Args:
         root: Of the data; ids do not have its name in them.
         source: From `find_splits`.
         need_images: Images are needed in any case: boxes are fractions of their sizes.
+        upright: Whether of the sizes of the images turned upright by their EXIF orientation.
 
     Raises:
         UserError: What is wrong with all images and label files at once.
@@ -208,9 +211,11 @@ def describe(root: Path, source: Source, *, need_images: bool) -> list[tuple[str
             stacklevel=4,
         )
 
+    size_of = upright_size if upright else stored_size
+
     def read(pair: tuple[Path, Path]) -> Record:
         image, label = pair
-        return parse_labels(label, image, upright_size(image), source.class_names)
+        return parse_labels(label, image, size_of(image), source.class_names)
 
     records = in_threads(read, zip(files, labels, strict=True))
     return list(zip(_ids(files), files, records, strict=True))

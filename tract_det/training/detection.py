@@ -16,9 +16,10 @@ from tract_det.config.detection import get_cfg
 from tract_det.data.annotations import VOCSplit
 from tract_det.data.check import summary
 from tract_det.data.datasets import Holdout, read_dataset
-from tract_det.data.detection import VOCDetection, aspect_groups, check_headers, drop_empty
+from tract_det.data.detection import VOCDetection, aspect_groups, drop_empty
 from tract_det.data.detection_loaders import detection_evaluation_loader, detection_loader
 from tract_det.data.detection_transforms import detection_train
+from tract_det.data.exif import check_headers, with_sizes
 from tract_det.engine.loop import infer
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
@@ -43,11 +44,26 @@ def _read(cfg: CfgNode, names: Sequence[str], class_names: Sequence[str] | None)
     root = Path(cfg.DATASETS.ROOT) if cfg.DATASETS.ROOT else None
     data = cfg.DATASETS
     holdout = Holdout(data.HOLDOUT, data.HOLDOUT_SEED)
-    split = read_dataset(names, root, class_names, format=data.FORMAT, holdout=holdout)
+    exif, max_pixels = cfg.INPUT.EXIF, cfg.INPUT.MAX_PIXELS
+    split = read_dataset(
+        names,
+        root,
+        class_names,
+        format=data.FORMAT,
+        holdout=holdout,
+        upright=exif != "ignore",
+    )
     say(f"{split.name}: {split.origin}")
     say(summary(split))
-    distributed.on_main(lambda: check_headers(split.annotations))
-    return replace(split, max_pixels=cfg.INPUT.MAX_PIXELS)
+    headers = distributed.on_main(lambda: check_headers(split.annotations, exif))
+    if headers.oriented:
+        fate = "is ignored" if exif == "ignore" else "turns them upright"
+        say(
+            f"{split.name}: {headers.oriented} of {len(split)} images have an EXIF orientation, "
+            f"which {fate} (INPUT.EXIF {exif})"
+        )
+    annotations = with_sizes(split.annotations, headers)
+    return replace(split, annotations=annotations, max_pixels=max_pixels, exif=exif)
 
 
 def read_data(cfg: CfgNode) -> tuple[VOCSplit, VOCSplit]:
@@ -197,9 +213,13 @@ class DetectionEvaluation:
         annotations = self.split.annotations
         step = max(1, len(annotations) // _PICTURES)
         pictures = []
-        for annotation in annotations[::step][:_PICTURES]:
+        for index in range(0, len(annotations), step)[:_PICTURES]:
+            annotation = annotations[index]
             boxes, scores, labels = evaluator.detections[annotation.image_id]
-            pictures.append(Picture(annotation.path, annotation.boxes, boxes, labels, scores))
+            pixels = self.dataset.read(index).permute(1, 2, 0).numpy()
+            pictures.append(
+                Picture(annotation.path, annotation.boxes, boxes, labels, scores, pixels)
+            )
         return pictures
 
 
