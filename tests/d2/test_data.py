@@ -248,3 +248,17 @@ def test_what_detectron2_turns_is_refused_under_ignore(tmp_path):
         DatasetCatalog.get(name)
     with pytest.raises(UserError, match="exif of register_voc is 'turn': give one of auto, apply"):
         register_voc("test_turn", root, "train", CLASSES, exif="turn")
+
+
+def test_a_tiff_that_detectron2_would_turn_twice_is_refused(tmp_path):
+    root = turned_tree(tmp_path / "tree", 6)
+    for path in sorted((root / "JPEGImages").iterdir()):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.open(path).save(path.with_suffix(".tiff"), exif=exif)
+        path.unlink()
+    with (
+        registered("test_tiff", root, "train", CLASSES) as name,
+        pytest.raises(UserError, match=r"a000\.tiff: detectron2 turns a TIFF .*\(2 images\)"),
+    ):
+        DatasetCatalog.get(name)

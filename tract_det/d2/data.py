@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from tract_det.data.annotations import Annotation
 from tract_det.data.choices import EXIF_MODES
 from tract_det.data.exif import check_headers, with_sizes
+from tract_det.data.images import orientation_of
 from tract_det.data.voc import VOC_CLASSES, read_split
 from tract_det.errors import UserError
 from tract_det.evaluation.evaluators import DetectionEvaluator
@@ -68,6 +69,7 @@ def register_voc(
                 f"{root}: exif of register_voc is ignore, but detectron2 applies the EXIF "
                 f"orientation that {headers.oriented} images have: rewrite them without it"
             )
+        _refuse_turned_tiffs(annotations)
         return to_records(with_sizes(annotations, headers), use_difficult=use_difficult)
 
     DatasetCatalog.register(name, read)
@@ -78,6 +80,21 @@ def register_voc(
         split=split,
         year=2012 if root.absolute().name == "VOC2012" else 2007,
     )
+
+
+def _refuse_turned_tiffs(annotations: Sequence[Annotation]) -> None:
+    """Pillow turns TIFF as it decodes it, and detectron2 would turn it once more."""
+    turned = [
+        str(annotation.path)
+        for annotation in annotations
+        if annotation.path.suffix.lower() in (".tif", ".tiff")
+        and orientation_of(annotation.path) != 1
+    ]
+    if turned:
+        raise UserError(
+            f"{turned[0]}: detectron2 turns a TIFF file with an EXIF orientation twice "
+            f"({len(turned)} images): rewrite them upright"
+        )
 
 
 def to_records(

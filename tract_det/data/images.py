@@ -1,4 +1,17 @@
-"""Decodes image files of any kind to (3, H, W) uint8 RGB, as stored or turned upright."""
+"""Decodes image files of any kind to (3, H, W) uint8 RGB, as stored or turned upright.
+
+JPEG, PNG, WebP, BMP, TIFF and whatever else Pillow reads. What the pixels are made of:
+
+| in the file | RGB |
+|---|---|
+| grey, one bit | the value three times; a bit is 0 or 255 |
+| palette | its colours; a transparent one too |
+| alpha | left out: transparent pixels have the colour that is stored below |
+| CMYK | by Pillow's rule, (255 - C) (255 - K) / 255, without a colour profile; also YCbCr and HSV |
+| 16 bits per channel | the upper 8 bits: 10 or 12 bits that are not stretched to 16 become dark |
+| other whole numbers, floating-point numbers, Lab | refused, since their range is not known |
+| several pages or frames | the first |
+"""
 
 import os
 import struct
@@ -228,8 +241,13 @@ def _rgb_pixels(image: Image.Image) -> np.ndarray:
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers: save it with 8 bits")
     if image.mode.startswith("I"):  # grey of 16 bits, which Pillow would cut off at 255
-        grey = (np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
+        grey = np.asarray(image).astype(np.int64)
+        if grey.size and not 0 <= grey.min() <= grey.max() < 2**16:
+            raise ValueError(
+                f"its pixels are whole numbers from {grey.min()} to {grey.max()}: save it with 8 "
+                "or 16 bits, without a sign"
+            )
+        return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
     return np.array(image.convert("RGB"))
 
 

@@ -2,7 +2,7 @@
 
     root/Annotations/<id>.xml
     root/ImageSets/Main/<split>.txt     one image id per line
-    root/JPEGImages/<id>.jpg            or .jpeg, .png
+    root/JPEGImages/<id>.jpg            or .jpeg, .png, .webp, .bmp, .tif, .tiff
 
 In the files a box is (xmin, ymin, xmax, ymax) in 1-based pixels, the last one included. Here it is
 (xmin - 1, ymin - 1, xmax, ymax), the edges of its pixels counted from 0, so that a width is a
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tract_det.data.annotations import Record, VOCSplit, build_split, check_unique, shorten
 from tract_det.data.faults import Faults
-from tract_det.data.files import by_stem
+from tract_det.data.files import IMAGE_SUFFIXES, by_stem
 from tract_det.data.voc_xml import parse_annotation
 from tract_det.errors import UserError
 
@@ -52,8 +52,6 @@ _ARCHIVES = {
     "voc2007/VOCtest_06-Nov-2007.tar": "b6e924de25625d8de591ea690078ad9f",
     "voc2012/VOCtrainval_11-May-2012.tar": "6cd6e144f989b92b3379bac3b3de84fd",
 }
-# If an id has several image files, the first suffix in this order wins.
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def read_split(
@@ -83,7 +81,7 @@ def read_split(
     root = Path(root)
     check_tree(root, need_images)
     xmls = _list_files(root / "Annotations", (".xml",))
-    images = _list_files(root / "JPEGImages", _IMAGE_SUFFIXES)
+    images = _list_files(root / "JPEGImages", IMAGE_SUFFIXES)
     split_file = _split_file(root, split)
     ids = _read_ids(split_file, xmls)
     faults = Faults()
@@ -188,7 +186,7 @@ def _find_image(
     """JPEGImages/<id>.*, or else the file named by the XML's <filename>, if it is no other id's."""
     usual = root / "JPEGImages" / f"{image_id}.jpg"
     if "/" in image_id:
-        for suffix in _IMAGE_SUFFIXES:
+        for suffix in IMAGE_SUFFIXES:
             if (path := usual.with_suffix(suffix)).is_file():
                 return path
     # <filename> may be a path on the annotator's machine, even a Windows path, or have no suffix.
@@ -198,8 +196,8 @@ def _find_image(
             return images[stem]
     if need_images:
         raise UserError(
-            f"{record.source}: image {usual} is missing (also .jpeg and .png, and <filename> "
-            f"{record.filename!r}): add it or remove the id from the split"
+            f"{record.source}: image {usual} is missing (also {', '.join(IMAGE_SUFFIXES[1:])}, and "
+            f"<filename> {record.filename!r}): add it or remove the id from the split"
         )
     return usual
 
