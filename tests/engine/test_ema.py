@@ -1,5 +1,6 @@
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from tract_det.engine.ds import autocast_forward
 from tract_det.engine.ema import Ema
@@ -35,6 +36,22 @@ def test_it_is_the_decaying_mean_from_the_first_step_on_buffers_included():
         for state in history[1:]:
             expected = 0.7 * expected + 0.3 * state[key].double()
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_does_not_learn_stays_to_the_last_bit():
+    """Frozen weights and a frozen batch norm's statistics, whatever the decay."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4), nn.Conv2d(4, 4, 1))
+    net[0].requires_grad_(False)
+    for buffer in net[1].buffers():
+        buffer.copy_(torch.rand_like(buffer))
+    start = {k: v.clone() for k, v in net.state_dict().items()}
+    ema = Ema(net, decay=0.3)
+    for iteration in range(1, 30):
+        with torch.no_grad():
+            net[2].weight.add_(torch.randn_like(net[2].weight))
+        ema.update(net, iteration)
+    same = [k for k, v in ema.model.state_dict().items() if torch.equal(v, start[k])]
+    assert same == [k for k in start if k != "2.weight"]
 
 
 def test_between_periods_it_stands_still():

@@ -133,11 +133,12 @@ def assert_same_bits(a, b, names=("model_final.pth",)):
         assert all(torch.equal(value, second[key]) for key, value in first.items()), name
 
 
-def assert_close(a, b, tolerance=1e-5):
+def assert_close(a, b, tolerance=1e-5, names=("model_final.pth",)):
     """The weights of two runs are equal but for rounding, and so are their losses."""
-    expected = weights(b)
-    for key, value in weights(a).items():
-        torch.testing.assert_close(value, expected[key], rtol=0, atol=tolerance)
+    for name in names:
+        expected = weights(b, name)
+        for key, value in weights(a, name).items():
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=tolerance)
     assert log(a).keys() == log(b).keys()
     for step, loss in log(a).items():
         assert abs(loss - log(b)[step]) <= tolerance * abs(log(b)[step])

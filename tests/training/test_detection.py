@@ -36,12 +36,13 @@ def train(root, output, *flags, **changes):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, voc_tree):
-    """A run with TrAct, BatchNorm, a worker process, bf16 and a best checkpoint."""
+    """A run with TrAct, BatchNorm, a moving average, a worker process, bf16 and evaluations."""
     output = tmp_path_factory.mktemp("trained") / "out"
     printed = train(
         voc_tree, output, MODEL__TRACT__ENABLED=True, MODEL__BACKBONE__NORM="BN",
         SOLVER__AMP__ENABLED=True, SOLVER__CLIP_GRADIENTS__ENABLED=True, DATALOADER__NUM_WORKERS=1,
-        MODEL__BACKBONE__FREEZE_AT=0, TEST__EVAL_PERIOD=2,
+        MODEL__BACKBONE__FREEZE_AT=0, TEST__EVAL_PERIOD=2, MODEL__EMA__ENABLED=True,
+        MODEL__EMA__DECAY=0.5, TEST__BEST_METRIC="ema.voc_area.mAP",
     )  # fmt: skip
     return output, printed
 
@@ -60,11 +61,14 @@ def test_a_run_leaves_results_weights_detections_and_a_picture(trained):
     }  # fmt: skip
     with Image.open(output / "detections.png") as picture:
         assert picture.width > 500
-    for name in ("model_final.pth", "model_best.pth", "config.yaml", "last_checkpoint"):
+    for name in ("config.yaml", "last_checkpoint"):
         assert (output / name).is_file()
+    for name in ("final", "final_ema", "best", "best_ema"):
+        assert (output / f"model_{name}.pth").is_file()
     assert list(output.glob("events.out.tfevents*"))
     assert sorted(log(output)) == [1, 2, 3, 4]
     assert all(math.isfinite(value) for value in log(output).values())
+    assert sorted(log(output, "ema.voc_area.mAP")) == [2, 4]
     assert not list(output.rglob(".*")), "a temporary file stayed"
     assert json.loads((output / "classes.json").read_text())["classes"] == ["box", "disc"]
     assert "TrAct on 'backbone.body.conv1', lambda 0.1 of standardised pixels" in printed
@@ -97,12 +101,29 @@ def test_a_training_from_a_classifier_lists_all_that_it_took_and_left(voc_tree, 
     assert {*report["used"], *report["random"]} == saved and len(report["random"]) > 6
 
 
-def test_evaluating_the_saved_weights_gives_the_same_bits(trained, voc_tree, tmp_path):
+def test_the_moving_average_has_weights_and_statistics_of_its_own(trained):
+    plain, average = weights(trained[0]), weights(trained[0], "model_final_ema.pth")
+    assert plain.keys() == average.keys()
+    for key in ("conv1.weight", "bn1.running_mean", "bn1.running_var"):
+        assert not torch.equal(plain[f"backbone.body.{key}"], average[f"backbone.body.{key}"])
+
+
+def of_model(output):
+    """The results without those of the moving average."""
+    found = results(output)
+    del found["ema"]
+    return found
+
+
+@pytest.mark.parametrize("suffix", ["", "_ema"])
+def test_evaluating_the_saved_weights_gives_the_same_bits(trained, voc_tree, tmp_path, suffix):
     train(
-        voc_tree, tmp_path, "--eval-only", MODEL__WEIGHTS=trained[0] / "model_final.pth",
+        voc_tree, tmp_path, "--eval-only", MODEL__WEIGHTS=trained[0] / f"model_final{suffix}.pth",
         MODEL__BACKBONE__NORM="BN", SOLVER__AMP__ENABLED=True,
     )  # fmt: skip
-    assert results(tmp_path) == results(trained[0])
+    assert results(tmp_path) == (results(trained[0])["ema"] if suffix else of_model(trained[0]))
+    if suffix:
+        return
     for file in (trained[0] / "detections").iterdir():
         assert (tmp_path / "detections" / file.name).read_bytes() == file.read_bytes()
 
@@ -116,7 +137,7 @@ def test_a_picture_that_cannot_be_written_costs_a_warning_and_no_result(
             voc_tree, tmp_path, "--eval-only", MODEL__WEIGHTS=trained[0] / "model_final.pth",
             MODEL__BACKBONE__NORM="BN", SOLVER__AMP__ENABLED=True,
         )  # fmt: skip
-    assert results(tmp_path) == results(trained[0])
+    assert results(tmp_path) == of_model(trained[0])
 
 
 def test_the_challenges_files_evaluate_to_the_same_mean(trained, voc_tree, tmp_path):
@@ -162,7 +183,8 @@ def test_interrupted_and_resumed_is_uninterrupted(voc_tree, tmp_path):
     """SIGTERM in the middle of a log period; the worker process draws augmentations as well."""
     changes = {
         "SOLVER__MAX_ITER": 8, "LOG_PERIOD": 3, "DATALOADER__NUM_WORKERS": 1,
-        "INPUT__COLOR_JITTER": 0.3,
+        "INPUT__COLOR_JITTER": 0.3, "MODEL__EMA__ENABLED": True, "MODEL__EMA__DECAY": 0.8,
+        "MODEL__BACKBONE__NORM": "BN",
     }  # fmt: skip
     train(voc_tree, tmp_path / "whole", **changes)
     output = tmp_path / "parts"
@@ -174,7 +196,7 @@ def test_interrupted_and_resumed_is_uninterrupted(voc_tree, tmp_path):
     assert not (output / "model_final.pth").exists()
     train(voc_tree, output, "--resume", **changes)
     assert log(output) == log(tmp_path / "whole")
-    assert_same_bits(output, tmp_path / "whole")
+    assert_same_bits(output, tmp_path / "whole", ["model_final.pth", "model_final_ema.pth"])
 
 
 @pytest.mark.parametrize(

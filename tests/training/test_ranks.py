@@ -102,19 +102,26 @@ def test_two_ranks_evaluate_what_one_does_to_the_last_bit(two_ranks, one_step, v
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["one rank", "two ranks"])
-def test_a_detector_goes_on_with_another_number_of_ranks(two_ranks, voc_tree, tmp_path, first):
+@pytest.mark.parametrize("stages", [(0, 0), (1, 2), (2, 0)])
+def test_a_detector_goes_on_with_another_number_of_ranks(
+    two_ranks, voc_tree, tmp_path, first, stages
+):
+    """And, where they differ, with another stage of ZeRO; the moving average goes on as well."""
     changes = {
         "SOLVER__MAX_ITER": 4, "SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__CHECKPOINT_KEEP": 9,
-        "MODEL__TRACT__ENABLED": True, "LOG_PERIOD": 1,
+        "MODEL__TRACT__ENABLED": True, "LOG_PERIOD": 1, "MODEL__EMA__ENABLED": True,
+        "MODEL__EMA__DECAY": 0.5,
         "SOLVER__BASE_LR": 1e-3,  # larger steps make more of rounding
     }  # fmt: skip
     run_here("train", *tiny_options(voc_tree, tmp_path / "whole", **changes))
-    arguments = tiny_options(voc_tree, tmp_path / "parts", **changes)
     runs = [run_here, two_ranks.run] if first == "one rank" else [two_ranks.run, run_here]
-    runs[0]("train", *arguments)
-    (tmp_path / "parts/last_checkpoint").write_text("iter_0000002")
-    assert "at step 2" in runs[1]("train", "--resume", *arguments)
-    assert_close(tmp_path / "parts", tmp_path / "whole")
+    for run, stage, flags in zip(runs, stages, ([], ["--resume"]), strict=True):
+        changes["DEEPSPEED__zero_optimization__stage"] = stage
+        printed = run("train", *flags, *tiny_options(voc_tree, tmp_path / "parts", **changes))
+        (tmp_path / "parts/last_checkpoint").write_text("iter_0000002")
+    assert "at step 2" in printed
+    names = ["model_final.pth", "model_final_ema.pth"]
+    assert_close(tmp_path / "parts", tmp_path / "whole", names=names)
 
 
 # Classifiers

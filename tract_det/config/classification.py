@@ -25,6 +25,7 @@ from tract_det.config.ranges import (
 from tract_det.config.shared import (
     SHARED_RANGES,
     check_common,
+    ema_keys,
     solver_keys,
     tract_keys,
     with_run_keys,
@@ -76,12 +77,7 @@ def _model() -> CfgNode:
             "CHANNELS_LAST": False,
             "COMPILE": False,  # True: torch.compile
             "LOSS": "ce",  # ce = cross-entropy, bce = one sigmoid per class (DeiT-III)
-            "EMA": {  # exponential moving average of the weights, evaluated beside them
-                "ENABLED": False,
-                "DECAY": 0.9999,  # weight of the previous average in an update
-                "PERIOD": 1,  # steps between updates
-                "WARMUP": False,  # True: a smaller decay at the start
-            },
+            "EMA": ema_keys(),
             # How the first layer is initialised: "" = as its library does; whitened = by filters
             # that whiten the patches of 256 training images. Not with WEIGHTS.
             "STEM_INIT": "",
@@ -200,8 +196,6 @@ RANGES: dict[str, Rule] = {
     "MODEL.WIDTH": COUNT,
     "MODEL.DROP_RATE": BELOW_ONE,
     "MODEL.DROP_PATH_RATE": BELOW_ONE,
-    "MODEL.EMA.DECAY": BELOW_ONE,
-    "MODEL.EMA.PERIOD": COUNT,
     "INPUT.SIZE": COUNT,
     "INPUT.SCALE": Numbers(),
     "INPUT.RATIO": Numbers(),
@@ -242,7 +236,7 @@ def validate(cfg: CfgNode) -> None:
     one_of(cfg, "MODEL.PATCH_NORM", PATCH_NORMS)
     one_of(cfg, "MODEL.LOSS", LOSSES)
     one_of(cfg, "TEST.BEST_METRIC", CLASSIFICATION_METRICS)
-    model, solver, ema = cfg.MODEL, cfg.SOLVER, cfg.MODEL.EMA
+    model, solver = cfg.MODEL, cfg.SOLVER
     require(
         model.STANDARDIZE or not model.PIXEL_MEAN,
         "MODEL.PIXEL_MEAN is set, but MODEL.STANDARDIZE False does not use it: leave one out",
@@ -254,10 +248,6 @@ def validate(cfg: CfgNode) -> None:
     require(
         model.NORM != "SyncBN" or model.DEVICE != "cpu",
         "MODEL.NORM SyncBN needs MODEL.DEVICE cuda: on a CPU set BN or GN",
-    )
-    require(
-        ema.ENABLED or not cfg.TEST.BEST_METRIC.startswith("ema."),
-        f"TEST.BEST_METRIC {cfg.TEST.BEST_METRIC} needs MODEL.EMA.ENABLED True",
     )
     require(
         solver.MAX_ITER > 0 or solver.EPOCHS > 0,

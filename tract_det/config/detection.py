@@ -25,12 +25,13 @@ from tract_det.config.ranges import (
 from tract_det.config.shared import (
     SHARED_RANGES,
     check_common,
+    ema_keys,
     solver_keys,
     tract_keys,
     with_run_keys,
 )
 from tract_det.data.choices import DETECTION_FORMATS, EXIF_MODES
-from tract_det.evaluation.metrics import METRICS
+from tract_det.evaluation.metrics import DETECTION_METRICS
 from tract_det.evaluation.voc_ap import RULES
 from tract_det.modeling.choices import BACKBONES, DETECTOR_NORMS
 
@@ -71,6 +72,7 @@ def _model() -> CfgNode:
             # True: channels_last memory format, of the batch and, under ZeRO 0, of the weights.
             "CHANNELS_LAST": False,
             "COMPILE": False,  # True: torch.compile of the backbone, with its feature pyramid
+            "EMA": ema_keys(),
             # How the first layer is initialised: "" = as its library does; whitened = by filters
             # that whiten the patches of 256 training images. Not with WEIGHTS.
             "STEM_INIT": "",
@@ -176,8 +178,8 @@ def _solver() -> dict[str, Any]:
             "VOC_RULE": "devkit",  # devkit or detectron2: see tract_det/evaluation/voc_ap.py
             # Samples of the images for the intervals in results.json; 0 = no intervals.
             "BOOTSTRAP": 1000,
-            # model_best.pth has the weights with the highest value of this figure; METRICS, above,
-            # lists the choices.
+            # model_best.pth has the weights with the highest value of this figure; METRICS, in
+            # evaluation/metrics.py, lists the choices, and with EMA each as ema.voc_area.mAP.
             "BEST_METRIC": "voc_area.mAP",
         },
     }
@@ -246,7 +248,7 @@ def validate(cfg: CfgNode) -> None:
     one_of(cfg, "DATASETS.FORMAT", DETECTION_FORMATS)
     one_of(cfg, "INPUT.EXIF", EXIF_MODES)
     one_of(cfg, "TEST.VOC_RULE", RULES)
-    one_of(cfg, "TEST.BEST_METRIC", METRICS)
+    one_of(cfg, "TEST.BEST_METRIC", DETECTION_METRICS)
     for part, sizes in (("TRAIN", cfg.INPUT.MIN_SIZE_TRAIN), ("TEST", [cfg.INPUT.MIN_SIZE_TEST])):
         largest = cfg.INPUT[f"MAX_SIZE_{part}"]
         for size in sizes:

@@ -62,6 +62,16 @@ def tract_keys() -> dict[str, Any]:
     }
 
 
+def ema_keys() -> dict[str, Any]:
+    """MODEL.EMA: an exponential moving average of the weights, evaluated and saved beside them."""
+    return {
+        "ENABLED": False,
+        "DECAY": 0.9999,  # weight of the previous average in an update
+        "PERIOD": 1,  # steps between updates
+        "WARMUP": False,  # True: a smaller decay at the start
+    }
+
+
 def solver_keys() -> dict[str, Any]:
     """SOLVER."""
     return {
@@ -114,6 +124,8 @@ SHARED_RANGES: dict[str, Rule] = {
     "MODEL.PIXEL_MEAN": Numbers(),
     "MODEL.PIXEL_STD": Numbers(),
     "MODEL.BACKBONE.FREEZE_AT": Number(-1, 5, whole=True),
+    "MODEL.EMA.DECAY": BELOW_ONE,
+    "MODEL.EMA.PERIOD": COUNT,
     "MODEL.TRACT.LAMBDA": POSITIVE,
     "MODEL.TRACT.LAMBDA_END": Number(0, above=True, also=-1),
     "MODEL.TRACT.POWER": NOT_NEGATIVE,
@@ -182,6 +194,11 @@ def check_common(cfg: CfgNode) -> None:
     require(all(std > 0 for std in model.PIXEL_STD), "MODEL.PIXEL_STD must be positive")
     for key, source in DERIVED_DEEPSPEED_KEYS.items():
         require(key not in cfg.DEEPSPEED, f"DEEPSPEED.{key} is derived: set {source} instead")
+    metric = cfg.TEST.BEST_METRIC
+    require(
+        model.EMA.ENABLED or not metric.startswith("ema."),
+        f"TEST.BEST_METRIC {metric} needs MODEL.EMA.ENABLED True",
+    )
     _check_tract(cfg)
 
 

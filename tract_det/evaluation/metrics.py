@@ -11,10 +11,15 @@ METRICS = (
     *(f"coco.{name}" for name in COCO_STATS),
 )
 
+# "ema" holds the metrics of the moving average of the weights.
+_MODELS = ("", "ema.")
+# Means of a detector's training run.
+DETECTION_METRICS = tuple(f"{model}{name}" for model in _MODELS for name in METRICS)
+
 # The k of the top-k accuracies.
 TOP_K = (1, 5)
-# The same for a classifier. "ema" holds the metrics of the moving average of the weights.
-CLASSIFICATION_METRICS = tuple(f"{prefix}top{k}" for prefix in ("", "ema.") for k in TOP_K)
+# The same for a classifier.
+CLASSIFICATION_METRICS = tuple(f"{model}top{k}" for model in _MODELS for k in TOP_K)
 
 # What can be done about scores that are not finite, for messages.
 DIVERGED_MEND = "the training diverged (lower SOLVER.BASE_LR), or check MODEL.WEIGHTS"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tract_det import apply_tract, find_stem, set_lambda, set_micro_batches, set_workspace
 from tract_det.config.machinery import plain
 from tract_det.engine import ds
+from tract_det.engine.ema import Ema
 from tract_det.engine.optimizer import (
     Fallback,
     Rule,
@@ -40,6 +41,14 @@ def place(cfg: CfgNode, network: nn.Module, device: torch.device) -> nn.Module:
     if cfg.SOLVER.AMP.ENABLED:
         ds.autocast_forward(network, device)
     return network.to(device)
+
+
+def build_ema(cfg: CfgNode, network: nn.Module) -> Ema | None:
+    """The moving average of the network, which is on its device; None where there is none."""
+    settings = cfg.MODEL.EMA
+    if not settings.ENABLED:
+        return None
+    return Ema(network, decay=settings.DECAY, period=settings.PERIOD, warmup=settings.WARMUP)
 
 
 def freeze_at(cfg: CfgNode, weights: Weights | None, *, strict: bool, default: int) -> int:

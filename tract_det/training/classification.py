@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from tract_det.data.classification_loaders import (
 )
 from tract_det.data.classification_transforms import Mix, classification_test, classification_train
 from tract_det.data.sampling import training_stream
-from tract_det.engine.ema import Ema
 from tract_det.engine.loop import infer
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
@@ -271,7 +269,6 @@ def build_model(
         inner="model",
         memory_format=_memory_format(cfg),
         compile=model.compile if settings.COMPILE else None,
-        ema=_moving_average(cfg),
     )
 
 
@@ -291,13 +288,6 @@ def _with_loss(cfg: CfgNode, model: nn.Module) -> ClassifierWithLoss:
 
 def _memory_format(cfg: CfgNode) -> torch.memory_format:
     return torch.channels_last if cfg.MODEL.CHANNELS_LAST else torch.preserve_format
-
-
-def _moving_average(cfg: CfgNode) -> partial[Ema] | None:
-    settings = cfg.MODEL.EMA
-    if not settings.ENABLED:
-        return None
-    return partial(Ema, decay=settings.DECAY, period=settings.PERIOD, warmup=settings.WARMUP)
 
 
 # Evaluation

@@ -32,7 +32,7 @@ class Measured:
     Attributes:
         step: seconds of a training step.
         evaluation: seconds of an evaluation.
-        weights: bytes of a weight file.
+        weights: bytes of a file of weights, and of that of their moving average.
         checkpoint: bytes of a checkpoint.
     """
 
@@ -99,7 +99,8 @@ def measure(task: Task, cfg: CfgNode, threads: int) -> Measured:
         ds.check_config(assembly.engine_config(cfg))
         training, test = task.read_data(cfg)
         built = session.build(task, cfg, training, task.read_weights(cfg))
-        engine, _ = session.prepare(cfg, built, device)
+        engine, ema = session.prepare(cfg, built, device)
+        average = ema.model if ema is not None else None
         steps: list[Step] = []
 
         def note(step: Step) -> None:
@@ -128,16 +129,18 @@ def measure(task: Task, cfg: CfgNode, threads: int) -> Measured:
         times = []
         for count in (few, 3 * few):
             began = time.perf_counter()
-            task.evaluation(cfg, test.first(count), built.meta, device)(network, None)
+            task.evaluation(cfg, test.first(count), built.meta, device)(network, average)
             times.append(time.perf_counter() - began)
         an_image = max(0.0, times[1] - times[0]) / (2 * few)
         checkpoint.save_weights(Path(scratch, "weights.pth"), built.model, {})
         output = Path(scratch, "run")
-        checkpoint.save(engine, output, 1, keep=1, shared={}, own={}, identity={}).result()
+        checkpoint.save(
+            engine, output, 1, keep=1, shared={}, own={}, identity={}, average=average
+        ).result()
         ds.stop()
         return Measured(
             statistics.median(step.seconds for step in steps[_WARM_UP:]),
             times[0] + an_image * (len(test) - few),
-            Path(scratch, "weights.pth").stat().st_size,
+            Path(scratch, "weights.pth").stat().st_size * (1 if average is None else 2),
             sum(path.stat().st_size for path in output.rglob("*") if path.is_file()),
         )

@@ -152,6 +152,12 @@ def means(results: Results) -> dict[str, float]:
     }
 
 
+def _figures(of_model: Results, of_average: Results | None = None) -> dict[str, float]:
+    """The figures over all classes; those of the moving average by paths that begin with `ema.`."""
+    average = means(of_average) if of_average is not None else {}
+    return means(of_model) | {f"ema.{path}": value for path, value in average.items()}
+
+
 class DetectionEvaluation:
     """Evaluates a detector on a split; see `task.Evaluation`."""
 
@@ -161,7 +167,11 @@ class DetectionEvaluation:
 
     def __call__(self, model: nn.Module, average: nn.Module | None) -> dict[str, float]:
         """The figures over all classes."""
-        return means(self._detect(model).evaluate())
+        return _figures(*(evaluator.evaluate() for evaluator in self._of_each(model, average)))
+
+    def _of_each(self, model: nn.Module, average: nn.Module | None) -> Iterator[DetectionEvaluator]:
+        """The evaluators of the model and of its moving average, if there is one."""
+        return (self._detect(network) for network in (model, average) if network is not None)
 
     def _detect(self, model: nn.Module) -> DetectionEvaluator:
         """The evaluator with this rank's detections."""
@@ -185,28 +195,48 @@ class DetectionEvaluation:
         return evaluator
 
     def report(self, model: nn.Module, average: nn.Module | None, output: Path) -> dict[str, float]:
-        """Evaluates, prints the table, and writes results, the challenge's files and pictures."""
-        evaluator = self._detect(model)
-        results = evaluator.evaluate()
+        """Evaluates, prints the tables, and writes results, the challenge's files and pictures.
+
+        The moving average's results are under `ema`; files and pictures are the model's own.
+        """
+        evaluators = list(self._of_each(model, average))
+        results = [evaluator.evaluate() for evaluator in evaluators]
         if distributed.is_main():
-            # "voc_2007_test" is the challenge's split "test".
-            name = re.sub(r"^(voc_\d{4}|shapes)_", "", self.split.name).replace("+", "_")
-            more = details(evaluator.evaluated, bootstrap=self.cfg.TEST.BOOTSTRAP)
-            write_json(output / "results.json", results | more)
-            figures = report_figures(evaluator.evaluated)
-            paths = {a.image_id: str(a.path.absolute()) for a in self.split.annotations}
-            for entry in figures["worst"]:
-                entry["path"] = paths[entry["image"]]
-            write_json(output / FIGURES, figures | {"classes": list(self.split.class_names)})
-            say(format_table(results))
-            say(format_details(results | more))
-            evaluator.write_detections(output / "detections", name)
-            say(f"wrote {output / 'results.json'} and detections/")
-            picture = output / "detections.png"
-            with beside_the_results(picture):
-                detection_grid(picture, self._pictures(evaluator), self.split.class_names)
-                say(f"wrote {picture}")
-        return means(results)
+            samples = self.cfg.TEST.BOOTSTRAP
+            detailed = [
+                part | details(evaluator.evaluated, bootstrap=samples)
+                for part, evaluator in zip(results, evaluators, strict=True)
+            ]
+            self._write(detailed, evaluators[0], output)
+        return _figures(*results)
+
+    def _write(
+        self, detailed: Sequence[Results], evaluator: DetectionEvaluator, output: Path
+    ) -> None:
+        """Writes and prints the results of the model and of its moving average, if there is one."""
+        first, *of_average = detailed
+        write_json(output / "results.json", first | ({"ema": of_average[0]} if of_average else {}))
+        self._write_figures(evaluator, output)
+        headings = ("", "\nmoving average of the weights:\n")
+        for heading, part in zip(headings, detailed, strict=False):
+            say(heading + format_table(part))
+            say(format_details(part))
+        # "voc_2007_test" is the challenge's split "test".
+        name = re.sub(r"^(voc_\d{4}|shapes)_", "", self.split.name).replace("+", "_")
+        evaluator.write_detections(output / "detections", name)
+        say(f"wrote {output / 'results.json'} and detections/")
+        picture = output / "detections.png"
+        with beside_the_results(picture):
+            detection_grid(picture, self._pictures(evaluator), self.split.class_names)
+            say(f"wrote {picture}")
+
+    def _write_figures(self, evaluator: DetectionEvaluator, output: Path) -> None:
+        """What the report shows beyond the results."""
+        figures = report_figures(evaluator.evaluated)
+        paths = {a.image_id: str(a.path.absolute()) for a in self.split.annotations}
+        for entry in figures["worst"]:
+            entry["path"] = paths[entry["image"]]
+        write_json(output / FIGURES, figures | {"classes": list(self.split.class_names)})
 
     def _pictures(self, evaluator: DetectionEvaluator) -> list[Picture]:
         """Images spread evenly over the split."""

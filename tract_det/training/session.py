@@ -172,7 +172,7 @@ def prepare(cfg: CfgNode, built: BuiltModel, device: torch.device) -> tuple[Any,
     """DeepSpeed's engine around the network, and the moving average of its weights."""
     network = assembly.place(cfg, built.network, device)
     # Copied before DeepSpeed and the compiler put their hooks on the network.
-    ema = built.ema(network) if built.ema is not None else None
+    ema = assembly.build_ema(cfg, network)
     if built.compile is not None:
         built.compile()
     stem = assembly.named_stem(cfg)

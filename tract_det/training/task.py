@@ -9,7 +9,6 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from tract_det.engine.ema import Ema
 from tract_det.engine.run import Means
 from tract_det.modeling.loading import LoadReport
 from tract_det.modeling.weight_files import Weights
@@ -69,7 +68,6 @@ class BuiltModel:
             MODEL.TRACT.STEM counts from it. "" = the whole network.
         memory_format: of the images, and of the weights where ZeRO does not flatten them.
         compile: compiles what is to be compiled of the network, in place; None = nothing.
-        ema: makes the moving average of the network, which is on its device by then.
     """
 
     network: nn.Module
@@ -79,7 +77,6 @@ class BuiltModel:
     inner: str = ""
     memory_format: torch.memory_format = torch.preserve_format
     compile: Callable[[], object] | None = None
-    ema: Callable[[nn.Module], Ema] | None = None
 
     @property
     def model(self) -> nn.Module:
