@@ -111,6 +111,11 @@ def test_a_config_builds_the_model_of_its_arm(path, arm):
         (["MODEL.PIXEL_MEAN", "[1,2,3]"], "must be set together"),
         (["DEEPSPEED.zero_optimization.stage", "3"], "takes 0, 1 or 2"),
         (["TEST.VOC_RULE", "coco"], "TEST.VOC_RULE is 'coco'"),
+        (
+            ["SOLVER.PATIENCE", "3", "TEST.EVAL_PERIOD", "0"],
+            "SOLVER.PATIENCE 3 counts evaluations, and TEST.EVAL_PERIOD 0 makes none",
+        ),
+        (["TEST.BEST_METRIC", "ema.coco.AP"], r"ema\.coco\.AP needs MODEL\.EMA\.ENABLED True"),
         (["TEST.BEST_METRIC", "mAP"], "TEST.BEST_METRIC is 'mAP': it takes one of voc_07.mAP"),
         (["MODEL.DEVICE", "cuda:1"], "MODEL.DEVICE is 'cuda:1'"),
         (["DATASETS.CLASSES", "[0, 1]"], r"DATASETS.CLASSES takes names, not \[0, 1\]: quote"),
@@ -211,6 +216,10 @@ SMALL = REPO / "configs/CIFAR/cpu_small.yaml"
         (["MODEL.PIXEL_MEAN", "[1,2,3]"], "must be set together"),
         (["MODEL.EMA.DECAY", "1"], "MODEL.EMA.DECAY is 1.0"),
         (["TEST.BEST_METRIC", "ema.top1"], r"ema\.top1 needs MODEL\.EMA\.ENABLED True"),
+        (
+            ["SOLVER.PATIENCE", "3", "TEST.EVAL_EPOCHS", "0"],
+            "SOLVER.PATIENCE 3 counts evaluations, and TEST.EVAL_EPOCHS 0 makes none",
+        ),
         (["INPUT.RESIZE_TEST", "16"], "INPUT.RESIZE_TEST 16 is less than INPUT.SIZE 32"),
         (["INPUT.SIZE", "0"], "INPUT.SIZE is 0: it must be positive"),
         (["INPUT.CROP", "center"], "INPUT.CROP is 'center': it takes one of random_resized, pad"),

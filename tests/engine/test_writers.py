@@ -19,7 +19,10 @@ LINES = [
 
 def opened(folder, start, max_iter):
     """`metrics.jsonl` after a run in this folder has gone on at step `start`."""
-    writers = Writers(folder, start=start, max_iter=max_iter, period=2, device=torch.device("cpu"))
+    writers = Writers(
+        folder, start=start, max_iter=max_iter, period=2, device=torch.device("cpu"),
+        is_evaluated_again=start == max_iter,
+    )  # fmt: skip
     writers.close()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

@@ -387,3 +387,16 @@ def test_verdict_words_of_a_speed_up(speed, words):
     within, over = words.format("95 %"), words.format("bootstrap")
     assert verdict(tract, plain, speed).endswith(f"; speed-up within one length: {within}.")
     assert verdict(tract, plain, None, speed).endswith(f"; speed-up over lengths: {over}.")
+
+
+def test_runs_that_ended_early_count_and_their_baseline_s_end_is_no_speed_up():
+    """An arm that equals its baseline at every epoch is 1 time as fast, whenever both end."""
+    values = np.array([10.0, 20.0, 30.0])
+    whole = Curve(np.array([1.0, 2.0, 4.0]), values)
+    early = Curve(np.array([1.0, 2.0, 3.0]), values, is_early=True)
+    plain = Arm("plain", {0: early, 1: early})
+    assert plain.length == 3 and Arm("mixed", {0: whole, 1: early}).length == 3.5
+    assert speed_up(Arm("tract", {0: early, 1: early}), plain).low == 1
+    assert "2 of 2 runs of plain ended early" in verdict(Arm("tract", {0: whole, 1: whole}), plain)
+    mixed = mean_curve(Arm("mixed", {0: whole, 1: early}))
+    assert mixed.epochs[-1] == 4 and mixed.mean[-1] == 30

@@ -42,6 +42,15 @@ def test_a_run_is_finished_when_its_last_step_is_evaluated_and_reported(tmp_path
     assert not read(tmp_path).is_finished
 
 
+def test_a_run_that_patience_ended_is_finished_unless_it_has_gone_on(tmp_path):
+    (tmp_path / "results.json").write_text('{"stopped": {"step": 4, "of": 8}}')
+    ended = [{"iteration": 4, "top1": 50.0}, train(4, 8.0)]
+    write(tmp_path, *ended)
+    assert read(tmp_path).is_finished and read(tmp_path).curve.is_early
+    write(tmp_path, *ended, train(6, 8.0))
+    assert not read(tmp_path).is_finished and not read(tmp_path).curve.is_early
+
+
 def test_half_a_line_of_a_killed_run_is_left_out(tmp_path):
     write(tmp_path, {"iteration": 4, "top1": 50.0}, tail='{"iteration": 8, "to')
     assert read(tmp_path).curve.values.tolist() == [50]

@@ -124,6 +124,12 @@ def test_a_detector_goes_on_with_another_number_of_ranks(
     assert_close(tmp_path / "parts", tmp_path / "whole", names=names)
 
 
+def test_patience_ends_a_detectors_training_on_both_ranks_at_once(two_ranks, voc_tree, tmp_path):
+    changes = {"SOLVER__MAX_ITER": 9, "SOLVER__BASE_LR": 1e-30, "SOLVER__PATIENCE": 1}
+    two_ranks.run("train", *tiny_options(voc_tree, tmp_path, TEST__EVAL_PERIOD=1, **changes))
+    assert results(tmp_path)["stopped"]["step"] == 2
+
+
 # Classifiers
 
 

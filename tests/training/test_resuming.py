@@ -13,10 +13,11 @@ import torch
 
 from tests.conftest import REPO, tiny_options
 from tests.training.image_folder import options
-from tests.training.runs import assert_same_bits, log, run_here, weights
+from tests.training.runs import assert_same_bits, log, results, run_here, weights
 from tract_det.cli import call
 from tract_det.engine import checkpoint, manifest
 from tract_det.errors import DivergedError, UserError
+from tract_det.evaluation.runs import read_run
 
 EVERY_STEP = {"SOLVER__MAX_ITER": 4, "SOLVER__CHECKPOINT_EPOCHS": 0.01, "SOLVER__OPTIMIZER": "Adam"}
 
@@ -31,6 +32,59 @@ def finished(tmp_path_factory, folder):
 
 def contents(output):
     return {p.relative_to(output): p.read_bytes() for p in output.rglob("*") if p.is_file()}
+
+
+# Patience
+
+# Nothing is learnt, so that the first evaluation is the best.
+PATIENT = {
+    "SOLVER__MAX_ITER": 40, "SOLVER__BASE_LR": 1e-30, "SOLVER__PATIENCE": 3, "LOG_PERIOD": 3,
+    "TEST__EVAL_EPOCHS": 0.25, "SOLVER__CHECKPOINT_EPOCHS": 0.01, "SOLVER__CHECKPOINT_KEEP": 9,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory, folder):
+    output = tmp_path_factory.mktemp("patient") / "run"
+    return output, run_here("pretrain", *options(folder, output, **PATIENT))
+
+
+def test_evaluations_without_a_better_figure_end_the_training_in_order(patient):
+    output, printed = patient
+    stopped = results(output)["stopped"]
+    assert (stopped["step"], stopped["of"]) == (
+        4,
+        40,
+    ) and "the training ends after step 4" in printed
+    assert "SOLVER.PATIENCE 3: no top1 above" in stopped["why"] and "of step 1" in stopped["why"]
+    assert (output / "model_final.pth").is_file()
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if "top1" in line] == [1, 2, 3, 4]
+    assert [line["iteration"] for line in lines if "loss" in line] == [3, 4]
+    assert read_run(output, "top1", steps=40, batch=8, images=32).is_finished
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_resumed_run_counts_its_evaluations_on(folder, patient, tmp_path, step):
+    shutil.copytree(patient[0], tmp_path / "run")
+    (tmp_path / "run/last_checkpoint").write_text(f"iter_000000{step}\n")
+    (tmp_path / "run/results.json").unlink()
+    run_here("pretrain", "--resume", *options(folder, tmp_path / "run", **PATIENT))
+    assert results(tmp_path / "run") == results(patient[0])
+    for key in ("loss", "top1"):
+        assert log(tmp_path / "run", key) == log(patient[0], key)
+    count = len((patient[0] / "metrics.jsonl").read_text().splitlines())
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == count
+
+
+def test_with_more_patience_a_run_goes_on_and_at_its_full_length_nothing_ended_it(
+    folder, patient, tmp_path
+):
+    shutil.copytree(patient[0], tmp_path / "run")
+    changes = {**PATIENT, "SOLVER__PATIENCE": 9, "SOLVER__MAX_ITER": 6}
+    run_here("pretrain", "--resume", *options(folder, tmp_path / "run", **changes))
+    assert "stopped" not in results(tmp_path / "run")
+    assert sorted(log(tmp_path / "run", "top1")) == [1, 2, 3, 4, 5, 6]
 
 
 # Which checkpoint

@@ -25,6 +25,7 @@ from tract_det.config.ranges import (
 from tract_det.config.shared import (
     SHARED_RANGES,
     check_common,
+    check_patience,
     ema_keys,
     solver_keys,
     tract_keys,
@@ -231,6 +232,7 @@ def validate(cfg: CfgNode) -> None:
     """
     check(cfg, RANGES)
     check_common(cfg)
+    check_patience(cfg, "TEST.EVAL_EPOCHS")
     _check_data(cfg)
     one_of(cfg, "MODEL.NORM", CLASSIFIER_NORMS)
     one_of(cfg, "MODEL.PATCH_NORM", PATCH_NORMS)

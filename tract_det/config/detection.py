@@ -25,6 +25,7 @@ from tract_det.config.ranges import (
 from tract_det.config.shared import (
     SHARED_RANGES,
     check_common,
+    check_patience,
     ema_keys,
     solver_keys,
     tract_keys,
@@ -243,6 +244,7 @@ def validate(cfg: CfgNode) -> None:
     check(cfg, RANGES)
     solver = cfg.SOLVER
     check_common(cfg)
+    check_patience(cfg, "TEST.EVAL_PERIOD")
     one_of(cfg, "MODEL.BACKBONE.NAME", BACKBONES)
     one_of(cfg, "MODEL.BACKBONE.NORM", DETECTOR_NORMS)
     one_of(cfg, "DATASETS.FORMAT", DETECTION_FORMATS)

@@ -4,7 +4,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from tract_det.config.machinery import one_of, require
+from tract_det.config.machinery import one_of, require, value_at
 from tract_det.config.ranges import (
     BELOW_ONE,
     COUNT,
@@ -98,6 +98,9 @@ def solver_keys() -> dict[str, Any]:
         # How many checkpoints are kept; when the newest is damaged, --resume takes the one before.
         "CHECKPOINT_KEEP": 3,
         "AMP": {"ENABLED": False},  # True: bf16 autocast around the forward pass
+        # The training ends after so many evaluations in turn without a better TEST.BEST_METRIC, if
+        # that comes before its full length; 0 = never. Schedules are those of the full length.
+        "PATIENCE": 0,
     }
 
 
@@ -157,6 +160,7 @@ SHARED_RANGES: dict[str, Rule] = {
     "SOLVER.WARMUP_FACTOR": FRACTION,
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
     "SOLVER.CHECKPOINT_KEEP": COUNT,
+    "SOLVER.PATIENCE": COUNT_OR_NONE,
     "TEST.IMS_PER_BATCH": COUNT,
 }
 
@@ -200,6 +204,24 @@ def check_common(cfg: CfgNode) -> None:
         f"TEST.BEST_METRIC {metric} needs MODEL.EMA.ENABLED True",
     )
     _check_tract(cfg)
+
+
+def check_patience(cfg: CfgNode, period_key: str) -> None:
+    """Refuses SOLVER.PATIENCE where there are no evaluations to count.
+
+    Args:
+        cfg: the configuration.
+        period_key: the task's key of the period between evaluations.
+
+    Raises:
+        UserError: the message names both keys.
+    """
+    patience = cfg.SOLVER.PATIENCE
+    require(
+        not patience or value_at(cfg, period_key) > 0,
+        f"SOLVER.PATIENCE {patience} counts evaluations, and {period_key} 0 makes none before the "
+        f"end: set {period_key}, or SOLVER.PATIENCE 0",
+    )
 
 
 def _check_tract(cfg: CfgNode) -> None:

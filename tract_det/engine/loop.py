@@ -51,7 +51,7 @@ def train(
     max_iter: int,
     accumulation: int,
     lr_at: Callable[[int], float],
-    after_step: Callable[[Step], None],
+    after_step: Callable[[Step], object],
     stop: StopSignal,
     before_step: Callable[[int], None] | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
@@ -65,7 +65,8 @@ def train(
         max_iter: number of steps in all.
         accumulation: micro-batches per step.
         lr_at: gives the learning rate of a step, counted from 0.
-        after_step: called on every rank when a step is done; its losses are not read yet.
+        after_step: called on every rank when a step is done; its losses are not read yet. If it
+            returns true, on all ranks, the training ends there.
         stop: a signal to any rank stops all of them after the same step: the one that it came in,
             or, with several ranks, the one after that.
         before_step: called on every rank with the number of steps done.
@@ -92,8 +93,7 @@ def train(
                 engine.step()
                 step.images += len(images) * distributed.world_size()
             step.seconds = time.perf_counter() - began
-            after_step(step)
-            if is_set(bool(stop.number)):
+            if after_step(step) or is_set(bool(stop.number)):
                 return iteration + 1
         return max_iter
     finally:  # an error may be a consequence of losses that are not finite: this says so

@@ -16,6 +16,7 @@ from tract_det import distributed
 from tract_det.engine import checkpoint, ds, space
 from tract_det.engine.checkpoint import Checkpoint
 from tract_det.engine.ema import Ema
+from tract_det.engine.progress import Progress
 from tract_det.engine.step import Step, mean_steps
 from tract_det.engine.writers import Writers, say
 from tract_det.errors import DivergedError
@@ -24,6 +25,7 @@ from tract_det.files import write_json
 Means = Mapping[str, float]
 Models = tuple[nn.Module, nn.Module | None]  # a model and its moving average, if there is one
 Evaluate = Callable[[nn.Module, nn.Module | None], Means]
+Report = Callable[[nn.Module, nn.Module | None, Mapping[str, Any] | None], Means]
 
 
 class Run:
@@ -39,6 +41,7 @@ class Run:
         eval_period: steps between two evaluations; 0 = only at the end.
         evaluate: gives the figures by name, of the model and its moving average.
         best_metric: the figure that decides which weights `model_best.pth` has; more is better.
+        patience: evaluations in turn without a better figure that end the run; 0 = none do.
         meta: saved with the weights.
         identity: what a resumed run must share, by name.
         seed: of the run.
@@ -60,6 +63,7 @@ class Run:
         eval_period: int,
         evaluate: Evaluate,
         best_metric: str,
+        patience: int = 0,
         meta: Mapping[str, Any],
         identity: Mapping[str, Any],
         seed: int = 0,
@@ -74,7 +78,7 @@ class Run:
         self.checkpoint_keep, self.seed, self.images_of = checkpoint_keep, seed, images_of
         self.meta, self.identity = meta, dict(identity)
         self.ema, self.saved_part, self.diagnostics = ema, saved_part, diagnostics
-        self.best = -math.inf
+        self.patience, self.progress = patience, Progress()
         self.saved = -1  # the step of the newest checkpoint
         self._settling: Future[None] | None = None
         self.writers: Writers
@@ -96,7 +100,7 @@ class Run:
             start = self.saved = stopped.iteration
             average = self.ema.model if self.ema is not None else None
             restored = checkpoint.restore(stopped, self.engine, seed=self.seed, average=average)
-            self.best = restored.shared["best"]
+            self.progress = Progress.of(restored.shared["best"])
             pending = [[Step(**step) for step in own["pending"]] for own in restored.own]
             say(f"resumed {self.output} at step {start}")
         self.writers = Writers(
@@ -105,6 +109,7 @@ class Run:
             max_iter=self.max_iter,
             period=self.log_period,
             device=self.engine.device,
+            is_evaluated_again=self._is_at_end(start) and self.progress.evaluated != start,
             diagnostics=self.diagnostics,
         )
         if pending:
@@ -120,19 +125,34 @@ class Run:
         there = min(self.checkpoint_keep, len(checkpoint.iterations(self.output)))
         return min(saves, self.checkpoint_keep + 1 - there)
 
-    def after_step(self, step: Step) -> None:
-        """Logs, evaluates and saves as the periods say; the loop calls it after each step."""
+    def _is_at_end(self, iteration: int) -> bool:
+        return iteration == self.max_iter or self.is_over
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the patience is used up; the same on every rank."""
+        return 0 < self.patience <= self.progress.since
+
+    def after_step(self, step: Step) -> bool:
+        """Logs, evaluates and saves as the periods say; the loop calls it after each step.
+
+        Returns:
+            Whether the training ends here, before its full length.
+        """
         if self.ema is not None:
             self.ema.update(self.engine.module, step.iteration)
         self.writers.step(step)
         if step.iteration == self.max_iter:  # `finish` evaluates and saves
-            return
+            return False
         if self.eval_period > 0 and step.iteration % self.eval_period == 0:
             self.writers.read()  # a model that has diverged is not evaluated
             models = self._models()
             self._note(self.evaluate(*models), step.iteration, models)
+        if self.is_over:  # likewise
+            return True
         if step.iteration % self.checkpoint_period == 0:
             self.save(step.iteration)
+        return False
 
     def save(self, iteration: int) -> None:
         """Saves what resuming needs, unless this step is saved already.
@@ -151,7 +171,7 @@ class Run:
             self.output,
             iteration,
             keep=self.checkpoint_keep,
-            shared={"best": self.best},
+            shared={"best": dataclasses.asdict(self.progress)},
             own={"pending": [dataclasses.asdict(step) for step in steps]},
             identity=self.identity,
             average=self.ema.model if self.ema is not None else None,
@@ -198,13 +218,33 @@ class Run:
         }
         write_json(self.output / f"diverged_rank_{distributed.rank()}.json", content)
 
-    def finish(self, report: Evaluate) -> None:
-        """Saves the final weights, then evaluates them by `report`."""
-        self.save(self.max_iter)
+    def finish(self, report: Report, iteration: int) -> None:
+        """Saves the final weights, then evaluates them by `report`.
+
+        Args:
+            report: as `evaluate`; it is also told why the run ended early, if it did.
+            iteration: number of steps done.
+        """
+        self.writers.flush()
+        self.save(iteration)
         models = self._models()
         self._save_weights("model_final", models)
-        self._note(report(*models), self.max_iter, models)
+        means = report(*models, self._stopped(iteration))
+        if self.progress.evaluated != iteration:  # or the same weights are noted already
+            self._note(means, iteration, models)
         self.settle()
+
+    def _stopped(self, iteration: int) -> dict[str, Any] | None:
+        """Where and why the run ended before its full length; None if it did not."""
+        if iteration == self.max_iter:
+            return None
+        progress = self.progress
+        why = (
+            f"SOLVER.PATIENCE {self.patience}: no {self.best_metric} above {progress.best:.2f}, "
+            f"that of step {progress.best_step}, in {progress.since} evaluations"
+        )
+        say(f"the training ends after step {iteration} of {self.max_iter}: {why}")
+        return {"step": iteration, "of": self.max_iter, "why": why}
 
     def _models(self) -> Models:
         """The model and its moving average: whole, and the same on every rank."""
@@ -217,10 +257,10 @@ class Run:
     def _note(self, means: Means, iteration: int, models: Models) -> None:
         """Logs an evaluation, and saves the weights if they are the best so far."""
         self.writers.scalars(iteration, means)
-        value = means[self.best_metric]
+        # Rank 0's, so that all ranks agree on when the patience is used up.
+        value = distributed.on_main(lambda: means[self.best_metric])
         say(f"step {iteration}: {self.best_metric} {value:.2f}")
-        if value > self.best:
-            self.best = value
+        if self.progress.note(value, iteration):
             self._save_weights("model_best", models)
 
     def _save_weights(self, name: str, models: Models) -> None:

@@ -67,6 +67,7 @@ class Writers:
         max_iter: number of steps in all.
         period: steps between two lines of the log.
         device: whose peak memory is reported.
+        is_evaluated_again: all steps are done, and what comes is their evaluation.
         diagnostics: gives further figures of the last step; called on every rank.
     """
 
@@ -78,6 +79,7 @@ class Writers:
         max_iter: int,
         period: int,
         device: torch.device,
+        is_evaluated_again: bool = False,
         diagnostics: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self.diagnostics = diagnostics
@@ -90,7 +92,7 @@ class Writers:
         self._path = output / _METRICS
         if not distributed.is_main():
             return
-        _keep_until(self._path, start, is_at_end=start == max_iter)
+        _keep_until(self._path, start, is_evaluated_again=is_evaluated_again)
         self._hook = threading.excepthook
         threading.excepthook = partial(_without_board, self._hook)
         self._board = SummaryWriter(str(output), purge_step=start + 1)
@@ -103,7 +105,7 @@ class Writers:
         if self._bar is not None:
             self._bar.update()
         if step.iteration % self.period == 0 or step.iteration == self.max_iter:
-            self._flush()
+            self.flush()
 
     def read(self) -> None:
         """Reads the losses so far.
@@ -123,7 +125,10 @@ class Writers:
             if step.losses:
                 self.scalars(step.iteration, {**step.losses, _LEARNING_RATE: step.lr})
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Writes a line of the steps since the last one, if there are any. Every rank calls it."""
+        if not self.pending:
+            return
         self.read()
         steps, self.pending = self.pending, []
         self._count(steps)
@@ -196,13 +201,13 @@ def _without_board(
         hook(args)
 
 
-def _keep_until(path: Path, iteration: int, *, is_at_end: bool) -> None:
+def _keep_until(path: Path, iteration: int, *, is_evaluated_again: bool) -> None:
     """Drops the lines that a resumed run writes again.
 
     Args:
         path: `metrics.jsonl`.
         iteration: number of steps done.
-        is_at_end: all steps are done; what comes again is their evaluation.
+        is_evaluated_again: as for `Writers`.
     """
     if not path.is_file():
         return
@@ -210,7 +215,7 @@ def _keep_until(path: Path, iteration: int, *, is_at_end: bool) -> None:
     for line in path.read_text().splitlines():
         entry = _entry(line)
         is_again = entry["iteration"] > iteration
-        if entry["iteration"] == iteration and is_at_end:
+        if entry["iteration"] == iteration and is_evaluated_again:
             is_again = _LEARNING_RATE not in entry  # unlike the losses, which are not repeated
         if not is_again:
             kept.append(line + "\n")

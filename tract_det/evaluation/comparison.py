@@ -32,10 +32,12 @@ class Curve:
     Attributes:
         epochs: (E,) float, ascending, not negative; the last is the length of the run, above 0.
         values: (E,) float, finite, the metric in per cent.
+        is_early: the run ended before its full length, by SOLVER.PATIENCE.
     """
 
     epochs: np.ndarray
     values: np.ndarray
+    is_early: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs.ndim != 1 or self.epochs.shape != self.values.shape:
@@ -56,14 +58,15 @@ class Arm:
         runs: the run of each seed, None if it diverged or was not finished.
 
     Raises:
-        UserError: two finished runs have different lengths.
+        UserError: two runs of full length have different lengths.
     """
 
     name: str
     runs: Mapping[int, Curve | None]
 
     def __post_init__(self) -> None:
-        lengths = sorted({float(curve.epochs[-1]) for curve in self.curves.values()})
+        whole = (curve for curve in self.curves.values() if not curve.is_early)
+        lengths = sorted({float(curve.epochs[-1]) for curve in whole})
         if len(lengths) > 1:
             raise UserError(
                 f"runs of {self.name} are {lengths[0]:g} and {lengths[-1]:g} epochs long: "
@@ -87,9 +90,17 @@ class Arm:
 
     @property
     def length(self) -> float:
-        """Epochs of each finished run; a UserError if there is none."""
+        """Epochs of a finished run, in the mean if some ended early; a UserError if there is none.
+
+        What a baseline took, not what it might have: an early end is no speed-up of the others.
+        """
         _require_finished(self)
-        return float(next(iter(self.curves.values())).epochs[-1])
+        return mean(float(curve.epochs[-1]) for curve in self.curves.values())
+
+    @property
+    def early(self) -> list[float]:
+        """Epochs of the runs that ended early, ascending."""
+        return sorted(float(curve.epochs[-1]) for curve in self.curves.values() if curve.is_early)
 
 
 @dataclass(frozen=True)
@@ -207,13 +218,14 @@ def paired_difference(arm: Arm, baseline: Arm) -> Difference:
 def mean_curve(arm: Arm) -> MeanCurve:
     """The mean and spread of an arm's curves, each interpolated linearly between evaluations.
 
-    The epochs are those of all evaluations in the range that every run covers.
+    The epochs are those of all evaluations from where every run has had its first. A run that ended
+    early keeps its final figure.
     """
     curves = list(arm.curves.values())
     if not curves:
         return MeanCurve(np.empty(0), np.empty(0), np.empty(0), 0)
     epochs = np.unique(np.concatenate([curve.epochs for curve in curves]))
-    epochs = epochs[epochs >= max(curve.epochs[0] for curve in curves)]  # the ends are the same
+    epochs = epochs[epochs >= max(curve.epochs[0] for curve in curves)]
     values = np.stack([np.interp(epochs, curve.epochs, curve.values) for curve in curves])  # (S, E)
     sd = values.std(axis=0, ddof=1) if len(curves) > 1 else np.full(len(epochs), np.nan)
     return MeanCurve(epochs, values.mean(axis=0), sd, len(curves))
@@ -316,6 +328,12 @@ def verdict(
         f"{side.failed} of {len(side.runs)} runs of {side.name} failed"
         for side in (arm, baseline)
         if side.failed
+    ]
+    clauses += [
+        f"{len(side.early)} of {len(side.runs)} runs of {side.name} ended early (SOLVER.PATIENCE), "
+        f"after {side.early[0]:.4g} to {side.early[-1]:.4g} epochs"
+        for side in (arm, baseline)
+        if side.early
     ]
     return "; ".join(clauses) + "."
 

@@ -148,7 +148,9 @@ def verdicts(groups: Sequence[Group]) -> list[str]:
         arm, control = group.as_arm(), baseline.as_arm()
         lengths = [other.as_arm() for other in groups if other.arm == group.arm]
         over = None
-        if len(lengths) > 1 and _have_common_seed([*lengths, control]):
+        # Trainings that ended early are not of the lengths that were to be compared.
+        is_whole = not any(side.early for side in (*lengths, control))
+        if len(lengths) > 1 and is_whole and _have_common_seed([*lengths, control]):
             over = speed_up_over_lengths(lengths, control)
         sentences.append(verdict(arm, control, speed_up(arm, control), over))
     return sentences

@@ -1,11 +1,13 @@
 """What a training run has left in its folder: the curve of a metric and the time that it took."""
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from tract_det.errors import UserError
 from tract_det.evaluation.comparison import Curve
 from tract_det.files import read_metrics
 
@@ -16,7 +18,8 @@ class Record:
 
     Attributes:
         curve: the evaluations; None before the first one.
-        is_finished: whether the last step was evaluated.
+        is_finished: whether the last step was evaluated: that of the full length, or the one after
+            which SOLVER.PATIENCE ended the run.
         seconds: wall time of the training steps, without evaluations and checkpoints.
     """
 
@@ -53,5 +56,22 @@ def read_run(folder: Path, metric: str, *, steps: int, batch: int, images: int) 
         if "images_per_second" in entry:
             seconds += (entry["iteration"] - done) * batch / entry["images_per_second"]
             done = entry["iteration"]
-    is_finished = steps in points and (folder / "results.json").is_file()
+    end = _stopped_at(folder)
+    is_early = end is not None and end == max(points, default=None) and end == done
+    if curve is not None and is_early:
+        curve = replace(curve, is_early=True)
+    is_finished = (is_early or steps in points) and (folder / "results.json").is_file()
     return Record(curve, is_finished, seconds)
+
+
+def _stopped_at(folder: Path) -> int | None:
+    """The step after which SOLVER.PATIENCE ended the run, as `results.json` says."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())["stopped"]["step"]
+    except KeyError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}: delete it to make the run again") from error

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -339,14 +339,21 @@ class ClassificationEvaluation:
         )
         return top.evaluate(skipped=len(loader.skipped))
 
-    def report(self, model: nn.Module, average: nn.Module | None, output: Path) -> dict[str, float]:
+    def report(
+        self,
+        model: nn.Module,
+        average: nn.Module | None,
+        output: Path,
+        stopped: Mapping[str, Any] | None = None,
+    ) -> dict[str, float]:
         """Evaluates, prints the figures and writes `results.json`."""
         split = self.dataset.split
         mistakes = Mistakes(split.class_names)
         results = self._both(model, average, mistakes)
         shown = mistakes.figures()
         if distributed.is_main():
-            write_json(output / "results.json", results)
+            ending = {"stopped": stopped} if stopped else {}
+            write_json(output / "results.json", results | ending)
             for entry in shown["worst"]:
                 is_file = split.files is not None
                 entry["path"] = str((split.root / entry["image"]).absolute()) if is_file else ""

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,13 @@ class DetectionEvaluation:
         infer(model, loader, device=self.device, consume=consume)
         return evaluator
 
-    def report(self, model: nn.Module, average: nn.Module | None, output: Path) -> dict[str, float]:
+    def report(
+        self,
+        model: nn.Module,
+        average: nn.Module | None,
+        output: Path,
+        stopped: Mapping[str, Any] | None = None,
+    ) -> dict[str, float]:
         """Evaluates, prints the tables, and writes results, the challenge's files and pictures.
 
         The moving average's results are under `ema`; files and pictures are the model's own.
@@ -207,16 +213,17 @@ class DetectionEvaluation:
                 part | details(evaluator.evaluated, bootstrap=samples)
                 for part, evaluator in zip(results, evaluators, strict=True)
             ]
-            self._write(detailed, evaluators[0], output)
+            ending = {"stopped": stopped} if stopped else {}
+            of_average = {"ema": detailed[1]} if average is not None else {}
+            write_json(output / "results.json", detailed[0] | of_average | ending)
+            self._write_figures(evaluators[0], output)
+            self._show(detailed, evaluators[0], output)
         return _figures(*results)
 
-    def _write(
+    def _show(
         self, detailed: Sequence[Results], evaluator: DetectionEvaluator, output: Path
     ) -> None:
-        """Writes and prints the results of the model and of its moving average, if there is one."""
-        first, *of_average = detailed
-        write_json(output / "results.json", first | ({"ema": of_average[0]} if of_average else {}))
-        self._write_figures(evaluator, output)
+        """Prints the results of the model and its moving average; draws, and writes detections."""
         headings = ("", "\nmoving average of the weights:\n")
         for heading, part in zip(headings, detailed, strict=False):
             say(heading + format_table(part))

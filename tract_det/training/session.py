@@ -9,7 +9,7 @@ before weights are downloaded, all of it before anything but a lock is in OUTPUT
 import dataclasses
 import json
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tract_det.engine import checkpoint, ds, provenance, run_folder
 from tract_det.engine.checkpoint import Checkpoint
 from tract_det.engine.ema import Ema
 from tract_det.engine.loop import StopSignal, train
-from tract_det.engine.run import Run
+from tract_det.engine.run import Means, Report, Run
 from tract_det.engine.watch import watched
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
@@ -104,7 +104,10 @@ def _train(task: Task, cfg: CfgNode, device: torch.device, *, resume: bool, over
         write_filters(output, filters)
     _announce(cfg, plan, training, test, device)
     loader = task.loader(cfg, training, built.meta, start)
-    report = partial(evaluation.report, output=output)
+
+    def report(model: nn.Module, average: nn.Module | None, stopped: Mapping | None) -> Means:
+        return evaluation.report(model, average, output, stopped)
+
     code = _fit(cfg, plan, built, this_run, loader, report, start)
     task.closing(loader)
     if code == 0:
@@ -207,6 +210,7 @@ def build_run(
         eval_period=plan.eval_period,
         evaluate=evaluation,
         best_metric=cfg.TEST.BEST_METRIC,
+        patience=cfg.SOLVER.PATIENCE,
         meta=built.meta,
         identity=must_be_equal(cfg) | _facts(training),
         seed=cfg.SEED,
@@ -256,7 +260,7 @@ def _fit(
     built: BuiltModel,
     this_run: Run,
     loader: Iterable[Any],
-    report: Callable[[nn.Module, nn.Module | None], Any],
+    report: Report,
     start: int,
 ) -> int:
     """Trains to the end, or until a signal stops it; returns the exit code."""
@@ -266,7 +270,7 @@ def _fit(
             this_run.engine,
             loader,
             start=start,
-            max_iter=plan.max_iter,
+            max_iter=start if this_run.is_over else plan.max_iter,
             accumulation=cfg.SOLVER.ACCUMULATION,
             lr_at=assembly.build_schedule(cfg, plan),
             after_step=this_run.after_step,
@@ -274,11 +278,12 @@ def _fit(
             before_step=assembly.lambda_hook(this_run.engine.module, lambda_at),
             memory_format=built.memory_format,
         )
-        if done < plan.max_iter:
+        is_finished = done == plan.max_iter or this_run.is_over
+        if not is_finished:
             this_run.save(done)
             this_run.settle()
             say(f"stopped after step {done}: the checkpoint is saved, go on with --resume")
         else:
-            this_run.finish(report)
+            this_run.finish(report, done)
         this_run.writers.close()
-    return 0 if done == plan.max_iter else 128 + (stop.number or signal.SIGTERM)
+    return 0 if is_finished else 128 + (stop.number or signal.SIGTERM)

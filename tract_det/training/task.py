@@ -1,6 +1,6 @@
 """What a session has to know of a task: a handful of functions of the configuration."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,8 +40,17 @@ class Evaluation(Protocol):
     def __call__(self, model: nn.Module, average: nn.Module | None) -> Means:
         """The figures by name, of the model and of its moving average where there is one."""
 
-    def report(self, model: nn.Module, average: nn.Module | None, output: Path) -> Means:
-        """The same; also prints the figures and writes `results.json` and its companions."""
+    def report(
+        self,
+        model: nn.Module,
+        average: nn.Module | None,
+        output: Path,
+        stopped: Mapping[str, Any] | None = None,
+    ) -> Means:
+        """The same; also prints the figures and writes `results.json` and its companions.
+
+        `results.json` has `stopped`, where a training ended early and why, if it did.
+        """
 
 
 @dataclass(frozen=True)
