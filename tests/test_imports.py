@@ -28,7 +28,7 @@ ALLOWED = {
     ),
     "engine": (
         {"engine", "distributed", "errors", "files", "version"},
-        {"torch", "fvcore", "tqdm", "deepspeed", "timm", "numpy"},
+        {"torch", "fvcore", "tqdm", "deepspeed", "timm", "numpy", "wandb", "trackio"},
     ),
     "d2": (
         {"d2", "tract", "modeling", "data", "evaluation", "engine", "pixels", "errors", "files"},

@@ -15,7 +15,8 @@ from tract_det.errors import shortened
 # Keys that change where a run is, what it says and how often it saves, but not what it learns.
 INCIDENTAL = frozenset(
     {
-        *("OUTPUT_DIR", "ARM", "LOG_PERIOD", "MODEL.DEVICE", "MODEL.TRACT.WORKSPACE"),
+        *("OUTPUT_DIR", "ARM", "LOG_PERIOD", "LOGGERS", "MODEL.DEVICE"),
+        "MODEL.TRACT.WORKSPACE",
         *("DATASETS.ROOT", "DATASETS.CACHE", "DATALOADER.NUM_WORKERS", "INPUT.MAX_PIXELS"),
         *("TEST.EVAL_PERIOD", "TEST.EVAL_EPOCHS", "TEST.IMS_PER_BATCH", "TEST.BOOTSTRAP"),
         *("SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_EPOCHS", "SOLVER.CHECKPOINT_KEEP"),

@@ -17,7 +17,7 @@ from tract_det.config.ranges import (
     Numbers,
     Rule,
 )
-from tract_det.engine.choices import LAMBDA_SCHEDULES, LR_SCHEDULES, OPTIMIZERS
+from tract_det.engine.choices import LAMBDA_SCHEDULES, LR_SCHEDULES, OPTIMIZERS, TRACKERS
 from tract_det.modeling.choices import LAMBDA_UNITS, STEM_INITS
 
 # Keys of DeepSpeed's that are derived from SOLVER: set in two places, they could contradict.
@@ -114,6 +114,9 @@ def with_run_keys(cfg: CfgNode) -> CfgNode:
     cfg.OUTPUT_DIR = ""
     cfg.SEED = 0  # seed of initial weights, data order, augmentation and sampling
     cfg.LOG_PERIOD = 20  # steps between lines of the log
+    # Where figures, config and results go beside metrics.jsonl: tensorboard, wandb, trackio; [] =
+    # nowhere.
+    cfg.LOGGERS = ["tensorboard"]
     # DeepSpeed's own keys, in its own spelling; those not listed here are passed on to it. `stage`
     # is that of ZeRO: 0 to 2, for classifiers also 3.
     cfg.DEEPSPEED = CfgNode({"zero_optimization": CfgNode({"stage": 0}, new_allowed=True)})
@@ -124,6 +127,7 @@ def with_run_keys(cfg: CfgNode) -> CfgNode:
 SHARED_RANGES: dict[str, Rule] = {
     "SEED": Number(0, 2**32 - 1, whole=True),
     "LOG_PERIOD": COUNT,
+    "LOGGERS": Names(),
     "MODEL.PIXEL_MEAN": Numbers(),
     "MODEL.PIXEL_STD": Numbers(),
     "MODEL.BACKBONE.FREEZE_AT": Number(-1, 5, whole=True),
@@ -187,6 +191,8 @@ def check_common(cfg: CfgNode) -> None:
         f"SOLVER.STEPS is {list(solver.STEPS)}: it must ascend strictly",
     )
     one_of(cfg, "SOLVER.LR_SCHEDULER_NAME", LR_SCHEDULES)
+    for name in cfg.LOGGERS:
+        require(name in TRACKERS, f"LOGGERS has '{name}': it takes of {', '.join(TRACKERS)}")
     one_of(cfg, "MODEL.STEM_INIT", STEM_INITS)
     one_of(cfg, "MODEL.DEVICE", ("", "cpu", "cuda"))
     for key in ("PIXEL_MEAN", "PIXEL_STD"):

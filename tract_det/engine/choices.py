@@ -3,3 +3,4 @@
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "LAMB", "Muon")
 LR_SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR")
 LAMBDA_SCHEDULES = ("constant", "linear", "cosine")
+TRACKERS = ("tensorboard", "wandb", "trackio")

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ from tract_det.engine.checkpoint import Checkpoint
 from tract_det.engine.ema import Ema
 from tract_det.engine.progress import Progress
 from tract_det.engine.step import Step, mean_steps
+from tract_det.engine.trackers import Trackers
 from tract_det.engine.writers import Writers, say
 from tract_det.errors import DivergedError
 from tract_det.files import write_json
@@ -49,6 +50,8 @@ class Run:
         ema: the moving average of the weights, if any.
         saved_part: gives the part of the model whose weights are saved.
         diagnostics: gives further figures of the last step, for the log.
+        loggers: names of the trackers that get the figures.
+        config: of the run, plain values, for the trackers.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class Run:
         ema: Ema | None = None,
         saved_part: Callable[[nn.Module], nn.Module] = lambda model: model,
         diagnostics: Callable[[], Means] = dict,
+        loggers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.engine, self.output, self.max_iter = engine, output, max_iter
         self.log_period, self.checkpoint_period = log_period, checkpoint_period
@@ -78,6 +83,7 @@ class Run:
         self.checkpoint_keep, self.seed, self.images_of = checkpoint_keep, seed, images_of
         self.meta, self.identity = meta, dict(identity)
         self.ema, self.saved_part, self.diagnostics = ema, saved_part, diagnostics
+        self.loggers, self.config = loggers, config or {}
         self.patience, self.progress = patience, Progress()
         self.saved = -1  # the step of the newest checkpoint
         self._settling: Future[None] | None = None
@@ -109,6 +115,7 @@ class Run:
             max_iter=self.max_iter,
             period=self.log_period,
             device=self.engine.device,
+            trackers=self._trackers(start, is_resumed=stopped is not None),
             is_evaluated_again=self._is_at_end(start) and self.progress.evaluated != start,
             diagnostics=self.diagnostics,
         )
@@ -117,6 +124,18 @@ class Run:
             steps = pending[distributed.rank()] if is_same else mean_steps(pending)
             self.writers.pending = steps
         return start
+
+    def _trackers(self, start: int, *, is_resumed: bool) -> Trackers | None:
+        """Starts the trackers on the main rank; None on the others."""
+        started: list[Trackers] = []
+
+        def begin() -> None:
+            if distributed.is_main():
+                options = {"config": self.config, "start": start, "is_resumed": is_resumed}
+                started.append(Trackers(self.loggers, self.output, **options))
+
+        distributed.on_every_rank(begin)
+        return started[0] if started else None
 
     def _checkpoints_to_come(self, stopped: Checkpoint | None) -> int:
         """How many will be added to those that are there: the oldest goes after the newest is."""
@@ -232,6 +251,7 @@ class Run:
         means = report(*models, self._stopped(iteration))
         if self.progress.evaluated != iteration:  # or the same weights are noted already
             self._note(means, iteration, models)
+        self.writers.results(iteration, means)
         self.settle()
 
     def _stopped(self, iteration: int) -> dict[str, Any] | None:

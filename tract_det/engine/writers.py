@@ -1,25 +1,22 @@
-"""Where a run writes its progress: the console, `metrics.jsonl` and TensorBoard."""
+"""Where a run writes its progress: the console, `metrics.jsonl` and trackers."""
 
 import io
 import json
 import math
 import resource
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from tract_det import distributed
 from tract_det.engine.step import Step
-from tract_det.files import append_line, cannot_write, write_text
+from tract_det.engine.trackers import Trackers
+from tract_det.files import append_line, write_text
 
 _METRICS = "metrics.jsonl"
 _LEARNING_RATE = "lr"
@@ -68,6 +65,7 @@ class Writers:
         period: steps between two lines of the log.
         device: whose peak memory is reported.
         is_evaluated_again: all steps are done, and what comes is their evaluation.
+        trackers: that get the same figures; None = none, as on all ranks but the main one.
         diagnostics: gives further figures of the last step; called on every rank.
     """
 
@@ -80,6 +78,7 @@ class Writers:
         period: int,
         device: torch.device,
         is_evaluated_again: bool = False,
+        trackers: Trackers | None = None,
         diagnostics: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self.diagnostics = diagnostics
@@ -88,14 +87,11 @@ class Writers:
         self.images = 0
         self.seconds = 0.0
         self._bar: tqdm | None = None
-        self._board: SummaryWriter | None = None
+        self._trackers = trackers
         self._path = output / _METRICS
         if not distributed.is_main():
             return
         _keep_until(self._path, start, is_evaluated_again=is_evaluated_again)
-        self._hook = threading.excepthook
-        threading.excepthook = partial(_without_board, self._hook)
-        self._board = SummaryWriter(str(output), purge_step=start + 1)
         if sys.stderr.isatty():
             self._bar = tqdm(total=max_iter, initial=start, unit="step", dynamic_ncols=True)
 
@@ -160,16 +156,18 @@ class Writers:
             say(f"step {now}/{self.max_iter}  {line}")
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Writes a line of `metrics.jsonl` and to TensorBoard; non-finite values become null."""
-        if self._board is None:
+        """Writes a line of `metrics.jsonl`, where non-finite values are null, and to trackers."""
+        if not distributed.is_main():
             return
         entry = {name: v if math.isfinite(v) else None for name, v in values.items()}
         append_line(self._path, json.dumps({"iteration": iteration, "time": time.time(), **entry}))
-        try:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, iteration)
-        except OSError as error:  # of an earlier line: TensorBoard's thread writes later
-            raise cannot_write(self._path.parent, error) from error
+        if self._trackers is not None:
+            self._trackers.log(values, iteration)
+
+    def results(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Passes the figures of the final evaluation on to the trackers."""
+        if self._trackers is not None:
+            self._trackers.results(values, iteration)
 
     def _count(self, steps: list[Step]) -> None:
         self.images += sum(step.images for step in steps)
@@ -180,25 +178,14 @@ class Writers:
         self._count(self.pending)
         if self._bar is not None:
             self._bar.close()
-        if self._board is not None:
-            with suppress(OSError):  # the figures are in metrics.jsonl
-                self._board.close()
-            threading.excepthook = self._hook
+        if self._trackers is not None:
+            self._trackers.close()
         if self.seconds:
             say(
                 f"trained {self.images} images in {clock(self.seconds)}: "
                 f"{self.images / self.seconds:.2f} images/s, peak memory "
                 f"{peak_memory(self.device):.2f} GiB a process"
             )
-
-
-def _without_board(
-    hook: Callable[[threading.ExceptHookArgs], object], args: threading.ExceptHookArgs
-) -> None:
-    """Leaves it to the next line to say that TensorBoard's thread could not write, in one line."""
-    is_board = type(args.thread).__module__.startswith("tensorboard.")
-    if not (is_board and isinstance(args.exc_value, OSError)):
-        hook(args)
 
 
 def _keep_until(path: Path, iteration: int, *, is_evaluated_again: bool) -> None:

@@ -19,8 +19,9 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from tract_det import distributed, tract_diagnostics
+from tract_det.config.machinery import plain
 from tract_det.config.resuming import differences, must_be_equal
-from tract_det.engine import checkpoint, ds, provenance, run_folder
+from tract_det.engine import checkpoint, ds, provenance, run_folder, trackers
 from tract_det.engine.checkpoint import Checkpoint
 from tract_det.engine.ema import Ema
 from tract_det.engine.loop import StopSignal, train
@@ -80,6 +81,7 @@ def _train(task: Task, cfg: CfgNode, device: torch.device, *, resume: bool, over
             f"{cfg.MODEL.WEIGHTS}: leave one of them empty"
         )
     ds.check_config(assembly.engine_config(cfg))
+    distributed.on_main(lambda: trackers.require(cfg.LOGGERS))
     stopped = checkpoint.newest(output) if resume else None
     _refuse_changes(stopped, must_be_equal(cfg), must_be_equal(task.defaults()))
     if not resume and not overwrite:
@@ -218,6 +220,8 @@ def build_run(
         ema=ema,
         saved_part=lambda network: network.get_submodule(built.inner),
         diagnostics=lambda: tract_diagnostics(engine.module),
+        loggers=cfg.LOGGERS,
+        config=plain(cfg),
     )
 
 
