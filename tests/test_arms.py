@@ -231,3 +231,21 @@ def test_the_name_of_a_file_before_there_were_arms_is_read_as_what_it_is_now(
             load_cfg(mine)
     with pytest.warns(UserWarning), pytest.raises(UserError, match=LISTING):
         load_cfg("BCCD-Detection/faster_rcnn_R_18_FPN_tract.yaml", arm="plain")
+
+
+def test_a_file_of_the_users_own_is_not_taken_for_another_one(tmp_path):
+    write(tmp_path / "mine.yaml", "SEED: 1")
+    with pytest.raises(UserError, match=r"mine_tract\.yaml does not exist"):
+        load_cfg(str(tmp_path / "mine_tract.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("verb", "file", "message"),
+    [
+        ("pretrain", VOC, "this is a detector's config: tract-det train"),
+        ("train", "CIFAR/cpu_small.yaml", "this is a classifier's config: tract-det pretrain"),
+    ],
+)
+def test_a_config_of_the_other_task_is_answered_with_its_verb(verb, file, message):
+    with pytest.raises(UserError, match=message):
+        call(verb, ["--config-file", file])

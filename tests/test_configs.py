@@ -105,6 +105,7 @@ def test_a_config_builds_the_model_of_its_arm(path, arm):
         (["MODEL.TRACT.LAMBDA", "0"], "MODEL.TRACT.LAMBDA is 0.0"),
         (["MODEL.BACKBONE.FREEZE_AT", "2"], "freezes the stem .* set MODEL.BACKBONE.FREEZE_AT 0"),
         (["MODEL.TRACT.RELATIVE", "True"], "RELATIVE' is no more: set MODEL.TRACT.UNIT trace"),
+        (["MODEL.TRACT.RELATIVE", "False"], "RELATIVE' is no more: leave it out, and MODEL.TRACT"),
         (["MODEL.TRACT.UNIT", "pixels"], "MODEL.TRACT.UNIT is 'pixels': it takes one of standard"),
         (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH is 0"),
         (["MODEL.PIXEL_MEAN", "[1,2]"], "MODEL.PIXEL_MEAN takes three numbers"),

@@ -230,3 +230,11 @@ def test_whatever_goes_wrong_beside_the_results_is_a_warning_in_one_line(tmp_pat
         raise RuntimeError("cannot\ndraw")
     (warning,) = warned
     assert str(warning.message) == f"{tmp_path / 'a.png'} is not drawn: cannot draw"
+
+
+def test_curves_of_classifiers_show_their_top_1(tmp_path, figures):
+    entries = [{"iteration": 2, "loss": 1.0}, {"iteration": 2, "top1": 40.0}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    training_curves(tmp_path / "curves.png", {"c": tmp_path / "m.jsonl"})
+    axis = figures[0].axes[1]
+    assert lines(axis) == {"c": [(2, 40.0)]} and axis.get_ylabel() == "top-1, %"

@@ -22,6 +22,9 @@ from PIL import Image, ImageOps
 from tract_det.errors import UserError, shortened
 from tract_det.files import atomically, read_metrics
 
+# The figure that a training's curve shows, and its title: a detector's, a classifier's.
+_METRICS = {"voc_area.mAP": "mAP (area, IoU 0.5)", "top1": "top-1"}
+
 Color = tuple[float, float, float, float]  # RGBA, 0..1
 
 
@@ -167,7 +170,7 @@ def _rectangle(axis: Axes, box: np.ndarray, **style: object) -> None:
 
 @_as_written()
 def training_curves(path: Path, runs: Mapping[str, Path]) -> None:
-    """Draws the loss and the mAP of one or more training runs over their steps.
+    """Draws the loss and the mAP, or a classifier's top-1, of training runs over their steps.
 
     Args:
         path: the PNG file to write.
@@ -177,9 +180,12 @@ def training_curves(path: Path, runs: Mapping[str, Path]) -> None:
         UserError: a file is missing.
     """
     figure, (loss_axis, map_axis) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    drawn: list[str] = []
     for name, metrics in runs.items():
         entries = read_metrics(metrics)
-        for axis, key in ((loss_axis, "loss"), (map_axis, "voc_area.mAP")):
+        metric = next((key for key in _METRICS if any(key in entry for entry in entries)), "")
+        drawn += [metric] if metric else []
+        for axis, key in ((loss_axis, "loss"), (map_axis, metric)):
             points = [
                 (entry["iteration"], entry[key]) for entry in entries if entry.get(key) is not None
             ]
@@ -188,7 +194,8 @@ def training_curves(path: Path, runs: Mapping[str, Path]) -> None:
                     *zip(*points, strict=True), label=name, marker="." if key != "loss" else ""
                 )
     loss_axis.set(xlabel="step", ylabel="loss", yscale="log")
-    map_axis.set(xlabel="step", ylabel="mAP (area, IoU 0.5), %")
+    titles = [title for key, title in _METRICS.items() if key in drawn]
+    map_axis.set(xlabel="step", ylabel=f"{' or '.join(titles or _METRICS.values())}, %")
     for axis in (loss_axis, map_axis):
         axis.grid(alpha=0.3)
         if axis.lines:

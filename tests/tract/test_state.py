@@ -1,6 +1,7 @@
 """Settings, schedules, diagnostics and copies of TrAct layers, and changes of scale."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -296,3 +297,12 @@ def test_autocast_leaves_other_uses_of_the_weight_their_gradient(generator):
         again = F.conv2d(images, conv.weight)
     again.float().sum().backward()
     assert conv.weight.grad is not None and conv.weight.grad.any()
+
+
+def test_a_layer_that_is_gone_before_its_backward_pass_is_said(generator):
+    model = stem()
+    loss = model(photo_like(generator, 1, 3, 8, 8)).sum()
+    del model
+    gc.collect()
+    with pytest.raises(TrActError, match="deleted between its forward and its backward pass"):
+        loss.backward()

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from tests.training.image_folder import write_image_folder
+from tract_det.config.classification import load_cfg
 from tract_det.config.files import flat
 from tract_det.errors import UserError
 from tract_det.training.comparison import (
@@ -130,6 +131,8 @@ def test_a_sweep_s_value_may_have_commas_in_brackets():
         ({"arms": ["plane"]}, "there is no such arm"),
         ({"sweeps": {"SOLVER.BASE_RL": ["1"]}}, "did you mean 'SOLVER.BASE_LR'"),
         ({"arms": ["plain", "plain"]}, "an arm is there twice"),
+        ({"sweeps": {"MODEL.TRACT.LAMBDA": ["0.1", "0.10"]}}, "would share the folder"),
+        ({"lengths": [2.0, 2.0000001]}, "would share the folder"),
     ],
 )
 def test_mistakes_are_refused_before_the_first_run(tmp_path, images, changes, message):
@@ -231,3 +234,10 @@ def test_the_report_has_a_table_verdicts_a_picture_and_every_run(tmp_path, image
 def test_nothing_finished_is_said(tmp_path, images):
     with pytest.raises(UserError, match="is finished: nothing to compare yet"):
         report(build(design(tmp_path, images)), "")
+
+
+def test_a_run_s_configuration_is_that_of_its_command(tmp_path, images):
+    for run in build(design(tmp_path, images)).runs:
+        _, *arguments = run.arguments
+        pairs = arguments[arguments.index(run.variant.arm) + 1 :]
+        assert load_cfg(CLASSIFIER, pairs, run.variant.arm) == run.cfg

@@ -1,7 +1,7 @@
 """The arms of a comparison: files of a few keys, laid over any experiment.
 
-Every published VOC recipe freezes the stem, so that TrAct needs two controls: `frozen`, as
-published, and `plain`, which trains the stem by its ordinary gradient. Arms that say nothing of
+Most published VOC recipes freeze the stem, so that TrAct needs two controls: `frozen`, as they do,
+and `plain`, which trains the stem by its ordinary gradient. Arms that say nothing of
 TrAct lie on `plain`. `tract+muon` is an arm of two parts, whose keys must not contradict each
 other; the order of the parts does not matter.
 """

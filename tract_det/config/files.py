@@ -74,7 +74,9 @@ def find_configs(name: str | Path) -> tuple[list[Path], str]:
 def _what_replaces(name: str) -> tuple[list[str], str]:
     """The files and the arm that a name of an earlier version stands for; no files if none."""
     old = _OLD_NAME.match(name)
-    if old is None or _find(f"{old['base']}.yaml") is None:
+    base = _find(f"{old['base']}.yaml") if old is not None else None
+    # A file of the user's own may have such a name, and never was anything else.
+    if old is None or base is None or not base.resolve().is_relative_to(CONFIGS.resolve()):
         return [], ""
     names = [f"{old['base']}.yaml"]
     if old["years"]:

@@ -19,8 +19,13 @@ from tract_det.config.files import check_values, find_configs, flat, layers, run
 from tract_det.config.pairs import refuse_half_pairs
 from tract_det.errors import UserError, shortened
 
-# Keys of earlier versions, and what says the same now.
-_REPLACED = {"MODEL.TRACT.RELATIVE": "MODEL.TRACT.UNIT trace"}
+# Keys of earlier versions, and by their value what says the same now.
+_REPLACED = {
+    "MODEL.TRACT.RELATIVE": {
+        True: "set MODEL.TRACT.UNIT trace instead",
+        False: "leave it out, and MODEL.TRACT.UNIT standardised (the default) or input",
+    }
+}
 
 
 # One config file, or several, of which later ones override.
@@ -176,7 +181,7 @@ def _merge_node(
                 leaves = _leaves(value, f"{full}.") if isinstance(value, Mapping) else ()
                 full = max(leaves, key=len, default=full)  # the name of the section may be misspelt
                 if full in _REPLACED:
-                    raise UserError(f"{where}'{full}' is no more: set {_REPLACED[full]} instead")
+                    raise UserError(f"{where}'{full}' is no more: {_REPLACED[full][value is True]}")
                 raise UserError(f"{where}unknown key '{full}'{_nearest(full, known)}")
             node[key] = CfgNode(value, new_allowed=True) if isinstance(value, Mapping) else value
         elif isinstance(node[key], CfgNode):

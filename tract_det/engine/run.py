@@ -131,8 +131,14 @@ class Run:
 
         def begin() -> None:
             if distributed.is_main():
-                options = {"config": self.config, "start": start, "is_resumed": is_resumed}
-                started.append(Trackers(self.loggers, self.output, **options))
+                tracked = Trackers(
+                    self.loggers,
+                    self.output,
+                    config=self.config,
+                    start=start,
+                    is_resumed=is_resumed,
+                )
+                started.append(tracked)
 
         distributed.on_every_rank(begin)
         return started[0] if started else None

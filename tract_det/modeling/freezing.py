@@ -29,7 +29,7 @@ def freeze_stages(model: nn.Module, freeze_at: int, name: str) -> None:
     if freeze_at > len(stages):
         raise UserError(
             f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but {name} can be frozen up to stage "
-            f"{len(stages)}: set at most that"
+            f"{len(stages)}: set it to {len(stages)}, and leave --arm frozen out if that has set it"
         )
     for stage in stages[:freeze_at]:
         for parameter in stage:

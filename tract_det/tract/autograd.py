@@ -28,7 +28,7 @@ from tract_det.tract.solve import (
     solve_with,
     trace,
 )
-from tract_det.tract.state import NO_KEY, STATES, Diagnosis, State
+from tract_det.tract.state import NO_KEY, STATES, Diagnosis, State, TrActError
 from tract_det.tract.sums import Sums
 from tract_det.tract.windows import Windows, windows_of
 
@@ -39,7 +39,12 @@ def _settings(lambda_: float, key: int) -> tuple[float, bool, State | None]:
     """`lambda_`, whether it is relative, and the layer's state (None without a layer)."""
     if key == NO_KEY:
         return lambda_, False, None
-    state = STATES[key]
+    state = STATES.get(key)
+    if state is None:
+        raise TrActError(
+            "a TrAct layer was deleted between its forward and its backward pass: keep a reference "
+            "to the model until the backward pass is done"
+        )
     return state.lambda_, state.relative, state
 
 

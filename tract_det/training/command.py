@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from tract_det.config.arms import names as arms
 from tract_det.config.arms import the_one
+from tract_det.config.tasks import refuse_other_task
+from tract_det.errors import UserError
 
 
 def run_task(
@@ -24,7 +26,12 @@ def run_task(
     """
     args = _parse(parser, argv, default)
     load_cfg = importlib.import_module(f"tract_det.config.{task}").load_cfg
-    cfg = load_cfg(args.config_file or default, args.opts, the_one(args.arm))
+    files = args.config_file or default
+    try:
+        cfg = load_cfg(files, args.opts, the_one(args.arm))
+    except UserError:
+        refuse_other_task(task, files)
+        raise
     # Only now: these import torch, and a mistake in the configuration is to be reported at once.
     session = importlib.import_module("tract_det.training.session")
     functions = importlib.import_module(f"tract_det.training.{task}").TASK

@@ -190,16 +190,46 @@ def build(design: Design) -> Comparison:
     output = design.output or Path("output/compare", run_name(paths))
     files = [part for name in design.config_files for part in ("--config-file", str(name))]
     runs = []
-    for seed, epochs, variant in itertools.product(range(design.seeds), lengths, variants):
-        folder = output / variant.folder / f"{epochs:g}-epochs" / f"seed{seed}"
-        pairs = _pairs(design, task, load_cfg, variant, images, epochs)
-        pairs += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
-        cfg = load_cfg(design.config_files, pairs, variant.arm)
-        max_iter = task.plan(cfg, images).max_iter
-        arguments = [tasks.VERBS[name], *files, "--arm", variant.arm, *pairs]
-        runs.append(PlannedRun(variant, epochs, max_iter, seed, folder, arguments, cfg))
+    for epochs, variant in itertools.product(lengths, variants):
+        of_all_seeds = _pairs(design, task, load_cfg, variant, images, epochs)
+        whole = load_cfg(design.config_files, of_all_seeds, variant.arm)
+        max_iter = task.plan(whole, images).max_iter
+        for seed in range(design.seeds):
+            folder = output / variant.folder / f"{epochs:g}-epochs" / f"seed{seed}"
+            pairs = [*of_all_seeds, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+            cfg = _with(whole, SEED=seed, OUTPUT_DIR=str(folder))
+            arguments = [tasks.VERBS[name], *files, "--arm", variant.arm, *pairs]
+            runs.append(PlannedRun(variant, epochs, max_iter, seed, folder, arguments, cfg))
+    runs.sort(key=lambda run: run.seed)
+    _refuse_shared_folders(runs)
     baselines = {variant: baseline_of(variant, variants, baseline) for variant in variants}
     return Comparison(task, runs, variants, baselines, images, first.TEST.BEST_METRIC, output)
+
+
+def _with(cfg: CfgNode, **values: Any) -> CfgNode:
+    """A frozen copy with other values of these keys."""
+    copy = cfg.clone()
+    copy.defrost()
+    for key, value in values.items():
+        copy[key] = value
+    copy.freeze()
+    return copy
+
+
+def _refuse_shared_folders(runs: Iterable[PlannedRun]) -> None:
+    """Refuses runs that would write into one folder, such as those of LAMBDA 0.1 and 0.10.
+
+    Raises:
+        UserError: names both runs and the folder.
+    """
+    by_folder: dict[Path, PlannedRun] = {}
+    for run in runs:
+        other = by_folder.setdefault(run.folder, run)
+        if other is not run:
+            raise UserError(
+                f"'{other.name}' and '{run.name}' would share the folder {run.folder}: leave one "
+                "of the two values out of --sweep or --lengths"
+            )
 
 
 def _pairs(
