@@ -138,6 +138,17 @@ def is_turned(orientation: int) -> bool:
     return _TURNS.get(orientation, (False, ()))[0]
 
 
+def check_header(path: Path, max_pixels: int = MAX_PIXELS) -> None:
+    """Refuses a file that `read_rgb` would refuse by its header.
+
+    Raises:
+        CorruptImageError: It is not an image, or has too many pixels.
+        UserError: The file cannot be opened.
+    """
+    with _opened(path) as image:
+        _refuse_too_many(path, image.size, max_pixels)
+
+
 def upright_size(path: Path) -> tuple[int, int]:
     """Width and height of an image as `read_upright` reads it, from the file's header.
 

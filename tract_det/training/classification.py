@@ -24,6 +24,7 @@ from tract_det.data.classification_loaders import (
     classification_loader,
 )
 from tract_det.data.classification_transforms import Mix, classification_test, classification_train
+from tract_det.data.headers import check_headers
 from tract_det.data.sampling import training_stream
 from tract_det.engine.loop import infer
 from tract_det.engine.writers import say
@@ -65,6 +66,9 @@ def _read(cfg: CfgNode, *, train: bool) -> ClassificationSplit:
         seed=data.HOLDOUT_SEED,
         limit=data.LIMIT if train else 0,
     )
+    if split.files is not None and not data.SKIP_CORRUPT:
+        names = [split.image_id(index) for index in range(len(split))]
+        distributed.on_main(lambda: check_headers(split.root, names, cfg.INPUT.MAX_PIXELS))
     return replace(split, max_pixels=cfg.INPUT.MAX_PIXELS)
 
 
