@@ -43,8 +43,15 @@ ALLOWED = {
         {"report", "config", "modeling", "tract", "errors", "files", "version"},
         {"torch", "numpy", "PIL", "yaml", "jinja2", "markupsafe"},
     ),
+    # `training` for a run's config.yaml alone, which completes what an old file says.
+    "inference": (
+        {"inference", "modeling", "data", "evaluation", "training", "d2", "errors", "files"}
+        | {"version"},
+        {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tqdm"}
+        | {"av", "onnx", "onnxruntime"},
+    ),
     "training": ({*ROOMS, *SMALL, "visualize"}, {"torch", "fvcore"}),
-    "commands": ({*ROOMS, *SMALL, "commands", "visualize"}, set()),
+    "commands": ({*ROOMS, *SMALL, "commands", "inference", "visualize"}, set()),
     "cli": ({"commands", "errors", "version"}, set()),
     "visualize": ({"errors", "files"}, {"torch", "torchvision", "numpy", "PIL", "matplotlib"}),
     "distributed": ({"errors"}, {"torch"}),
@@ -52,7 +59,7 @@ ALLOWED = {
     "pixels": ({"errors"}, set()),
     "errors": (set(), set()),
     "version": (set(), set()),
-    "__init__": ({"tract", "version"}, set()),
+    "__init__": ({"tract", "inference", "version"}, set()),
 }
 
 

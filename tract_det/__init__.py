@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from tract_det.version import __version__
 
 if TYPE_CHECKING:
+    from tract_det.inference.loading import load_classifier, load_detector
     from tract_det.tract import (
         TrActConv2d,
         TrActError,
@@ -33,6 +34,8 @@ __all__ = [
     "__version__",
     "apply_tract",
     "find_stem",
+    "load_classifier",
+    "load_detector",
     "patch_gram",
     "register_layer",
     "remove_tract",
@@ -45,12 +48,15 @@ __all__ = [
     "tract_linear",
 ]
 
+_OF_INFERENCE = ("load_classifier", "load_detector")
+
 
 def __getattr__(name: str) -> Any:
-    """Imports the method, and torch with it, when a name of it is first used."""
+    """Imports the method, or what loads models, and torch with it, when a name is first used."""
     if name not in __all__:
         raise AttributeError(f"module 'tract_det' has no attribute '{name}'")
-    value = getattr(importlib.import_module("tract_det.tract"), name)
+    module = "tract_det.inference.loading" if name in _OF_INFERENCE else "tract_det.tract"
+    value = getattr(importlib.import_module(module), name)
     globals()[name] = value
     return value
 

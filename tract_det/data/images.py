@@ -219,7 +219,16 @@ def read_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
             pass
     with _opened(path) as image:
         _refuse_too_many(path, image.size, max_pixels)
-        return torch.from_numpy(_rgb_pixels(image)).permute(2, 0, 1).contiguous()
+        return from_pillow(image)
+
+
+def from_pillow(image: Image.Image) -> torch.Tensor:
+    """A Pillow image of any mode as (3, H, W) uint8 RGB, as it is stored: EXIF does not turn it.
+
+    Raises:
+        ValueError: Its pixels are floating-point numbers.
+    """
+    return torch.from_numpy(_rgb_pixels(image)).permute(2, 0, 1).contiguous()
 
 
 def _jpeg_size(data: memoryview) -> tuple[int, int] | None:

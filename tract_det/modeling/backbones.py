@@ -74,6 +74,14 @@ def build_vgg(name: str, norm: str) -> VGGBackbone:
     return VGGBackbone(features)
 
 
+def batch_in_channels_last(backbone: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A hook for a detector's backbone: the batch in that memory format.
+
+    A detector gets its images one by one, and puts them together itself.
+    """
+    return tuple(batch.contiguous(memory_format=torch.channels_last) for batch in args)
+
+
 def _stages(backbone: nn.Module) -> list[list[nn.Module]]:
     """The layers of each stage, from the stem on; the stages of a VGG end at its poolings."""
     if isinstance(backbone, BackboneWithFPN):

@@ -32,9 +32,10 @@ from tract_det.errors import UserError
 from tract_det.evaluation.classification import Mistakes, TopK
 from tract_det.files import write_json
 from tract_det.modeling.classification_loss import ClassifierWithLoss
-from tract_det.modeling.classifiers import build_classifier, check_image_size
+from tract_det.modeling.classifiers import check_image_size
 from tract_det.modeling.freezing import freeze_stages
 from tract_det.modeling.loading import load_into_classifier
+from tract_det.modeling.saved import classifier_of
 from tract_det.modeling.weight_files import Weights, read_weights
 from tract_det.pixels import (
     DATA_STD,
@@ -45,6 +46,7 @@ from tract_det.pixels import (
 )
 from tract_det.report.folder import FIGURES
 from tract_det.training import assembly
+from tract_det.training.saved import classifier_settings
 from tract_det.training.task import BuiltModel, Meta, Plan, Task
 from tract_det.version import __version__
 
@@ -181,10 +183,9 @@ def build_loader(cfg: CfgNode, split: ClassificationSplit, meta: Meta, start: in
 
 def _test_dataset(cfg: CfgNode, split: ClassificationSplit, meta: Meta) -> ClassificationDataset:
     """The images of a split without random augmentation."""
-    size, resize = cfg.INPUT.SIZE, cfg.INPUT.RESIZE_TEST
     transform = classification_test(
-        size,
-        resize=round(size * 256 / 224) if resize == -1 else resize,
+        cfg.INPUT.SIZE,
+        resize=meta["resize"],
         interpolation=cfg.INPUT.INTERPOLATION,
         **_pixel_options(cfg, meta),
     )
@@ -235,21 +236,12 @@ def build_model(
     """The classifier with its loss and weights; see `task.Task.build_model`."""
     settings = cfg.MODEL
     mean, std = _pixel_statistics(cfg, weights)
-    options = {
-        "small_images": settings.SMALL_IMAGES,
-        "small_pool": settings.SMALL_POOL,
-        "norm": settings.NORM,
-        "patch_norm": settings.PATCH_NORM,
-        "image_size": cfg.INPUT.SIZE,
-        "width": settings.WIDTH,
-    }
-    model = build_classifier(
-        settings.NAME,
-        len(class_names),
+    said = classifier_settings(cfg)
+    model = classifier_of(
+        said | {"class_names": class_names},
         drop_rate=settings.DROP_RATE,
         drop_path_rate=settings.DROP_PATH_RATE,
         checkpointing=settings.CHECKPOINTING,
-        **options,
     )
     check_image_size(model, settings.NAME, cfg.INPUT.SIZE)
     stages = max(0, assembly.freeze_at(cfg, weights, strict=strict, default=0))
@@ -257,13 +249,12 @@ def build_model(
     report = load_into_classifier(model, weights, class_names, strict=strict) if weights else None
     meta = {
         "version": __version__,
-        "model": settings.NAME,
+        **said,
         "num_classes": len(class_names),
         "class_names": list(class_names),
         "pixel_mean": mean,
         "pixel_std": std,
         "freeze_at": stages,
-        **options,
     }
     return BuiltModel(
         _with_loss(cfg, model),

@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor, nn
+from torch import nn
 
 from tract_det.config.machinery import plain
 from tract_det.errors import UserError
-from tract_det.modeling.faster_rcnn import build_faster_rcnn
-from tract_det.modeling.heads import BoxHeadOptions, ProposalOptions
+from tract_det.modeling.backbones import batch_in_channels_last
 from tract_det.modeling.loading import load_into
+from tract_det.modeling.saved import detector_of
 from tract_det.modeling.weight_files import Weights, read_weights
 from tract_det.pixels import input_variance, pixel_statistics
 from tract_det.tract import TrActLayer
 from tract_det.training.assembly import freeze_at
+from tract_det.training.saved import detector_settings, evaluation_settings
 from tract_det.training.task import BuiltModel
 from tract_det.version import __version__
 
@@ -73,16 +74,11 @@ def build_detector(
     built = build(cfg, weights, class_names, strict)
     backbone = built.model.get_submodule("backbone")
     if cfg.MODEL.CHANNELS_LAST:
-        backbone.register_forward_pre_hook(_in_channels_last)
+        backbone.register_forward_pre_hook(batch_in_channels_last)
         built = dataclasses.replace(built, memory_format=torch.channels_last)
     if cfg.MODEL.COMPILE:
         built = dataclasses.replace(built, compile=partial(_compile_backbone, backbone))
     return built
-
-
-def _in_channels_last(backbone: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The batch in that format: the images come one by one, and are put together in the model."""
-    return tuple(batch.contiguous(memory_format=torch.channels_last) for batch in args)
 
 
 def _compile_backbone(backbone: nn.Module) -> None:
@@ -94,10 +90,6 @@ def _compile_backbone(backbone: nn.Module) -> None:
         if isinstance(module, TrActLayer):
             module.forward = torch.compiler.disable(module.forward)
     backbone.compile()
-
-
-def _meta(class_names: tuple[str, ...], **others: Any) -> dict[str, Any]:
-    return {"version": __version__, **others, "class_names": list(class_names)}
 
 
 def _build_torchvision(
@@ -115,56 +107,18 @@ def _build_torchvision(
         source=weights.source if weights else "",
     )
     stages = max(0, freeze_at(cfg, weights, strict=strict, default=_FROZEN_STAGES))
-    model = build_faster_rcnn(
-        backbone=cfg.MODEL.BACKBONE.NAME,
-        num_classes=len(class_names),
-        norm=cfg.MODEL.BACKBONE.NORM,
-        freeze_at=stages,
-        fpn_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        pixel_mean=mean,
-        pixel_std=std,
-        min_size=cfg.INPUT.MIN_SIZE_TEST,
-        max_size=cfg.INPUT.MAX_SIZE_TEST,
-        proposals=_proposal_options(cfg),
-        box_head=_box_head_options(cfg),
-    )
+    meta = {
+        "version": __version__,
+        **detector_settings(cfg),
+        "freeze_at": stages,
+        "pixel_mean": mean,
+        "pixel_std": std,
+        "aspect_ratios": list(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS),
+        "class_names": list(class_names),
+    }
+    model = detector_of(meta)
     report = load_into(model, weights, class_names, strict=strict) if weights else None
-    meta = _meta(
-        class_names,
-        backbone=cfg.MODEL.BACKBONE.NAME,
-        norm=cfg.MODEL.BACKBONE.NORM,
-        freeze_at=stages,
-        pixel_mean=mean,
-        pixel_std=std,
-        aspect_ratios=list(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS),
-    )
     return BuiltModel(model, meta, input_variance(std), report)
-
-
-def _proposal_options(cfg: CfgNode) -> ProposalOptions:
-    rpn = cfg.MODEL.RPN
-    return ProposalOptions(
-        anchor_sizes=cfg.MODEL.ANCHOR_GENERATOR.SIZES,
-        aspect_ratios=cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS,
-        pre_nms=(rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
-        post_nms=(rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
-        nms_thresh=rpn.NMS_THRESH,
-        batch_size=rpn.BATCH_SIZE_PER_IMAGE,
-        positive_fraction=rpn.POSITIVE_FRACTION,
-    )
-
-
-def _box_head_options(cfg: CfgNode) -> BoxHeadOptions:
-    roi = cfg.MODEL.ROI_HEADS
-    return BoxHeadOptions(
-        batch_size=roi.BATCH_SIZE_PER_IMAGE,
-        positive_fraction=roi.POSITIVE_FRACTION,
-        fc_dim=cfg.MODEL.ROI_BOX_HEAD.FC_DIM,
-        dropout=cfg.MODEL.ROI_BOX_HEAD.DROPOUT,
-        score_thresh=roi.SCORE_THRESH_TEST,
-        nms_thresh=roi.NMS_THRESH_TEST,
-        detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-    )
 
 
 def _build_detectron2(
@@ -188,5 +142,12 @@ def _build_detectron2(
     elif cfg.MODEL.PIXEL_MEAN:
         whose = "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD are"
         files.check_pixels(files.meta_of(model), *statistics.values(), whose)
-    meta = _meta(class_names, detectron2=settings, freeze_at=stages, **files.meta_of(model))
+    meta = {
+        "version": __version__,
+        **evaluation_settings(cfg),
+        "detectron2": settings,
+        "freeze_at": stages,
+        **files.meta_of(model),
+        "class_names": list(class_names),
+    }
     return BuiltModel(model, meta, input_variance(meta["pixel_std"]), report)

@@ -1,0 +1,1 @@
+"""Models in use, without a data set or a configuration: a file of weights says all they need."""
