@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -67,6 +67,27 @@ def _is_running(process: int) -> bool:
     except OSError:  # of another user
         pass
     return True
+
+
+ASIDE = "previous-"
+
+
+def move_aside(folder: Path, entries: Sequence[Path]) -> Path:
+    """Moves entries of a folder into a new `previous-N` within it; returns that.
+
+    Raises:
+        UserError: they cannot be moved.
+    """
+    numbers = (path.name.removeprefix(ASIDE) for path in folder.glob(f"{ASIDE}*"))
+    number = 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
+    aside = folder / f"{ASIDE}{number}"
+    try:
+        aside.mkdir()
+        for path in entries:
+            path.rename(aside / path.name)
+    except OSError as error:
+        raise cannot_write(aside, error) from error
+    return aside
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:

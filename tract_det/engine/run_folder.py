@@ -10,14 +10,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
 
-from tract_det import distributed
+from tract_det import distributed, files
 from tract_det.engine import checkpoint
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
 from tract_det.files import cannot_write, make_folder
 
 _LOCK = ".lock"
-_ASIDE = "previous-"
 
 
 def refuse_old_run(output: Path) -> None:
@@ -47,19 +46,11 @@ def move_aside(output: Path) -> None:
     entries = [
         path
         for path in sorted(output.iterdir())
-        if path.name != _LOCK and not path.name.startswith(_ASIDE)
+        if path.name != _LOCK and not path.name.startswith(files.ASIDE)
     ]
     if not entries:
         return
-    numbers = (path.name.removeprefix(_ASIDE) for path in output.glob(f"{_ASIDE}*"))
-    number = 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
-    aside = output / f"{_ASIDE}{number}"
-    try:
-        aside.mkdir()
-        for path in entries:
-            path.rename(aside / path.name)
-    except OSError as error:
-        raise cannot_write(aside, error) from error
+    aside = files.move_aside(output, entries)
     say(f"moved the run in {output} to {aside}")
 
 

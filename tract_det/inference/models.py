@@ -35,6 +35,12 @@ class Detections:
     def __len__(self) -> int:
         return len(self.names)
 
+    def above(self, threshold: float) -> "Detections":
+        """Those with at least this score."""
+        kept = self.scores >= threshold
+        names = [name for name, is_kept in zip(self.names, kept.tolist(), strict=True) if is_kept]
+        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], names)
+
 
 @dataclass(frozen=True)
 class Classes:
@@ -122,13 +128,11 @@ class Detector(_Model):
         return [self._detections(output, score_threshold) for output in outputs]
 
     def _detections(self, output: dict[str, Tensor], score_threshold: float) -> Detections:
-        boxes, scores, labels = (output[k].float().cpu() for k in ("boxes", "scores", "labels"))
-        if score_threshold > 0:
-            kept = scores >= score_threshold
-            boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
-        labels = labels.long() - 1  # the model counts the background as 0
+        boxes, scores, labels = (output[key].cpu() for key in ("boxes", "scores", "labels"))
+        labels = labels - 1  # the model counts the background as 0
         names = [self.class_names[label] for label in labels.tolist()]
-        return Detections(boxes, scores, labels, names)
+        found = Detections(boxes.float(), scores.float(), labels, names)
+        return found.above(score_threshold) if score_threshold > 0 else found
 
 
 class Classifier(_Model):
