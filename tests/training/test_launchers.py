@@ -102,6 +102,8 @@ def test_ranks_go_on_when_the_shell_that_started_their_launcher_has_ended(voc_tr
             ["/bin/sh", "-c", 'nohup "$@" & read line', "sh", *map(str, command)],
             stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment, cwd=REPO,
             start_new_session=True,
+            # Under nohup the tests themselves ignore it, and their children would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509
         )  # fmt: skip
 
     def wait_for(text):
