@@ -102,7 +102,7 @@ def is_key(word):
 def test_the_python_blocks_run_one_after_the_other(name):
     scope = {}
     for block in blocks(TEXTS[name], "python"):
-        # tests/d2/test_readme.py runs those for detectron2, tests/inference those that need weights.
+        # tests/d2/test_readme.py runs those for detectron2, tests/inference those with weights.
         if "tract_det.d2" not in block and "load_detector" not in block:
             exec(block, scope)
     assert "TrActConv2d" in repr(scope["model"].conv1)
