@@ -3,6 +3,7 @@
     tract-det bench stem             what TrAct costs: stem forward + backward, error, memory
     tract-det bench train            the trainer against a bare PyTorch loop
     tract-det bench data             reading and augmenting images against plain PIL + torchvision
+    tract-det bench annotations      reading the annotations of 100,000 images: seconds and memory
     tract-det bench pasted FOLDER    a detection set to compare arms on, varied in one thing
     tract-det bench evaluation       the evaluation of detections against pycocotools
     tract-det bench spectrum         in how many directions a config's stem learns
