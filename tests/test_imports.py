@@ -34,6 +34,10 @@ ALLOWED = {
         {"d2", "tract", "modeling", "data", "evaluation", "engine", "pixels", "errors", "files"},
         {"torch", "torchvision", "numpy", "yaml", "detectron2"},
     ),
+    "integrations": (
+        {"integrations", "tract", "errors"},
+        {"torch", "lightning", "accelerate", "transformers"},
+    ),
     # Names to choose from alone, see below: the rooms themselves are too heavy for it.
     "config": (
         {"config", "errors", "engine", "modeling", "data", "evaluation"},

@@ -187,6 +187,20 @@ def test_a_compiled_model_follows_schedule_and_micro_batches_without_being_compi
     torch.testing.assert_close(model[0].weight.grad, gradients[-1], rtol=1e-4, atol=1e-5)
 
 
+def test_micro_batches_may_be_ended_by_a_function_that_a_copy_leaves_behind(generator):
+    model, images = stem(0.2), photo_like(generator, 6, 3, 8, 8)
+    passes = []
+    set_micro_batches(model, lambda: len(passes) == 3)
+    for part in images.split([1, 2, 3]):
+        assert model[0].weight.grad is None or not model[0].weight.grad.any()
+        passes.append(part)
+        model(part).square().sum().backward()
+    torch.testing.assert_close(
+        model[0].weight.grad, gradient(stem(0.2), images), rtol=1e-4, atol=1e-5
+    )
+    assert copy.deepcopy(model)[0].tract.pending is None
+
+
 def test_a_copy_has_the_settings_and_not_the_state(generator):
     model, images = stem(0.2, relative=True, gram_patches=50), photo_like(generator, 4, 3, 8, 8)
     set_micro_batches(model, 2)

@@ -163,7 +163,7 @@ def set_lambda(model: nn.Module, lambda_: float | None) -> None:
             module.lambda_ = lambda_
 
 
-def set_micro_batches(model: nn.Module, micro_batches: int) -> None:
+def set_micro_batches(model: nn.Module, micro_batches: int | Callable[[], bool]) -> None:
     """Makes training with gradient accumulation exact, in place.
 
     Call it once before training. Each backward pass but the last of a step then adds zero to the
@@ -173,15 +173,16 @@ def set_micro_batches(model: nn.Module, micro_batches: int) -> None:
     Args:
         model: a model with TrAct layers; on any other model this does nothing.
         micro_batches: backward passes per step, 1 = no accumulation. Each must go through the layer
-            once, with its share of the loss.
+            once, with its share of the loss. Where the number varies or is not known in advance:
+            a function that tells, during a backward pass, whether it is the last of its step.
 
     Raises:
         TrActError: `micro_batches` is less than 1.
     """
-    if micro_batches < 1:
+    if not callable(micro_batches) and micro_batches < 1:
         raise TrActError(f"micro_batches is {micro_batches}: it must be at least 1")
     for _, module in tract_layers(model):
-        module.tract.pending = Pending(micro_batches) if micro_batches > 1 else None
+        module.tract.pending = None if micro_batches == 1 else Pending(micro_batches)
 
 
 def set_image_sizes(

@@ -6,6 +6,7 @@ effects and why they are safe: see `operators`.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -40,9 +41,14 @@ class Pending:
 
     The exact step of `k` micro-batches needs the sum of their plain gradients and the `G` of all
     their patches. The first `k - 1` return a gradient of zero, the last one the gradient of all.
+
+    Attributes:
+        micro_batches: `k`, or a function that tells whether the current micro-batch is the last.
+        passes: micro-batches of the current step so far.
+        sums: their sums; empty before the first.
     """
 
-    def __init__(self, micro_batches: int) -> None:
+    def __init__(self, micro_batches: int | Callable[[], bool]) -> None:
         self.micro_batches = micro_batches
         self.clear()
 
@@ -58,7 +64,8 @@ class Pending:
         else:  # copies: an operator must not keep its arguments
             self.sums = tuple(part.clone() for part in sums)
         self.passes += 1
-        if self.passes < self.micro_batches:
+        limit = self.micro_batches
+        if not (limit() if callable(limit) else self.passes >= limit):
             return None
         totals = self.sums
         self.clear()
@@ -89,7 +96,8 @@ class Diagnosis:
 class State:
     """The state of one TrAct layer.
 
-    A copy or an unpickled state has the same settings, a key of its own and an empty step.
+    A copy or an unpickled state has the same settings, a key of its own and an empty step. A
+    function that tells the last micro-batch stays behind: it belongs to the trainer of the model.
 
     Attributes:
         lambda_: damping, in units of standardised inputs, or of `trace(G) / K` where `relative`.
@@ -129,7 +137,8 @@ class State:
         STATES[self.key] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        pending = self.pending and Pending(self.pending.micro_batches)
+        limit = None if self.pending is None else self.pending.micro_batches
+        pending = None if limit is None or callable(limit) else Pending(limit)
         settings = {key: value for key, value in vars(self).items() if key not in ("key", "last")}
         return settings | {"pending": pending}
 

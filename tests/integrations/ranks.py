@@ -1,0 +1,30 @@
+"""Run by the tests in two processes: `ranks.py TRAINER OUT` trains two steps of two micro-batches.
+
+The stem's weights after each step go to `OUT/<rank>.pth`.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import DistributedSampler, TensorDataset
+
+from tests.integrations.common import BATCH, samples
+from tract_det import distributed
+
+
+def lightning(folder):
+    from tests.integrations.test_lightning import fit
+
+    data = TensorDataset(*samples(6 * BATCH))
+    # Lightning's own sampler would shuffle.
+    sampler = DistributedSampler(data, 2, distributed.local_rank(), shuffle=False)
+    options = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 2}
+    _, _, weights = fit(folder, data, sampler=sampler, use_distributed_sampler=False, **options)
+    return weights.after
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[2])
+    weights = {"lightning": lightning}[sys.argv[1]](out)
+    torch.save(weights, out / f"{distributed.rank()}.pth")

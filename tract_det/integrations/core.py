@@ -1,0 +1,75 @@
+"""What the integrations have in common: applying TrAct in time, and a schedule for lambda."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from tract_det.errors import UserError
+from tract_det.tract import TrActLayer, apply_tract, set_lambda
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# Fraction of the training's steps that are done, from 0 to 1 -> lambda, or None: TrAct off.
+Schedule = Callable[[float], float | None]
+
+
+def has_tract(model: nn.Module) -> bool:
+    """Whether a layer of the model learns by TrAct."""
+    return any(isinstance(module, TrActLayer) for module in model.modules())
+
+
+def applied(
+    model: ModelT, *, remedy: str, optimizers: Iterable[Optimizer] = (), **settings: Any
+) -> ModelT:
+    """Makes the stem of `model` learn by TrAct, in place, unless the training has begun.
+
+    Args:
+        model: the bare model.
+        remedy: how to apply TrAct in time, for the message.
+        optimizers: those that the trainer has made so far.
+        **settings: those of `apply_tract`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: the model is wrapped or compiled, or an optimizer has its parameters already.
+        TrActError: as of `apply_tract`.
+    """
+    if not has_tract(model):  # otherwise this is a second training, which may have its optimizer
+        _refuse_late(model, optimizers, remedy)
+    return apply_tract(model, **settings)
+
+
+def _refuse_late(model: nn.Module, optimizers: Iterable[Optimizer], remedy: str) -> None:
+    for name, module in model.named_modules():
+        place = f"'{name}'" if name else "the model"
+        if isinstance(module, DistributedDataParallel | DataParallel):
+            raise UserError(f"{place} is already wrapped in {type(module).__name__}: {remedy}")
+        # What torch.compile returns keeps the original under this name; model.compile() does not.
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None):
+            raise UserError(f"{place} is already compiled: {remedy}")
+    parameters = {id(parameter) for parameter in model.parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if not parameters.isdisjoint(map(id, group["params"])):
+                raise UserError(
+                    f"{type(optimizer).__name__} was made before TrAct was applied: {remedy}"
+                )
+
+
+def require_tract(model: nn.Module, remedy: str) -> None:
+    """Raises a UserError with this remedy if no layer of the model learns by TrAct."""
+    if not has_tract(model):
+        raise UserError(
+            f"{type(model).__name__} has no TrAct layer, it would train plainly: {remedy}"
+        )
+
+
+def follow(model: nn.Module, schedule: Schedule | None, done: int, steps: float) -> None:
+    """Sets lambda for the step that comes after `done` of `steps`; without a schedule, nothing."""
+    if schedule is not None:
+        set_lambda(model, schedule(min(done / steps, 1.0)))
