@@ -24,7 +24,21 @@ def lightning(folder):
     return weights.after
 
 
+def accelerate(folder):
+    from tests.integrations.test_accelerate import train
+
+    return train(2, 6 * BATCH)[1]
+
+
+def transformers(folder):
+    from tests.integrations.test_transformers import train
+
+    return train(folder, 6 * BATCH, gradient_accumulation_steps=2)[1].after
+
+
+TRAINERS = {"lightning": lightning, "accelerate": accelerate, "transformers": transformers}
+
 if __name__ == "__main__":
     out = Path(sys.argv[2])
-    weights = {"lightning": lightning}[sys.argv[1]](out)
+    weights = TRAINERS[sys.argv[1]](out)
     torch.save(weights, out / f"{distributed.rank()}.pth")
