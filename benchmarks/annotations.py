@@ -44,7 +44,7 @@ def make(root: Path, images: int, objects: int) -> None:
     (coco / "annotations").mkdir(parents=True)
     (coco / "train").symlink_to(tree / "JPEGImages")
     ids = [f"{number:06d}" for number in range(images)]
-    entries = []
+    entries: list[dict[str, object]] = []
     for number, name in enumerate(ids):
         corner = rng.integers(0, (WIDTH - 2, HEIGHT - 2), (objects, 2))
         edges = np.minimum(corner + rng.integers(2, 200, (objects, 2)), (WIDTH, HEIGHT))

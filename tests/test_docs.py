@@ -64,6 +64,8 @@ VERB_OF = {
 
 def split(words):
     """The verb of a command and the words behind it."""
+    # `srun bash -c` takes a command as one word.
+    words = [part for word in words for part in (word.split() if "tools/" in word else [word])]
     for i, word in enumerate(words):
         if word in VERB_OF:
             return VERB_OF[word], words[i + 1 :]
