@@ -13,7 +13,7 @@ from tract_det import TrActConv2d, apply_tract, set_micro_batches
 
 def test_every_step_of_timms_loop_is_the_oracles_also_the_short_last_one():
     model = apply_tract(network())
-    optimizer = create_optimizer_v2(model, opt="sgd", lr=RATE, momentum=0.0, weight_decay=0.0)
+    optimizer = create_optimizer_v2(model, opt="momentum", lr=RATE, momentum=0.0, weight_decay=0.0)
     scaler, ema = NativeScaler(device="cpu"), ModelEmaV3(model, decay=0.0)
     loader = [*zip(*(part.split(BATCH) for part in samples(5 * BATCH)), strict=True)]
     accumulation, weights = 2, []
