@@ -26,6 +26,7 @@ VERBS = {
     "report": "one HTML page of a training run, or of several",
     "evaluate": "average precision of detections in the VOC challenge's files",
     "detect": "detect objects in images and videos, with a detector's weights",
+    "export": "write a model as ONNX, TorchScript or a program of torch.export",
     "convert": "convert weights between torchvision, timm and detectron2",
     "visualize": "draw the curves and stem filters of training runs",
     "paper": "list the paper's experiments, print or run the command of one",

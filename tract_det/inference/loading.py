@@ -33,15 +33,10 @@ def load_detector(
     Raises:
         UserError: it is no such file, or a classifier's; says which settings it lacks.
     """
-    weights, chosen = _read(path, config_file, "detection"), _device(device)
-    if not (weights.is_detector or is_detectron2(weights.meta)):
-        raise UserError(f"{weights.source} has a classifier's weights: use load_classifier for it")
-    check_described(weights)
-    is_foreign = is_detectron2(weights.meta)
-    network = _load_detectron2(weights, config_file) if is_foreign else load_saved(weights)
-    if weights.meta["channels_last"]:
-        network.get_submodule("backbone").register_forward_pre_hook(batch_in_channels_last)
-    return Detector(network, weights.meta, chosen)
+    model = load_model(path, device, config_file=config_file)
+    if not isinstance(model, Detector):
+        raise UserError(f"{path} has a classifier's weights: use load_classifier for it")
+    return model
 
 
 def load_classifier(
@@ -51,20 +46,42 @@ def load_classifier(
     config_file: str | Path | None = None,
 ) -> Classifier:
     """A classifier from the file of weights that a training has left; see `load_detector`."""
-    weights, chosen = _read(path, config_file, "classification"), _device(device)
-    if weights.is_detector or is_detectron2(weights.meta):
-        raise UserError(f"{weights.source} has a detector's weights: use load_detector for it")
+    model = load_model(path, device, config_file=config_file)
+    if not isinstance(model, Classifier):
+        raise UserError(f"{path} has a detector's weights: use load_detector for it")
+    return model
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    config_file: str | Path | None = None,
+) -> Detector | Classifier:
+    """A detector or a classifier, whichever the file has; see `load_detector`."""
+    weights, chosen = _read(path, config_file), _device(device)
     check_described(weights)
-    return Classifier(load_saved(weights), weights.meta, chosen)
+    if not _detects(weights):
+        return Classifier(load_saved(weights), weights.meta, chosen)
+    is_foreign = is_detectron2(weights.meta)
+    network = _load_detectron2(weights, config_file) if is_foreign else load_saved(weights)
+    if weights.meta["channels_last"]:
+        network.get_submodule("backbone").register_forward_pre_hook(batch_in_channels_last)
+    return Detector(network, weights.meta, chosen)
 
 
-def _read(path: str | Path, config_file: str | Path | None, task: str) -> Weights:
+def _detects(weights: Weights) -> bool:
+    return weights.is_detector or is_detectron2(weights.meta)
+
+
+def _read(path: str | Path, config_file: str | Path | None) -> Weights:
     """The weights, with what their file says completed by the configuration where it is given."""
     if not Path(path).is_file():
         raise UserError(f"{path} is not a file: give weights such as OUTPUT_DIR/model_final.pth")
     weights = read_weights(str(path), key="weights")
     if config_file is None:
         return weights
+    task = "detection" if _detects(weights) else "classification"
     settings = importlib.import_module("tract_det.training.saved").settings_in(
         Path(config_file), task
     )
