@@ -82,7 +82,8 @@ class TrActCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Logs the diagnostics of the step's gradient."""
-        every = trainer.log_every_n_steps if self.log_every is None else self.log_every
+        settings: Any = trainer  # Lightning sets this attribute without declaring it
+        every = settings.log_every_n_steps if self.log_every is None else self.log_every
         if not (every and trainer.is_global_zero) or (trainer.global_step + 1) % every:
             return
         diagnostics = tract_diagnostics(pl_module)
