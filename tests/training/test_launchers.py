@@ -140,6 +140,7 @@ def test_the_ranks_end_in_a_line_that_names_the_one_that_is_lost(
     if moment == "loading":
         while not (tmp_path / "run").is_dir():
             time.sleep(0.01)
+        time.sleep(0.7)  # in the middle of it: at its very start the launcher may be faster to tell
     elif moment == "save":
         while not (tmp_path / "run/checkpoints").is_dir():
             time.sleep(0.001)
@@ -148,6 +149,7 @@ def test_the_ranks_end_in_a_line_that_names_the_one_that_is_lost(
     os.kill(run.rank(lost), signal.SIGKILL)
     printed, code = run.end()
     assert code != 0
+    assert printed.count(" is lost") == 1, printed
     (line,) = (line for line in printed.splitlines() if " is lost" in line)
     assert line.startswith(f"[rank {1 - lost}] error: rank {lost} is lost: ")
     assert line.endswith("go on with --resume")
