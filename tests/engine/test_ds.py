@@ -78,6 +78,18 @@ def process():
     ds.stop()
 
 
+def test_torch_is_its_own_again_after_a_run_with_sharded_weights():
+    """Else a process that has trained cannot export: TorchScript writes only torch's linear."""
+    linear = torch.nn.functional.linear
+    ds.start("cpu")
+    model = nn.Linear(7, 5)
+    config = ds.ds_config(batch_size=1, accumulation=1, extra={"zero_optimization": {"stage": 3}})
+    ds.initialize(model, torch.optim.SGD(model.parameters(), lr=0.1), config)
+    assert torch.nn.functional.linear is not linear
+    ds.stop()
+    assert torch.nn.functional.linear is linear
+
+
 @pytest.mark.parametrize("bound", [0.3, 1.7, 1e4])
 def test_gradients_are_clipped_as_deepspeed_clips_them_but_without_waiting(bound, process):
     from deepspeed.runtime.utils import clip_grad_norm_

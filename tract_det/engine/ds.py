@@ -21,6 +21,7 @@ from torch import nn
 from tract_det import distributed
 from tract_det.errors import UserError
 
+_LINEAR = torch.nn.functional.linear
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # as in glibc's malloc.h
 
 if not torch.cuda.is_available():
@@ -81,9 +82,14 @@ def _keep_freed_memory() -> None:
 
 
 def stop() -> None:
-    """Leaves the process group and frees what refers to it: its threads must end before exit."""
+    """Leaves the process group and frees what refers to it: its threads must end before exit.
+
+    Also gives torch its own `linear` back, which DeepSpeed replaces for good under ZeRO 3: the
+    process may go on, and TorchScript cannot export the other one.
+    """
     import deepspeed
 
+    torch.nn.functional.linear = _LINEAR
     if not dist.is_initialized():
         return
     if deepspeed.comm.is_initialized():
