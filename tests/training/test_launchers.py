@@ -1,5 +1,6 @@
 """What becomes of a run whose launcher, or one of whose ranks, is gone."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPO, tiny_options
-from tests.training.runs import LAUNCHERS, free_port, log, run_apart
+from tests.training.runs import (
+    LAUNCHERS,
+    assert_close,
+    free_port,
+    log,
+    results,
+    run_apart,
+    run_here,
+)
 
 TRAIN = REPO / "tools/train_net.py"
 pytestmark = pytest.mark.slow
@@ -22,10 +31,10 @@ LONG = {
 
 
 class Launched:
-    """A run of two ranks under a launcher, which the test does not wait for."""
+    """A run under a launcher, or a machine's part of one, which the test does not wait for."""
 
-    def __init__(self, launcher, *arguments):
-        command = [sys.executable, *LAUNCHERS[launcher], free_port(), TRAIN, *arguments]
+    def __init__(self, launch, *arguments):
+        command = [sys.executable, *launch, TRAIN, *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         self.process = subprocess.Popen(
             [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -66,6 +75,33 @@ class Launched:
         raise AssertionError(f"no process of rank {rank}: {self.printed}")
 
 
+def two_ranks(launcher):
+    return [*LAUNCHERS[launcher], free_port()]
+
+
+def of_rank_0_first(machines):
+    """Two machines that have agreed among themselves which is which."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for order in (machines, machines[::-1]):
+            with contextlib.suppress(AssertionError, OSError):
+                order[0].rank(0)
+                return order
+        time.sleep(0.1)
+    raise AssertionError("no machine has rank 0")
+
+
+def two_machines(rendezvous):
+    """What is started on each of two machines: one of `torchrun`'s agents, with one rank."""
+    agent = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]
+    port = free_port()
+    if rendezvous == "agreed":
+        meeting = ["--rdzv-id", "run", "--rdzv-backend", "c10d"]
+        return [[*agent, *meeting, "--rdzv-endpoint", f"127.0.0.1:{port}"]] * 2
+    master = ["--master-addr", "127.0.0.1", "--master-port", port]
+    return [[*agent, *master, "--node-rank", number] for number in range(2)]
+
+
 @pytest.mark.parametrize(
     ("launcher", "depth", "number"),
     [
@@ -81,7 +117,7 @@ def test_ranks_whose_launcher_gets_a_signal_save_and_stop(
     voc_tree, tmp_path, launcher, depth, number
 ):
     """`depth` 1 is the process between `deepspeed` and its ranks."""
-    run = Launched(launcher, *tiny_options(voc_tree, tmp_path, **LONG))
+    run = Launched(two_ranks(launcher), *tiny_options(voc_tree, tmp_path, **LONG))
     run.read_until("step 2/2000")
     target = run.process.pid if depth == 0 else run.children()[0]
     os.kill(target, number)
@@ -136,7 +172,7 @@ def test_the_ranks_end_in_a_line_that_names_the_one_that_is_lost(
     voc_tree, tmp_path, launcher, lost, moment
 ):
     changes = LONG | ({"TEST__EVAL_PERIOD": 3} if moment == "evaluation" else {})
-    run = Launched(launcher, *tiny_options(voc_tree, tmp_path / "run", **changes))
+    run = Launched(two_ranks(launcher), *tiny_options(voc_tree, tmp_path / "run", **changes))
     if moment == "loading":
         while not (tmp_path / "run").is_dir():
             time.sleep(0.01)
@@ -159,3 +195,38 @@ def test_the_ranks_end_in_a_line_that_names_the_one_that_is_lost(
         with_checkpoint = (tmp_path / "run/last_checkpoint").is_file()
         resume = ["--resume"] if with_checkpoint else []
         run_apart(TRAIN, *resume, *tiny_options(voc_tree, tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize("rendezvous", ["numbered", "agreed"])
+def test_two_machines_make_the_updates_and_results_of_one_process(voc_tree, tmp_path, rendezvous):
+    changes = {"SOLVER__MAX_ITER": 2, "MODEL__TRACT__ENABLED": True, "LOG_PERIOD": 1}
+    options = tiny_options(voc_tree, tmp_path / "two", **changes)
+    machines = [Launched(launch, *options) for launch in two_machines(rendezvous)]
+    for machine in machines:
+        printed = machine.process.stdout.read()
+        assert machine.process.wait() == 0, printed
+    run_here("train", *tiny_options(voc_tree, tmp_path / "one", **changes))
+    assert_close(tmp_path / "two", tmp_path / "one")
+    assert results(tmp_path / "two") == results(tmp_path / "one")
+
+
+@pytest.mark.parametrize("rendezvous", ["numbered", "agreed"])
+def test_a_run_whose_second_machine_is_lost_ends_and_goes_on_with_the_first_alone(
+    voc_tree, tmp_path, rendezvous
+):
+    options = tiny_options(voc_tree, tmp_path / "run", **LONG)
+    machines = [Launched(launch, *options) for launch in two_machines(rendezvous)]
+    left, lost = of_rank_0_first(machines)
+    left.read_until("step 4/2000")
+    for process in (lost.process.pid, lost.rank(1)):
+        os.kill(process, signal.SIGKILL)
+    lost.end()
+    printed, code = left.end()
+    assert code != 0
+    (line,) = (line for line in printed.splitlines() if " is lost" in line)
+    assert line.startswith("[rank 0] error: rank 1 is lost: "), printed
+    saved = int((tmp_path / "run/last_checkpoint").read_text().removeprefix("iter_"))
+    changes = LONG | {"SOLVER__MAX_ITER": saved + 2}
+    options = tiny_options(voc_tree, tmp_path / "run", **changes)
+    assert f"at step {saved}" in run_here("train", "--resume", *options)
+    assert sorted(log(tmp_path / "run")) == list(range(1, saved + 3))
