@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests.conftest import REPO
-from tract_det.engine.jobs import Job, run_jobs, shares, sole_use, visible_gpus
+from tract_det.engine.jobs import Job, run_jobs, shares, sole_use, threads_of_each, visible_gpus
 from tract_det.errors import UserError
 
 
@@ -56,8 +56,20 @@ def test_each_job_gets_a_gpu_or_a_part_of_the_cpu():
     assert shares(3, ["4", "7"], 8) == [
         {"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "7"}, {"CUDA_VISIBLE_DEVICES": "4"},
     ]  # fmt: skip
-    assert shares(2, [], 8) == [{"OMP_NUM_THREADS": "4"}] * 2
-    assert shares(4, [], 2) == [{"OMP_NUM_THREADS": "1"}] * 4
+    assert shares(2, [], 4) == [{"OMP_NUM_THREADS": "4"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "jobs", "cores", "threads"),
+    [(None, 2, 8, 4), (None, 4, 2, 1), ("3", 2, 8, 3), ("", 2, 8, 4), ("4,2", 2, 8, 4)],
+)
+def test_a_users_own_number_of_threads_goes_before_an_equal_part(
+    monkeypatch, variable, jobs, cores, threads
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert threads_of_each(jobs, cores) == threads
 
 
 def test_only_gpus_that_this_process_may_use_are_shared(monkeypatch):

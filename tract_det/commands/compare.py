@@ -9,7 +9,7 @@ Runs with the same seed share initial weights and the order of the data. Detecto
 alike; a length is in epochs. `KEY VALUE` pairs at the end hold for all runs. Finished runs are not
 run again, and interrupted ones go on where they stopped: give the same command again, with further
 arms, values, lengths or seeds if need be. Several runs beside each other (--jobs) get a GPU each,
-or a part of the CPU.
+or a part of the CPU: an equal one, or OMP_NUM_THREADS threads if that is set.
 
 The results are in `output/compare/<config>/`: `comparison.md` (the table and the verdicts),
 `comparison.png`, `comparison.json`, and the folder of each run. The differences are paired: each
@@ -92,11 +92,11 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     planned = comparison.build(design)
     gpus = jobs.visible_gpus(distributed.gpus())
     number = args.jobs or len(gpus) or 1
-    cores = len(os.sched_getaffinity(0))
+    threads = jobs.threads_of_each(number, len(os.sched_getaffinity(0)))
     if args.plan:
-        print(estimate(planned, number, threads=max(1, cores // number)))
+        print(estimate(planned, number, threads=threads))
         return 0
     with jobs.sole_use(planned.output) as lock:
-        code = run_missing(planned, jobs.shares(number, gpus, cores), lock)
+        code = run_missing(planned, jobs.shares(number, gpus, threads), lock)
         report(planned, shlex.join(["tract-det", "compare", *argv]))
     return code

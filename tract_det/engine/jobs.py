@@ -49,17 +49,27 @@ class Ended:
     seconds: float
 
 
-def shares(jobs: int, gpus: Sequence[str], cores: int) -> list[dict[str, str]]:
+def threads_of_each(jobs: int, cores: int) -> int:
+    """Threads on the CPU of each of so many jobs: a user's own OMP_NUM_THREADS, or an equal part.
+
+    More threads than free cores are many times slower, since they wait for each other in a loop;
+    only the user knows what else the machine does.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdecimal() and int(wanted) else max(1, cores // jobs)
+
+
+def shares(jobs: int, gpus: Sequence[str], threads: int) -> list[dict[str, str]]:
     """The environment of each of so many jobs beside each other.
 
     Args:
         jobs: number of jobs.
         gpus: those that may be used, as in CUDA_VISIBLE_DEVICES. A job gets one of them.
-        cores: of the CPU. Without GPUs each job gets an equal part, at least one.
+        threads: of a job, where there are no GPUs.
     """
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs)]
-    return [{"OMP_NUM_THREADS": str(max(1, cores // jobs))}] * jobs
+    return [{"OMP_NUM_THREADS": str(threads)}] * jobs
 
 
 def visible_gpus(count: int) -> list[str]:
