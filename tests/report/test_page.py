@@ -3,52 +3,19 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.conftest import tiny_options
+from tests.report.pages import EVIL, browser, look_at, parse
 from tests.training.image_folder import options, write_image_folder
 from tests.training.runs import run_here
 from tract_det.cli import call
 from tract_det.errors import UserError
 from tract_det.report.page import write_report
 from tract_det.report.svg import Series, bar_chart, line_chart, log_ticks, ticks
-
-EVIL = '<script>alert("x")</script>'
-
-
-class Checker(HTMLParser):
-    """Notes the elements, and whether each is closed where it must be."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.seen, self.text = [], [], ""
-
-    def handle_starttag(self, tag, attrs):
-        self.seen.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "br", "input", "link"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.seen.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag in self.open and tag != "p":
-            while self.open.pop() != tag:
-                pass
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def parse(path):
-    checker = Checker()
-    checker.feed(path.read_text())
-    assert [tag for tag in checker.open if tag != "p"] == []
-    return checker
 
 
 @pytest.fixture(scope="module")
@@ -189,39 +156,14 @@ def test_points_of_a_line_lie_where_its_values_are():
     assert y2 - y1 == pytest.approx(y0 - y2)
 
 
-def look_at(page, path, width):
-    errors = []
-    page.on("console", lambda message: errors.append(message.text))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("dialog", lambda dialog: errors.append(dialog.message))
-    page.goto(path.as_uri())
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert all(page.eval_on_selector_all("img", "all => all.map(i => i.naturalWidth)"))
-    for is_falling in (True, False):
-        page.click("table.sortable th:nth-child(9)")
-        cells = page.eval_on_selector_all(
-            "table.sortable tbody tr", "all => all.map(row => row.cells[8].textContent)"
-        )
-        counts = [float(text) for text in cells]
-        assert counts == sorted(counts, reverse=is_falling)
-    assert errors == []
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [375, 1200])
 def test_a_browser_shows_it_without_errors(evil, detector, width):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(
-                executable_path="/usr/bin/chromium", args=["--no-sandbox"]
-            )
-        except sync_api.Error:
-            pytest.skip("chromium is not installed")
+    with browser() as chromium:
         for path in (detector / "report.html", evil):
             assert path.stat().st_size < 5 * 2**20
-            look_at(browser.new_page(viewport={"width": width, "height": 800}), path, width)
-        browser.close()
+            page = chromium.new_page(viewport={"width": width, "height": 800})
+            look_at(page, path, width, column=9)
 
 
 def test_pictures_are_small(tmp_path, detector):

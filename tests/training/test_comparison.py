@@ -229,6 +229,7 @@ def test_the_report_has_a_table_verdicts_a_picture_and_every_run(tmp_path, image
     assert content["runs"][0]["curve"]["values"] == [25.0, 50.0]
     assert content["verdicts"][0].startswith("tract")
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    assert content["verdicts"][0] in (tmp_path / "comparison.html").read_text()
 
 
 def test_nothing_finished_is_said(tmp_path, images):

@@ -11,11 +11,12 @@ run again, and interrupted ones go on where they stopped: give the same command 
 arms, values, lengths or seeds if need be. Several runs beside each other (--jobs) get a GPU each,
 or a part of the CPU: an equal one, or OMP_NUM_THREADS threads if that is set.
 
-The results are in `output/compare/<config>/`: `comparison.md` (the table and the verdicts),
-`comparison.png`, `comparison.json`, and the folder of each run. The differences are paired: each
-seed against itself, with a 95 % interval by Student's t. The speed-up is the baseline's length over
-the epoch at which an arm reaches the baseline's final figure; over several lengths, complete
-trainings are compared. tract_det/evaluation/comparison.py says what these figures cannot tell.
+The results are in `output/compare/<config>/`: `comparison.html` (table, verdicts and curves on a
+page that opens offline), `comparison.md`, `.png` and `.json`, and the folder of each run. The
+differences are paired: each seed against itself, with a 95 % interval by Student's t. The speed-up
+is the baseline's length over the epoch at which an arm reaches the baseline's final figure; over
+several lengths, complete trainings are compared. tract_det/evaluation/comparison.py says what these
+figures cannot tell.
 """
 
 import argparse

@@ -1,12 +1,14 @@
-"""Writes a report of training runs: one HTML page that opens offline.
+"""Writes a report of training runs, or of a comparison: one HTML page that opens offline.
 
     tract-det report output/cells
-    tract-det report output/cells/plain output/cells/tract --out comparison.html
+    tract-det report output/cells/plain output/cells/tract --out both.html
+    tract-det report output/compare/cpu_small
 
 Every run leaves `report.html` in its OUTPUT_DIR already. This makes it anew, also of a run that
 goes on or was made elsewhere, and puts several runs into one page: their curves over each other,
 their figures and configurations beside each other. Pictures of the worst images are shown where the
-images are still where they were.
+images are still where they were. In the folder of a `tract-det compare`, it makes `comparison.html`
+anew.
 """
 
 import argparse
@@ -21,11 +23,18 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="default: report.html in the folder, of several runs report.html here",
+        help="default: report.html or comparison.html in the folder, of several runs report.html "
+        "here",
     )
     args = parser.parse_args(argv)
+    from tract_det.report.comparison import COMPARISON, write_comparison
     from tract_det.report.page import write_report
 
-    out = args.out or (args.runs[0] if len(args.runs) == 1 else Path()) / "report.html"
-    write_report(args.runs, out)
+    folder = args.runs[0] if len(args.runs) == 1 else Path()
+    if len(args.runs) == 1 and (folder / COMPARISON).is_file():
+        out = args.out or folder / "comparison.html"
+        write_comparison(folder, out)
+    else:
+        out = args.out or folder / "report.html"
+        write_report(args.runs, out)
     print(f"wrote {out}")

@@ -156,12 +156,40 @@ def verdicts(groups: Sequence[Group]) -> list[str]:
     return sentences
 
 
+def origin(records: Sequence[Mapping[str, Any]]) -> str:
+    """Commits, hardware, versions and dates of the finished runs, in a sentence."""
+    starts = [start for run in records if run["status"] == "finished" for start in run["starts"]]
+    if not starts:
+        return "Where these runs were made is not recorded."
+
+    def distinct(values: Iterable[str]) -> str:
+        return " or ".join(dict.fromkeys(value for value in values if value))
+
+    dates = sorted(start["date"][:10] for start in starts)
+    versions = (
+        ", ".join(f"{name} {version}" for name, version in start["versions"].items())
+        for start in starts
+    )
+    return (
+        f"Commit {distinct(start['commit'] for start in starts) or 'unknown'}; "
+        f"{distinct(start['hardware'] for start in starts)}; {distinct(versions)}; "
+        f"{distinct((dates[0], dates[-1])).replace(' or ', ' to ')}."
+    )
+
+
 def _have_common_seed(arms: Iterable[Arm]) -> bool:
     return bool(set.intersection(*(set(arm.curves) for arm in arms)))
 
 
 def table(rows: Sequence[Row], metric: str) -> str:
     """In Markdown: a line for each row."""
+    head, *lines = table_cells(rows, metric)
+    table = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in table)
+
+
+def table_cells(rows: Sequence[Row], metric: str) -> list[list[str]]:
+    """The cells of the table: of its heading, then of each row."""
     longest = max(row.group.epochs for row in rows)
     baselines = {row.group.baseline for row in rows if row.group.baseline}
     control = baselines.pop() if len(baselines) == 1 else "its baseline"
@@ -170,14 +198,14 @@ def table(rows: Sequence[Row], metric: str) -> str:
     if has_lengths:
         header.append(f"against {control} at {longest:g} epochs")
     header += ["speed-up", "time"]
-    lines = [header, ["---"] * len(header)]
+    lines = [header]
     for row in rows:
         cells = [row.group.arm, f"{row.group.epochs:g}", _runs(row.summary), _final(row.summary)]
-        cells.append(_points(row.difference))
+        cells.append(in_points(row.difference))
         if has_lengths:
-            cells.append(_points(row.to_longest))
+            cells.append(in_points(row.to_longest))
         lines.append([*cells, _speed_up(row.speed_up), _ratio(row.cost)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return lines
 
 
 def _runs(summary: Summary) -> str:
@@ -190,7 +218,8 @@ def _final(summary: Summary) -> str:
     return f"{summary.mean:.2f}" + (f" ± {summary.sd:.2f}" if summary.n > 1 else "")
 
 
-def _points(difference: Difference | None) -> str:
+def in_points(difference: Difference | None) -> str:
+    """A difference with its interval, as far as there is one."""
     if difference is None:
         return ""
     if difference.interval is None:

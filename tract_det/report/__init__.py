@@ -1,4 +1,5 @@
 """report.html: one page that shows a training run, opens offline, and needs nothing beside it.
 
-`folder` reads what a run has left, `figures` and `svg` draw it, `page` fills the template.
+`folder` reads what a run has left, `svg` draws it, `page` fills the template. `comparison` does the
+same for what `tract-det compare` has left, as comparison.html.
 """

@@ -57,15 +57,8 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
 
 def render(runs: Sequence[RunFolder]) -> str:
     """The text of the page."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tract_det.report", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["number"] = number
-    return environment.get_template("report.html.j2").render(
+    return fill(
+        "report.html.j2",
         title=" and ".join(run.name for run in runs),
         runs=runs,
         verdicts=[verdict(run) for run in runs],
@@ -74,8 +67,20 @@ def render(runs: Sequence[RunFolder]) -> str:
         classes=_class_table(runs),
         details=[_details(run) for run in runs],
         configs=_configs(runs),
-        version=__version__,
     )
+
+
+def fill(template: str, **values: Any) -> str:
+    """The text of a page; all values are escaped but for those that are `Markup`."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tract_det.report", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = number
+    return environment.get_template(template).render(values, version=__version__)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -1,7 +1,7 @@
 """Charts as SVG text: no library draws them in the reader's browser."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ class Series(NamedTuple):
         mark: a point to be marked, (x, y); None = none.
         color: number of a colour, see the style sheet; lines of one run have the same.
         is_dashed: whether the line is dashed.
+        spread: half the height of a band around the line at each x; () = no band.
     """
 
     name: str
@@ -27,6 +28,25 @@ class Series(NamedTuple):
     color: int = 0
     mark: tuple[float, float] | None = None
     is_dashed: bool = False
+    spread: Sequence[float] = ()
+
+
+class Whisker(NamedTuple):
+    """A row of a chart of intervals.
+
+    Attributes:
+        name: above the whisker.
+        value: where the dot is.
+        interval: where the whisker ends; None = no whisker.
+        text: the value in words, at the right.
+        color: number of a colour, see the style sheet.
+    """
+
+    name: str
+    value: float
+    interval: tuple[float, float] | None
+    text: str
+    color: int = 0
 
 
 def line_chart(
@@ -56,7 +76,8 @@ def line_chart(
     if not lines:
         return ""
     x_low, x_high = x_range or _span([x for one in lines for x in one.x])
-    y_low, y_high = y_range or _padded(*_span([y for one in lines for y in one.y], log_y), log_y)
+    heights = [y for one in lines for y in (*one.y, *(y for _, y in _edge(one)))]
+    y_low, y_high = y_range or _padded(*_span(heights, log_y), log_y)
 
     def at_x(x: float) -> float:
         return _LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
@@ -85,8 +106,14 @@ def line_chart(
         f'<text class="label" transform="translate(13 {middle_y}) rotate(-90)" '
         f'text-anchor="middle">{escape(y_label)}</text>'
     )
+
+    def points_of(pairs: Iterable[tuple[float, float]]) -> str:
+        return " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in pairs)
+
     for one in lines:
-        points = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in zip(one.x, one.y, strict=True))
+        if edge := points_of(_edge(one)):
+            parts.append(f'<polygon class="band s{one.color % 10}" points="{edge}"/>')
+        points = points_of(zip(one.x, one.y, strict=True))
         dashes = ' stroke-dasharray="5 4"' if one.is_dashed else ""
         title = f"<title>{escape(one.name)}: {one.y[-1]:.4g} at {one.x[-1]:g}</title>"
         if len(one.x) > 1:
@@ -136,6 +163,58 @@ def bar_chart(names: Sequence[str], values: Sequence[float], *, unit: str) -> st
     )
 
 
+def interval_chart(rows: Sequence[Whisker], *, x_label: str) -> str:
+    """Dots with whiskers, one below the other, beside a line at 0.
+
+    Args:
+        rows: from above; values and ends of intervals are finite.
+        x_label: what the axis shows, with its unit.
+
+    Returns:
+        An `<svg>` element, "" without rows.
+    """
+    if not rows:
+        return ""
+    row, margin = 40, 16
+    bottom = row * len(rows) + 6
+    ends = [x for one in rows for x in (one.value, *(one.interval or ()))]
+    low, high = _span([0.0, *ends])
+
+    def at(x: float) -> float:
+        return margin + (x - low) / (high - low) * (WIDTH - 2 * margin)
+
+    parts = []
+    for tick in ticks(low, high):
+        kind = "grid" if tick else "zero"
+        parts.append(
+            f'<line class="{kind}" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="0" y2="{bottom}"/>'
+            f'<text class="tick" x="{at(tick):.1f}" y="{bottom + 15}" text-anchor="middle">'
+            f"{tick:g}</text>"
+        )
+    for i, one in enumerate(rows):
+        y, color = row * i + 28, f"s{one.color % 10}"
+        parts.append(
+            f'<text class="label" x="{margin}" y="{y - 12}">{escape(one.name)}</text>'
+            f'<text class="tick" x="{WIDTH - margin}" y="{y - 12}" text-anchor="end">'
+            f"{escape(one.text)}</text>"
+            f'<circle class="dot {color}" cx="{at(one.value):.1f}" cy="{y}" r="4.5"/>'
+        )
+        if one.interval:
+            left, right = map(at, one.interval)
+            parts.append(
+                f'<path class="line {color}" d="M{left:.1f} {y}H{right:.1f}M{left:.1f} {y - 5}v10'
+                f'M{right:.1f} {y - 5}v10"/>'
+            )
+    parts.append(
+        f'<text class="label" x="{WIDTH / 2}" y="{bottom + 34}" text-anchor="middle">'
+        f"{escape(x_label)}</text>"
+    )
+    return (
+        f'<svg class="chart" role="img" aria-label="{escape(x_label, quote=True)}" '
+        f'viewBox="0 0 {WIDTH} {bottom + 42}">{"".join(parts)}</svg>'
+    )
+
+
 def _legend(lines: Sequence[Series]) -> str:
     names = dict.fromkeys((one.name, one.color % 10, one.is_dashed) for one in lines if one.name)
     if len(names) < 2:
@@ -149,12 +228,19 @@ def _legend(lines: Sequence[Series]) -> str:
 
 
 def _finite(one: Series, log_y: bool) -> Series:
-    pairs = [
-        (x, y)
-        for x, y in zip(one.x, one.y, strict=True)
-        if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y)
+    points = [
+        point
+        for point in zip(one.x, one.y, one.spread or [0.0] * len(one.x), strict=True)
+        if all(map(math.isfinite, point)) and (point[1] > 0 or not log_y)
     ]
-    return one._replace(x=[x for x, _ in pairs], y=[y for _, y in pairs])
+    x, y, spread = ([point[i] for point in points] for i in range(3))
+    return one._replace(x=x, y=y, spread=spread if one.spread else ())
+
+
+def _edge(one: Series) -> list[tuple[float, float]]:
+    """The corners of the band: from left to right above, and back below."""
+    band = list(zip(one.x, one.y, one.spread, strict=True)) if one.spread else []
+    return [(x, y + half) for x, y, half in band] + [(x, y - half) for x, y, half in band[::-1]]
 
 
 def _span(values: Sequence[float], log: bool = False) -> tuple[float, float]:

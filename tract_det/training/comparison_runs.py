@@ -3,7 +3,7 @@
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from tract_det.engine import checkpoint, provenance, run_folder
@@ -11,9 +11,10 @@ from tract_det.engine.jobs import Ended, Job, run_jobs
 from tract_det.engine.writers import clock
 from tract_det.errors import DivergedError, UserError
 from tract_det.evaluation.comparison import Curve, mean_curve
-from tract_det.evaluation.comparison_report import Group, as_values, judge, table, verdicts
+from tract_det.evaluation.comparison_report import Group, as_values, judge, origin, table, verdicts
 from tract_det.evaluation.runs import Record, read_run
 from tract_det.files import remove_abandoned, write_json, write_text
+from tract_det.report.comparison import write_comparison
 from tract_det.training.comparison import (
     Comparison,
     PlannedRun,
@@ -173,7 +174,7 @@ def groups(planned: Comparison) -> tuple[list[Group], list[dict[str, Any]]]:
 
 
 def report(planned: Comparison, command: str) -> None:
-    """Prints the table and the verdicts; writes them, the picture and the JSON.
+    """Prints the table and the verdicts; writes them, the JSON, the page and the picture.
 
     Args:
         planned: all runs.
@@ -190,7 +191,7 @@ def report(planned: Comparison, command: str) -> None:
     text = "\n\n".join([table(rows, planned.metric), *sentences])
     print(f"\n{text}\n")
     heading = f"# Comparison of {', '.join(variant.name for variant in planned.variants)}"
-    heading += f"\n\n`{command}`\n\n{_origin(records)}\n\n![metric](comparison.png)"
+    heading += f"\n\n`{command}`\n\n{origin(records)}\n\n![metric](comparison.png)"
     write_text(planned.output / "comparison.md", f"{heading}\n\n{text}\n")
     content = {
         "command": command,
@@ -202,31 +203,14 @@ def report(planned: Comparison, command: str) -> None:
     }
     write_json(planned.output / "comparison.json", content)
     print(f"wrote comparison.md and .json to {planned.output}")
+    page = planned.output / "comparison.html"
+    with beside_the_results(page):
+        write_comparison(planned.output, page)
+        print(f"wrote {page}")
     picture = planned.output / "comparison.png"
     with beside_the_results(picture):
         comparison(picture, [_line(group) for group in arms], planned.metric)
         print(f"wrote {picture}")
-
-
-def _origin(records: Sequence[Mapping[str, Any]]) -> str:
-    """Commits, hardware, versions and dates of the finished runs, in a sentence."""
-    starts = [start for run in records if run["status"] == "finished" for start in run["starts"]]
-    if not starts:
-        return "Where these runs were made is not recorded."
-
-    def distinct(values: Iterable[str]) -> str:
-        return " or ".join(dict.fromkeys(value for value in values if value))
-
-    dates = sorted(start["date"][:10] for start in starts)
-    versions = (
-        ", ".join(f"{name} {version}" for name, version in start["versions"].items())
-        for start in starts
-    )
-    return (
-        f"Commit {distinct(start['commit'] for start in starts) or 'unknown'}; "
-        f"{distinct(start['hardware'] for start in starts)}; {distinct(versions)}; "
-        f"{distinct((dates[0], dates[-1])).replace(' or ', ' to ')}."
-    )
 
 
 def _line(group: Group) -> Line:
