@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from tests.conftest import run_python
 from tests.names import NAMES
 from tract_det.errors import shortened
-from tract_det.files import atomically, file_name_part, remove_abandoned
+from tract_det.files import (
+    atomically,
+    file_name_part,
+    read_metrics,
+    remove_abandoned,
+    steps_and_values,
+)
 
 
 def test_ordinary_names_stay_as_they_are():
@@ -59,3 +65,14 @@ def test_a_file_whose_writer_was_killed_is_removed_and_one_in_the_making_is_not(
 
 def files_in(folder):
     return {path.name for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_curve_has_the_steps_whose_figure_is_a_number(tmp_path):
+    """For the report and for `visualize`: both draw the same points."""
+    lines = ['{"iteration": 1, "loss": 2.5}', '{"iteration": 2, "top1": null}']
+    lines += ['{"iteration": 2, "loss": null}', '{"iteration": 3, "loss": 1, "top1": 40.0}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    entries = read_metrics(tmp_path / "metrics.jsonl")
+    assert steps_and_values(entries, "loss") == ([1, 3], [2.5, 1])
+    assert steps_and_values(entries, "top1") == ([3], [40.0])
+    assert steps_and_values(entries, "lr") == ([], [])

@@ -204,3 +204,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+
+
+def steps_and_values(
+    entries: Sequence[Mapping[str, Any]], key: str
+) -> tuple[list[int], list[float]]:
+    """The steps of a figure in the lines of `read_metrics`, and its values; null is left out."""
+    points = [
+        (entry["iteration"], entry[key])
+        for entry in entries
+        if isinstance(entry.get(key), int | float)
+    ]
+    return [step for step, _ in points], [value for _, value in points]

@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image, ImageOps
 
 from tract_det.errors import UserError, shortened
-from tract_det.files import atomically, read_metrics
+from tract_det.files import atomically, read_metrics, steps_and_values
 
 # The figure that a training's curve shows, and its title: a detector's, a classifier's.
 _METRICS = {"voc_area.mAP": "mAP (area, IoU 0.5)", "top1": "top-1"}
@@ -186,13 +186,9 @@ def training_curves(path: Path, runs: Mapping[str, Path]) -> None:
         metric = next((key for key in _METRICS if any(key in entry for entry in entries)), "")
         drawn += [metric] if metric else []
         for axis, key in ((loss_axis, "loss"), (map_axis, metric)):
-            points = [
-                (entry["iteration"], entry[key]) for entry in entries if entry.get(key) is not None
-            ]
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True), label=name, marker="." if key != "loss" else ""
-                )
+            steps, values = steps_and_values(entries, key)
+            if steps:
+                axis.plot(steps, values, label=name, marker="." if key != "loss" else "")
     loss_axis.set(xlabel="step", ylabel="loss", yscale="log")
     titles = [title for key, title in _METRICS.items() if key in drawn]
     map_axis.set(xlabel="step", ylabel=f"{' or '.join(titles or _METRICS.values())}, %")

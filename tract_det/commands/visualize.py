@@ -1,4 +1,4 @@
-"""Draws pictures of training runs: curves of several runs in one, and their stems' filters.
+"""Draws the curves of several runs in one picture, and their stems' filters, as PNG files.
 
     tract-det visualize output/plain output/tract --out pictures
 

@@ -17,7 +17,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
-from tract_det.files import write_text
+from tract_det.files import steps_and_values, write_text
 from tract_det.report.folder import RunFolder, read_run
 from tract_det.report.svg import Series, bar_chart, line_chart
 from tract_det.version import __version__
@@ -181,9 +181,7 @@ def _charts(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
 
 
 def _series(run: RunFolder, key: str, name: str, color: int, is_dashed: bool = False) -> Series:
-    lines = [line for line in run.metrics if isinstance(line.get(key), int | float)]
-    steps, values = [line["iteration"] for line in lines], [line[key] for line in lines]
-    return Series(name, steps, values, color, is_dashed=is_dashed)
+    return Series(name, *steps_and_values(run.metrics, key), color, is_dashed=is_dashed)
 
 
 def _class_table(runs: Sequence[RunFolder]) -> dict[str, Any] | None:
