@@ -54,7 +54,12 @@ def test_a_classifiers_report_has_its_figures(classifier):
     page = parse(classifier / "report.html")
     results = json.loads((classifier / "results.json").read_text())
     figures = json.loads((classifier / "report.json").read_text())
-    assert f"top-1 {results['top1']:.1f} %" in page.text
+    low, high = results["intervals"]["top1"]
+    assert f"top-1 {results['top1']:.1f} % (95 % interval {low:.1f} to {high:.1f})" in page.text
+    assert sum(row["images"] for row in results["classes"].values()) == results["images"]
+    for name, row in results["classes"].items():
+        low, high = row["interval"]
+        assert f"{name}{row['top1']:.2f}{low:.2f} to {high:.2f}{row['images']}" in page.text
     matrix = np.array(figures["confusion"]["matrix"])
     assert matrix.sum() == results["images"]
     assert np.trace(matrix) == results["correct"]["top1"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from tract_det.distributed import gather
 from tract_det.errors import DivergedError, UserError
 from tract_det.evaluation.metrics import DIVERGED_MEND, TOP_K
+from tract_det.evaluation.wilson import LEVEL, wilson_interval
 
 _MOST_CELLS = 25  # classes of a confusion matrix that is kept whole
 
@@ -60,7 +61,8 @@ class TopK:
 
         Returns:
             On every rank `images` (the number evaluated), `top1` and `top5` in per cent, both as
-            counts under `correct`, and, if any image was skipped, their number as `skipped`.
+            counts under `correct` and with 95 % intervals under `intervals`, and, if any image was
+            skipped, their number as `skipped`.
 
         Raises:
             UserError: the ranks together did not account for each image of the split, or evaluated
@@ -76,12 +78,24 @@ class TopK:
             )
         correct = {f"top{k}": sum(rank_correct[k] for rank_correct in corrects) for k in TOP_K}
         percent = {name: 100 * count / evaluated for name, count in correct.items()}
-        results = {"images": evaluated, **percent, "correct": correct}
+        intervals = {name: _interval(count, evaluated) for name, count in correct.items()}
+        results = {
+            "images": evaluated,
+            **percent,
+            "correct": correct,
+            "intervals": {"level": LEVEL, **intervals},
+        }
         return results | ({"skipped": num_skipped} if num_skipped else {})
 
 
+def _interval(count: int, images: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy, in per cent."""
+    low, high = wilson_interval(count, images)
+    return 100 * low, 100 * high
+
+
 class Mistakes:
-    """Collects what a report shows of a classifier's mistakes, over all ranks.
+    """Collects what a report shows of a classifier's classes and mistakes, over all ranks.
 
     Args:
         class_names: the K names that labels index.
@@ -102,7 +116,7 @@ class Mistakes:
             ids: names of the images.
         """
         scores = logits.float().softmax(dim=1)
-        predicted = scores.argmax(dim=1)
+        predicted = logits.argmax(dim=1)  # as `TopK` ranks them: scores may have been rounded
         losses = -scores.gather(1, labels[:, None])[:, 0].clamp_min(1e-30).log()
         self._pairs.update(zip(labels.tolist(), predicted.tolist(), strict=True))
         wrong = (predicted != labels).nonzero()[:, 0].tolist()
@@ -116,6 +130,29 @@ class Mistakes:
     ) -> list[tuple[float, str, int, int, float]]:
         """Those with the highest loss; of equal losses the first by name."""
         return sorted(mistakes, key=lambda mistake: (-mistake[0], mistake[1]))[: self.images]
+
+    def by_class(self) -> dict[str, dict[str, Any]]:
+        """The accuracy of each class. Every rank must call it.
+
+        Returns:
+            By name the number of its `images` and, if there are any, `top1` with its 95 %
+            `interval`, in per cent.
+        """
+        images, correct = Counter[int](), Counter[int]()
+        for (label, guess), count in self._pairs.items():
+            images[label] += count
+            correct[label] += count * (label == guess)
+        ranks = gather((images, correct))
+        images = sum((rank_images for rank_images, _ in ranks), Counter[int]())
+        correct = sum((rank_correct for _, rank_correct in ranks), Counter[int]())
+        classes: dict[str, dict[str, Any]] = {}
+        for label, name in enumerate(self.class_names):
+            classes[name] = {"images": images[label]}
+            if images[label]:
+                accuracy = 100 * correct[label] / images[label]
+                interval = _interval(correct[label], images[label])
+                classes[name] |= {"top1": accuracy, "interval": interval}
+        return classes
 
     def figures(self) -> dict[str, Any]:
         """What the mistakes are. Every rank must call it.

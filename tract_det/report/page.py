@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -37,6 +37,47 @@ _TITLES = {
     "top1": "top-1",
     "top5": "top-5",
     "ema.top1": "top-1 of the average",
+}
+
+
+class _ClassColumns(NamedTuple):
+    """What a table of classes has.
+
+    Attributes:
+        note: what to know of it.
+        total: the key of the number of examples.
+        columns: keys and titles, the main figure first.
+    """
+
+    note: str
+    total: str
+    columns: Sequence[tuple[str, str]]
+
+
+_CLASS_COLUMNS = {
+    "detection": _ClassColumns(
+        "AP is the area under the precision envelope; precision and recall are those of the "
+        "best F1, at IoU 0.5.",
+        "objects",
+        [
+            ("voc_area.AP_50", "AP@.5"),
+            ("voc_area.AP_75", "AP@.75"),
+            ("voc_area.AP_50_95", "AP@.5:.95"),
+            ("f1", "best F1"),
+            ("score", "at score"),
+            ("precision", "precision"),
+            ("recall", "recall"),
+            ("max_recall", "max recall"),
+            ("objects", "objects"),
+            ("difficult", "difficult"),
+            ("detections", "detections"),
+        ],
+    ),
+    "classification": _ClassColumns(
+        "Top-1 is in per cent of the class's images, with Wilson's 95 % interval.",
+        "images",
+        [("top1", "top-1"), ("interval", "95 % interval"), ("images", "images")],
+    ),
 }
 
 
@@ -96,6 +137,8 @@ def number(value: Any) -> str:
     """A figure as the tables show it."""
     if isinstance(value, bool) or value is None:
         return "–" if value is None else str(value)
+    if isinstance(value, list):
+        return " to ".join(map(number, value))
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
@@ -117,7 +160,7 @@ def verdict(run: RunFolder) -> str:
     after = f" after {steps:,} steps" if steps else ""
     if value is None:
         return f"Not finished{after}, with {stem}."
-    interval = results.get("intervals", {}).get(metric)
+    interval = _interval(results, metric)
     sure = f" (95 % interval {interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
     images = f" on {results['images']:,} images" if "images" in results else ""
     with_stem = f", with {stem}" if run.config else ""
@@ -131,13 +174,20 @@ def _at(results: dict[str, Any], metric: str) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
+def _interval(results: dict[str, Any], metric: str) -> tuple[float, float] | None:
+    """The ends of a figure's interval; those of the moving average are with its own figures."""
+    if metric.startswith("ema."):
+        results, metric = results.get("ema", {}), metric.removeprefix("ema.")
+    return results.get("intervals", {}).get(metric)
+
+
 def _figures(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """Rows of the table of figures: title, and of each run value and interval."""
     rows = []
     for metric, title in _TITLES.items():
         values = [_at(run.results, metric) for run in runs]
         if any(value is not None for value in values):
-            intervals = [run.results.get("intervals", {}).get(metric) for run in runs]
+            intervals = [_interval(run.results, metric) for run in runs]
             rows.append({"title": title, "cells": list(zip(values, intervals, strict=True))})
     speed = [_mean(run, "images_per_second") for run in runs]
     memory = [_most(run, "peak_memory_gib") for run in runs]
@@ -185,38 +235,27 @@ def _series(run: RunFolder, key: str, name: str, color: int, is_dashed: bool = F
 
 
 def _class_table(runs: Sequence[RunFolder]) -> dict[str, Any] | None:
-    """Rows by class, with the AP of each run, and what else is known where there is one run."""
+    """Rows by class, with the main figure of each run; of one run, all that is known."""
     tables = [run.results.get("classes") or {} for run in runs]
     names = list(dict.fromkeys(name for table in tables for name in table))
     if not names:
         return None
-    keys = [
-        ("voc_area.AP_50", "AP@.5"),
-        ("voc_area.AP_75", "AP@.75"),
-        ("voc_area.AP_50_95", "AP@.5:.95"),
-        ("f1", "best F1"),
-        ("score", "at score"),
-        ("precision", "precision"),
-        ("recall", "recall"),
-        ("max_recall", "max recall"),
-        ("objects", "objects"),
-        ("difficult", "difficult"),
-        ("detections", "detections"),
-    ]
+    note, total, columns = _CLASS_COLUMNS[runs[0].task]
     if len(runs) > 1:
-        head = ["class", "objects", *(f"AP@.5 {run.name}" for run in runs)]
+        main, title = columns[0]
+        head = ["class", total, *(f"{title} {run.name}" for run in runs)]
         rows = [
             [
                 name,
-                next((table[name].get("objects") for table in tables if name in table), None),
-                *(table.get(name, {}).get("voc_area.AP_50") for table in tables),
+                next((table[name].get(total) for table in tables if name in table), None),
+                *(table.get(name, {}).get(main) for table in tables),
             ]
             for name in names
         ]
     else:
-        head = ["class", *(title for _, title in keys)]
-        rows = [[name, *(tables[0][name].get(key) for key, _ in keys)] for name in names]
-    return {"head": head, "rows": rows}
+        head = ["class", *(title for _, title in columns)]
+        rows = [[name, *(tables[0][name].get(key) for key, _ in columns)] for name in names]
+    return {"note": note, "head": head, "rows": rows}
 
 
 def _details(run: RunFolder) -> dict[str, Any]:

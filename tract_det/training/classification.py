@@ -345,6 +345,7 @@ class ClassificationEvaluation:
         split = self.dataset.split
         mistakes = Mistakes(split.class_names)
         results = self._both(model, average, mistakes)
+        results["classes"] = mistakes.by_class()
         shown = mistakes.figures()
         if distributed.is_main():
             ending = {"stopped": stopped} if stopped else {}
