@@ -12,19 +12,21 @@ author = "the tract_det authors"
 copyright = author
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
 include_patterns = [
     "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "docs/*.md",
+    "docs/*.ipynb",
     "benchmarks/*.md",
     "benchmarks/results/*/*.md",
     "tract_det/d2/README.md",
 ]
 nitpicky = False
 
+nb_execution_mode = "off"  # the notebook is shown as it is kept; a test runs it
 myst_heading_anchors = 3  # as code hosts make them
 
 napoleon_use_ivar = True  # attributes are described in their class, once
