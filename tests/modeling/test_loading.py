@@ -230,16 +230,20 @@ def test_a_vgg_for_small_images_takes_the_convolutions_of_a_large_one():
         load_into_classifier(own, Weights("w", state, {}), CLASSES, strict=True)
 
 
+def vit(library, size):
+    if library == "timm":
+        return build_classifier("timm:test_vit", 2, image_size=size)
+    return torchvision.models.VisionTransformer(size, 16, 1, 2, 32, 32, num_classes=2)
+
+
+POSITIONS = {"timm": "pos_embed", "torchvision": "encoder.pos_embedding"}
+
+
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_position_embeddings_are_resampled_for_another_image_size(library):
-    def build(size):
-        if library == "timm":
-            return build_classifier("timm:test_vit", 2, image_size=size)
-        return torchvision.models.VisionTransformer(size, 16, 1, 2, 32, 32, num_classes=2)
-
     torch.manual_seed(0)
-    small_one, large = build(32), build(64)
-    key = "pos_embed" if library == "timm" else "encoder.pos_embedding"
+    small_one, large = vit(library, 32), vit(library, 64)
+    key = POSITIONS[library]
     with torch.no_grad():
         small_one.get_parameter(key).fill_(0.5)
     report = load_into_classifier(large, classifier_weights(small_one), CLASSES, strict=True)
@@ -247,8 +251,37 @@ def test_position_embeddings_are_resampled_for_another_image_size(library):
     torch.testing.assert_close(
         large.state_dict()[key], torch.full_like(large.state_dict()[key], 0.5)
     )
-    report = load_into_classifier(build(32), classifier_weights(small_one), CLASSES, strict=True)
-    assert not report.resampled
+    same = load_into_classifier(
+        vit(library, 32), classifier_weights(small_one), CLASSES, strict=True
+    )
+    assert not same.resampled
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+@pytest.mark.parametrize("shape", ["", "c", "2 5 c", "1 7 c", "1 0 c", "1 5 1 c"])
+def test_position_embeddings_that_are_no_grid_are_refused_by_name(library, shape):
+    model, key = vit(library, 32), POSITIONS[library]
+    weights, channels = classifier_weights(model), model.state_dict()[key].shape[-1]
+    sizes = [channels if size == "c" else int(size) for size in shape.split()]
+    weights.state[key] = torch.zeros(sizes)
+    with pytest.raises(UserError, match=rf"'{key}' is \(.*\) in the file and \(1, \d+, "):
+        load_into_classifier(model, weights, CLASSES)
+
+
+@pytest.mark.parametrize("key", ["conv1.weight", "bn1.weight", "fc.weight", "fc.bias"])
+@pytest.mark.parametrize("sizes", [(), (1,)])
+def test_a_tensor_with_other_dimensions_is_refused_by_name_or_is_another_head(key, sizes):
+    weights = classifier_weights(build_classifier("resnet18", 2))
+    weights.state[key] = torch.zeros(sizes)
+    if key.startswith("fc") and sizes:
+        report = load_into_classifier(build_classifier("resnet18", 2), weights, CLASSES)
+        assert report.random == ["fc.weight", "fc.bias"]
+        return
+    with pytest.raises(UserError, match=rf"'{key}' is \(1?,?\) in the file"):
+        load_into_classifier(build_classifier("resnet18", 2), weights, CLASSES)
+    if not key.startswith("fc"):
+        with pytest.raises(UserError, match=rf"'backbone\.body\.{key}' is \("):
+            load_into(small(norm="BN"), weights, CLASSES)
 
 
 def test_another_classifier_is_refused_by_key():

@@ -197,7 +197,7 @@ def _check_stem(model_state: State, state: State, weights: Weights) -> None:
     key = "backbone.body.conv1.weight"
     if key not in model_state or key not in state:
         return
-    if state[key].shape[-1] < model_state[key].shape[-1]:
+    if state[key].dim() == 4 and state[key].shape[-1] < model_state[key].shape[-1]:
         raise UserError(
             f"MODEL.WEIGHTS {weights.source} is a ResNet for small images, with a 3x3 stem and no "
             "pooling (MODEL.SMALL_IMAGES True); the detector's MODEL.BACKBONE.NAME has a 7x7 stem: "
@@ -290,7 +290,8 @@ def _has_other_classes(
     if trained and class_names:
         return list(trained) != list(class_names)
     shared = [key for key in state if key.startswith(in_head) and key in model_state]
-    return any(len(state[key]) != len(model_state[key]) for key in shared)
+    # A tensor without dimensions is not another number of classes: `_check_fit` refuses it.
+    return any(state[key].dim() and len(state[key]) != len(model_state[key]) for key in shared)
 
 
 def _other_classes(weights: Weights, class_names: Sequence[str]) -> UserError:
@@ -312,15 +313,17 @@ def _fit_positions(model: nn.Module, model_state: State, state: State) -> tuple[
     is_torchvision = isinstance(model, VisionTransformer)
     key = "encoder.pos_embedding" if is_torchvision else "pos_embed"
     old, new = state.get(key), model_state.get(key)  # (1, tokens, channels)
-    if old is None or new is None or old.shape == new.shape or old.shape[-1] != new.shape[-1]:
+    if old is None or new is None or old.shape == new.shape:
         return state, []
-    if isinstance(model, VisionTransformer):
+    if old.dim() != 3 or (old.shape[0], old.shape[2]) != (new.shape[0], new.shape[2]):
+        return state, []  # for `_check_fit` to refuse
+    if isinstance(model, VisionTransformer) and _is_square(old.shape[1] - 1):
         size, patch = model.image_size, model.patch_size
         return dict(interpolate_embeddings(size, patch, OrderedDict(state))), [key]
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     has_prefix = not getattr(model, "no_embed_class", False)
     prefix = getattr(model, "num_prefix_tokens", 1) if has_prefix else 0
-    if grid is None or old.dim() != 3 or not _is_square(old.shape[1] - prefix):
+    if is_torchvision or grid is None or not _is_square(old.shape[1] - prefix):
         return state, []
     from timm.layers import resample_abs_pos_embed  # a detector does not need timm
 
@@ -329,4 +332,4 @@ def _fit_positions(model: nn.Module, model_state: State, state: State) -> tuple[
 
 
 def _is_square(number: int) -> bool:
-    return math.isqrt(number) ** 2 == number
+    return number >= 0 and math.isqrt(number) ** 2 == number
