@@ -35,8 +35,8 @@ ALLOWED = {
         {"torch", "torchvision", "numpy", "yaml", "detectron2"},
     ),
     "integrations": (
-        {"integrations", "tract", "errors"},
-        {"torch", "lightning", "accelerate", "transformers"},
+        {"integrations", "tract", "pixels", "errors"},
+        {"torch", "lightning", "accelerate", "transformers", "ultralytics"},
     ),
     # Names to choose from alone, see below: the rooms themselves are too heavy for it.
     "config": (

@@ -69,7 +69,13 @@ def require_tract(model: nn.Module, remedy: str) -> None:
         )
 
 
-def follow(model: nn.Module, schedule: Schedule | None, done: int, steps: float) -> None:
-    """Sets lambda for the step that comes after `done` of `steps`; without a schedule, nothing."""
+def follow(
+    model: nn.Module, schedule: Schedule | None, done: int, steps: float, variance: float = 1.0
+) -> None:
+    """Sets lambda for the step that comes after `done` of `steps`; without a schedule, nothing.
+
+    `variance` is that of the model's input, in units of standardised pixels.
+    """
     if schedule is not None:
-        set_lambda(model, schedule(min(done / steps, 1.0)))
+        lambda_ = schedule(min(done / steps, 1.0))
+        set_lambda(model, None if lambda_ is None else lambda_ * variance)
