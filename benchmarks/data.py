@@ -98,6 +98,7 @@ def opencv_tensor(path: Path) -> torch.Tensor:
     import cv2
 
     bgr = cv2.imread(str(path))
+    assert bgr is not None, path
     return torch.from_numpy(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)).permute(2, 0, 1)
 
 
