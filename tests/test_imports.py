@@ -36,7 +36,7 @@ ALLOWED = {
     ),
     "integrations": (
         {"integrations", "tract", "pixels", "errors"},
-        {"torch", "lightning", "accelerate", "transformers", "ultralytics"},
+        {"torch", "lightning", "accelerate", "transformers", "ultralytics", "mmengine"},
     ),
     # Names to choose from alone, see below: the rooms themselves are too heavy for it.
     "config": (

@@ -36,7 +36,22 @@ def transformers(folder):
     return train(folder, 6 * BATCH, gradient_accumulation_steps=2)[1].after
 
 
-TRAINERS = {"lightning": lightning, "accelerate": accelerate, "transformers": transformers}
+def mmengine(folder):
+    from tests.integrations.test_mmengine import train
+
+    # By itself MMEngine would give every process a GPU.
+    torch.distributed.init_process_group("gloo")
+    wrapper = {"type": "MMDistributedDataParallel", "device_ids": None}
+    options = {"launcher": "pytorch", "cfg": {"model_wrapper_cfg": wrapper}}
+    return train(folder, 6 * BATCH, accumulates=2, **options)[1].after
+
+
+TRAINERS = {
+    "lightning": lightning,
+    "accelerate": accelerate,
+    "transformers": transformers,
+    "mmengine": mmengine,
+}
 
 if __name__ == "__main__":
     out = Path(sys.argv[2])
