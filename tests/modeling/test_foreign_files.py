@@ -101,6 +101,16 @@ def test_a_file_that_inflates_is_refused_before_it_is_read(path):
         read_weights(str(path))
 
 
+def test_a_file_of_a_later_form_of_zip_is_refused_since_its_size_cannot_be_told(path):
+    torch.save({"w": torch.zeros(3)}, path)
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\x01\x02")  # of the central directory
+    data[entry + 6] = 99  # the version that reading it takes, times ten
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"zip file version 9\.9, as torch never writes it"):
+        read_weights(str(path))
+
+
 def test_values_that_are_not_finite_are_named_and_so_is_another_depth():
     with torch.device("meta"):
         detector = build_faster_rcnn(backbone="resnet18_fpn", num_classes=2)

@@ -307,13 +307,17 @@ def _refuse_inflated(path: Path, source: str) -> None:
     """Refuses a file whose parts are compressed, which torch never does: they could be anything.
 
     Raises:
-        UserError: they would take much more memory than the file.
+        UserError: they would take much more memory than the file, or it cannot be told.
     """
     try:
         with zipfile.ZipFile(path) as parts:
             size = sum(part.file_size for part in parts.infolist())
     except (OSError, ValueError, zipfile.BadZipFile):  # an older file, or damaged: torch tells
         return
+    except NotImplementedError as error:
+        raise UserError(
+            f"{source} cannot be read as a file of tensors: {error}, as torch never writes it"
+        ) from error
     if size > 2 * path.stat().st_size + 2**20:
         raise UserError(
             f"{source} cannot be read as a file of tensors: its parts are compressed to a fraction "
