@@ -2,6 +2,7 @@
 
     tract-det bench stem             what TrAct costs: stem forward + backward, error, memory
     tract-det bench train            the trainer against a bare PyTorch loop
+    tract-det bench integrations     TrAct's share of a training step in Lightning's trainer
     tract-det bench data             reading and augmenting images against plain PIL + torchvision
     tract-det bench annotations      reading the annotations of 100,000 images: seconds and memory
     tract-det bench pasted FOLDER    a detection set to compare arms on, varied in one thing
