@@ -108,7 +108,11 @@ def test_a_config_builds_the_model_of_its_arm(path, arm):
         (["MODEL.TRACT.RELATIVE", "False"], "RELATIVE' is no more: leave it out, and MODEL.TRACT"),
         (["MODEL.TRACT.UNIT", "pixels"], "MODEL.TRACT.UNIT is 'pixels': it takes one of standard"),
         (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH is 0"),
-        (["MODEL.PIXEL_MEAN", "[1,2]"], "MODEL.PIXEL_MEAN takes three numbers"),
+        (["MODEL.PIXEL_MEAN", "[1,2]"], "must be set together"),
+        (
+            ["MODEL.PIXEL_MEAN", "[1, 2]", "MODEL.PIXEL_STD", "[1, 2, 3]"],
+            r"PIXEL_MEAN has 2 numbers and MODEL\.PIXEL_STD 3",
+        ),
         (["MODEL.PIXEL_MEAN", "[1,2,3]"], "must be set together"),
         (["DEEPSPEED.zero_optimization.stage", "3"], "takes 0, 1 or 2"),
         (["TEST.VOC_RULE", "coco"], "TEST.VOC_RULE is 'coco'"),
@@ -238,7 +242,10 @@ SMALL = REPO / "configs/CIFAR/cpu_small.yaml"
         (["INPUT.INTERPOLATION", "nearest"], "INPUT.INTERPOLATION is 'nearest'"),
         (["INPUT.ERASING", "2"], "INPUT.ERASING is 2.0: it takes 0 to 1"),
         (["INPUT.ERASING", "-0.1"], "INPUT.ERASING is -0.1: it takes 0 to 1"),
-        (["MODEL.PIXEL_MEAN", "[0]"], "MODEL.PIXEL_MEAN takes three numbers"),
+        (
+            ["MODEL.PIXEL_MEAN", "[0]", "MODEL.PIXEL_STD", "[1]"],
+            "MODEL.PIXEL_MEAN takes three numbers",
+        ),
         (
             ["MODEL.PIXEL_MEAN", "[1, 1, 1]", "MODEL.PIXEL_STD", "[1, 0, 1]"],
             "MODEL.PIXEL_STD must be positive",

@@ -44,7 +44,17 @@ ALLOWED = {
         {"fvcore", "yaml"},
     ),
     "report": (
-        {"report", "config", "modeling", "tract", "evaluation", "errors", "files", "version"},
+        {
+            "report",
+            "config",
+            "data",
+            "modeling",
+            "tract",
+            "evaluation",
+            "errors",
+            "files",
+            "version",
+        },
         {"torch", "numpy", "PIL", "yaml", "jinja2", "markupsafe"},
     ),
     # `training` for a run's config.yaml alone, which completes what an old file says.

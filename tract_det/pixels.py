@@ -1,6 +1,6 @@
 """Pixel statistics: the mean and standard deviation that a model standardises its images with.
 
-All statistics are of RGB channels, in units of [0, 255].
+Statistics have a number for each channel, RGB if there are three, in units of [0, 255].
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,15 +30,25 @@ def pixel_statistics(
     Args:
         known: the `meta` of the weights, with `pixel_mean` and `pixel_std` where the weights' file
             says so; None for random weights.
-        mean: as configured; empty = the weights' own, or ImageNet's for random weights.
+        mean: as configured; empty = the weights' own, or ImageNet's for random weights. Images of
+            other than three channels must have it; weights for RGB are widened for them.
         std: as configured, likewise.
         source: file or name of the weights, for messages.
 
     Raises:
-        UserError: the configured statistics differ from the weights' own, or neither says any.
+        UserError: the configured statistics differ from the weights' own, also in their number, or
+            neither says any.
     """
     if known is not None and "pixel_mean" in known:
         own_mean, own_std = list(known["pixel_mean"]), list(known["pixel_std"])
+        if mean and len(own_mean) == 3 != len(mean):
+            return list(mean), list(std)
+        if len(own_mean) != (len(mean) or 3):
+            raise UserError(
+                f"MODEL.WEIGHTS {source} takes images of {len(own_mean)} channels, and "
+                f"MODEL.PIXEL_MEAN is for {len(mean) or 3}: set MODEL.PIXEL_MEAN "
+                f"{rounded(own_mean)} and MODEL.PIXEL_STD {rounded(own_std)}, or other weights"
+            )
         if mean and not same_statistics([*mean, *std], [*own_mean, *own_std]):
             raise UserError(
                 f"MODEL.PIXEL_MEAN {list(mean)} and MODEL.PIXEL_STD {list(std)} differ from the "
@@ -61,12 +71,15 @@ def input_variance(std: Sequence[float], data_std: Sequence[float] = IMAGENET_ST
     """The variance of a model's input, which is 1 if it is standardised by the data's statistics.
 
     TrAct's `lambda_` is meant for inputs of variance 1 and has to grow with this number: about
-    3,300 for weights from Caffe, whose standard deviation is 1.
+    3,300 for weights from Caffe, whose standard deviation is 1. For other than three channels no
+    data but the user's are known: `MODEL.PIXEL_STD` is taken for theirs.
 
     Args:
-        std: `MODEL.PIXEL_STD`, which the pixels are divided by, of RGB in [0, 255].
-        data_std: the data's own.
+        std: `MODEL.PIXEL_STD`, which the pixels are divided by, in [0, 255].
+        data_std: the data's own, of RGB.
     """
+    if len(std) != 3:
+        return 1.0
     return sum((a / b) ** 2 for a, b in zip(data_std, std, strict=True)) / 3
 
 

@@ -132,6 +132,27 @@ def test_statistics_are_those_of_all_pixels(tree):
     assert found["settings"]["MODEL.PIXEL_MEAN"] == [150, 0, 50]
 
 
+def test_statistics_of_other_channels_are_by_channel_and_pasted_as_they_are(tree, capsys):
+    for name, value in (("new", 100), ("good", 200)):
+        pixels = np.full((40, 60, 5), (value, 0, 50, 60, 70), dtype=np.uint8)
+        np.save(tree.root / f"JPEGImages/{name}.npy", pixels)
+        Image.fromarray(pixels[..., :4]).save(tree.root / f"JPEGImages/{name}.png")
+        (tree.root / f"JPEGImages/{name}.jpg").unlink()
+    tree.split("two", ["new", "good"])
+    arguments = ("--statistics", "--splits", "two", "--out", tree.root.parent / "out")
+    code, found = check(tree.root, *map(str, arguments), "--channels", "4")
+    assert code == 0 and (tree.root.parent / "out/check.png").is_file()
+    assert found["settings"]["MODEL.PIXEL_MEAN"] == [150, 0, 50, 60]
+    assert found["settings"]["MODEL.PIXEL_STD"] == [50, 0, 0, 0]
+    assert 'MODEL.PIXEL_MEAN "[150.0, 0.0, 50.0, 60.0]"' in capsys.readouterr().out
+    for name in ("new", "good"):
+        (tree.root / f"JPEGImages/{name}.png").unlink()
+    code, found = check(tree.root, *map(str, arguments))
+    assert code == 0 and found["settings"]["MODEL.PIXEL_MEAN"] == [150, 0, 50, 60, 70]
+    code, found = check(tree.root, *map(str, arguments[:3]), "--channels", "4")
+    assert code == 1 and "the image has 5 channels" in "".join(found["errors"])
+
+
 def test_settings_follow_the_sizes_of_all_classes_alike(tmp_path):
     tree = Tree(tmp_path / "sizes")
     objects = [("large", (1, 1, 200, 200))] * 9 + [("small", (1, 1, 20, 20))]

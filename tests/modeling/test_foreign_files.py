@@ -81,10 +81,14 @@ def test_a_tensor_that_is_no_weight_is_refused_by_name(path, tensor, words):
 @pytest.mark.parametrize(
     ("meta", "words"),
     [
-        ({"pixel_mean": "imagenet"}, "'pixel_mean' in its metadata is 'imagenet', not three"),
-        ({"pixel_mean": [1.0, 2.0]}, "not three numbers"),
-        ({"pixel_mean": [1.0, 2.0, float("nan")]}, "not three numbers"),
-        ({"pixel_std": [1.0, 0.0, 1.0]}, "not three positive numbers"),
+        (
+            {"pixel_mean": "imagenet"},
+            "'pixel_mean' in its metadata is 'imagenet', not a number for each",
+        ),
+        ({"pixel_mean": [1.0, 2.0]}, "have 2 and 0 numbers, not one for each channel"),
+        ({"pixel_mean": [], "pixel_std": []}, "not a number for each channel"),
+        ({"pixel_mean": [1.0, 2.0, float("nan")]}, "not a number for each channel"),
+        ({"pixel_std": [1.0, 0.0, 1.0]}, "not a positive number for each"),
         ({"class_names": "cat"}, "'class_names' in its metadata is 'cat', not a list of names"),
         ({"class_names": [1, 2]}, "not a list of names"),
         ({"backbone": 5}, "'backbone' in its metadata is 5, not a text"),

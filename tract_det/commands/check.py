@@ -3,6 +3,7 @@
     tract-det check path/to/cells
     tract-det check path/to/cells --splits trainval test --out pictures --json check.json
     tract-det check path/to/cells --statistics
+    tract-det check path/to/multispectral --channels 5 --statistics
 
 It counts images, objects and classes by split; finds boxes outside their image, thin ones, double
 ones and those as large as their image, images that cannot be read or are in two splits, sizes that
@@ -13,7 +14,7 @@ boxes, suspicious ones first. The exit code is 0 if a training can start, 1 if n
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,20 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
     parser.add_argument("--format", choices=DETECTION_FORMATS, default="auto")
     parser.add_argument("--exif", choices=EXIF_MODES, default="auto", help="as INPUT.EXIF")
     parser.add_argument("--classes", nargs="+", help="as DATASETS.CLASSES")
+    parser.add_argument(
+        "--channels",
+        type=int,
+        metavar="N",
+        help="of every image, which become the length of MODEL.PIXEL_MEAN (default: those of the "
+        "first image if it is a .npy, else 3)",
+    )
     parser.add_argument("--statistics", action="store_true", help="measure pixel statistics")
     parser.add_argument("--out", type=Path, metavar="DIR", help="draw pictures into check.png here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.channels is not None and args.channels < 1:
+        parser.error("--channels is a number of channels, from 1")
+    return args
 
 
 def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
@@ -50,7 +61,7 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         print(f"error: {message}")
     if not splits:
         return 1
-    facts = check.image_facts(splits, args.exif)
+    facts = check.image_facts(splits, args.exif, args.channels or _channels(splits))
     splits = facts.splits
     numbers = {split.name: check.counts(split) for split in splits}
     suspects = {split.name: check.find_suspects(split) for split in splits}
@@ -63,7 +74,7 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         print(f"error: {line}")
     training = next((s for s in splits if s.name in ("train", "trainval")), splits[0])
     settings = check.fitting_settings(training)
-    if args.statistics:
+    if args.statistics and not facts.faults:
         mean, std = check.pixel_statistics(training)
         settings["MODEL.PIXEL_MEAN"] = [round(x, 2) for x in mean]
         settings["MODEL.PIXEL_STD"] = [round(x, 2) for x in std]
@@ -106,6 +117,15 @@ def _read(args: argparse.Namespace) -> tuple[list["VOCSplit"], list[str]]:
             if str(error) not in refused:
                 refused.append(str(error))
     return splits, refused
+
+
+def _channels(splits: Sequence["VOCSplit"]) -> int:
+    from tract_det.data.images import usual_channels
+
+    try:
+        return usual_channels(splits[0].annotations[0].path)
+    except UserError:
+        return 3  # the images' headers are looked at next, and what is wrong is said of all
 
 
 def _table(numbers: dict[str, dict[str, Any]]) -> str:
@@ -186,5 +206,15 @@ def _draw(path: Path, splits: Sequence["VOCSplit"], suspects: dict[str, "Suspect
         others += [a for a in annotations[::step] if a.image_id not in found]
     chosen = (doubtful + others)[:_PICTURES]
     with beside_the_results(path):
-        annotation_grid(path, [(a.path, a.boxes, a.labels) for a in chosen], names)
+        read = None if splits[0].channels == 3 else _reader(splits[0])
+        annotation_grid(path, [(a.path, a.boxes, a.labels) for a in chosen], names, read)
         print(f"wrote {path}: {min(len(doubtful), _PICTURES)} suspicious pictures come first")
+
+
+def _reader(split: "VOCSplit") -> Callable[[Path], Any]:
+    """Reads `(H, W, 3)` uint8 for a picture from an image of other channels."""
+    from tract_det.data.exif import reader
+    from tract_det.data.images import shown
+
+    read = reader(split.exif)
+    return lambda path: shown(read(path, split.max_pixels, split.channels)).permute(1, 2, 0).numpy()

@@ -5,10 +5,11 @@ r"""Writes a model for other runtimes, and compares it there with the model itse
     tract-det export --weights W --format torchscript --size 480x640 --out cells.pt
     tract-det export --weights W --format pt2 --out cells.pt2
 
-A detector takes one image, `image`: uint8 (3, H, W), RGB, 0 to 255, as it is; resizing and
-standardisation are within. It gives `boxes` (n, 4) float32, xyxy in pixels of that image, `labels`
-(n,) int64, from 0, and `scores` (n,) float32. A classifier takes `images`: uint8 (B, 3, S, S), RGB,
-0 to 255, resized and cut to its size S, and gives `probabilities` (B, K).
+A detector takes one image, `image`: uint8 (3, H, W), RGB, 0 to 255, as it is, or as many channels
+as it was trained on; resizing and standardisation are within. It gives `boxes` (n, 4) float32, xyxy
+in pixels of that image, `labels` (n,) int64, from 0, and `scores` (n,) float32. A classifier takes
+`images`: uint8 (B, 3, S, S), RGB, 0 to 255, resized and cut to its size S, and gives
+`probabilities` (B, K).
 
 A detector in onnx or pt2 takes images of any size, or of the one that --size gives; in torchscript
 of that one alone. pt2 refuses images whose shorter side has, once resized, no more than 64 pixels.
@@ -84,7 +85,7 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     export.check_installed(args.format)
     model = _load(args)
     content = export.of(model, args.format, args.size)
-    images = [_read(model, path) for path in paths] or made(3, args.size)
+    images = [_read(model, path) for path in paths] or made(3, args.size, model.channels)
     images = [sized(model, image, args.size) for image in images]
     export.write(content, args.format, args.out)
     print(f"wrote {args.out}; {content.metadata['input']}")
@@ -132,7 +133,7 @@ def _load(args: argparse.Namespace) -> "Detector | Classifier":
 
 
 def _read(model: "Detector | Classifier", path: Path) -> Any:
-    """`(3, H, W)` uint8."""
+    """`(C, H, W)` uint8."""
     from tract_det.data.images import read_upright
 
-    return read_upright(path, model.meta["max_pixels"])
+    return read_upright(path, model.meta["max_pixels"], model.channels)

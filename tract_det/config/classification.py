@@ -244,6 +244,10 @@ def validate(cfg: CfgNode) -> None:
         "MODEL.PIXEL_MEAN is set, but MODEL.STANDARDIZE False does not use it: leave one out",
     )
     require(
+        len(model.PIXEL_MEAN) in (0, 3),
+        "MODEL.PIXEL_MEAN takes three numbers (RGB), or []: classifiers have no other channels",
+    )
+    require(
         not (model.COMPILE and model.CHECKPOINTING),
         "MODEL.COMPILE and MODEL.CHECKPOINTING do not work together: set one of them False",
     )

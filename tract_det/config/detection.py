@@ -47,15 +47,17 @@ def _model() -> CfgNode:
             "DEVICE": "",  # cuda or cpu; "" = cuda if there is a GPU, else cpu
             # Mean and standard deviation of the pixels, RGB, in units of [0, 255]. [] = those that
             # the weights were trained with, or ImageNet's if the weights are random. Set them for a
-            # file that does not state them; values that contradict the weights are refused.
+            # file that does not state them; values that contradict the weights are refused. Another
+            # number of values than three is the number of channels of the images.
             "PIXEL_MEAN": [],
             "PIXEL_STD": [],
             "BACKBONE": {
                 "NAME": "resnet50_fpn",  # resnet18_fpn (34, 50, 101, 152), vgg16 or vgg16_bn
                 "NORM": "BN",  # BN, FrozenBN, SyncBN (needs cuda) or GN
                 # Number of frozen stages: 0 = none, 1 = the stem (a VGG's conv1), 2 = also the
-                # first stage (conv2), ..., 5. -1 = 0 if TrAct is on or the weights are random, else
-                # 2, which is detectron2's default (with DETECTRON2: what its configuration says).
+                # first stage (conv2), ..., 5. -1 = 0 if TrAct is on, the weights are random or the
+                # stem is widened for other channels than RGB, else 2, which is detectron2's default
+                # (with DETECTRON2: what its configuration says).
                 "FREEZE_AT": -1,
             },
             # Trains a detectron2 model instead of torchvision's. The keys that describe
@@ -269,12 +271,30 @@ def validate(cfg: CfgNode) -> None:
         "its first layer, since the padding of a batch is known there alone and its heads run once "
         "for each level; leave the key or its arm (foof) out",
     )
+    _check_channels(cfg)
     _check_detectron2(cfg)
     stage = cfg.DEEPSPEED.zero_optimization.stage
     require(
         stage in (0, 1, 2),
         f"DEEPSPEED.zero_optimization.stage is {stage}: a detector takes 0, 1 or 2 (stage 3 cannot "
         "see the tensors inside lists of images)",
+    )
+
+
+def _check_channels(cfg: CfgNode) -> None:
+    """With other images than RGB, refuses what is for RGB alone."""
+    channels = len(cfg.MODEL.PIXEL_MEAN)
+    if channels in (0, 3):
+        return
+    require(
+        not cfg.INPUT.COLOR_JITTER,
+        f"INPUT.COLOR_JITTER changes colours, and MODEL.PIXEL_MEAN is for {channels} channels: set "
+        "INPUT.COLOR_JITTER 0.0",
+    )
+    require(
+        not cfg.MODEL.DETECTRON2.CONFIG_FILE,
+        f"MODEL.PIXEL_MEAN is for {channels} channels, and models of MODEL.DETECTRON2.CONFIG_FILE "
+        "take three: use torchvision's model, or give three numbers",
     )
 
 

@@ -195,11 +195,15 @@ def check_common(cfg: CfgNode) -> None:
         require(name in TRACKERS, f"LOGGERS has '{name}': it takes of {', '.join(TRACKERS)}")
     one_of(cfg, "MODEL.STEM_INIT", STEM_INITS)
     one_of(cfg, "MODEL.DEVICE", ("", "cpu", "cuda"))
-    for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        require(len(model[key]) in (0, 3), f"MODEL.{key} takes three numbers (RGB), or []")
+    mean, std = len(model.PIXEL_MEAN), len(model.PIXEL_STD)
     require(
-        bool(model.PIXEL_MEAN) == bool(model.PIXEL_STD),
+        bool(mean) == bool(std),
         "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be set together or not at all",
+    )
+    require(
+        mean == std,
+        f"MODEL.PIXEL_MEAN has {mean} numbers and MODEL.PIXEL_STD {std}: give each one number for "
+        "each channel of the images",
     )
     require(all(std > 0 for std in model.PIXEL_STD), "MODEL.PIXEL_STD must be positive")
     for key, source in DERIVED_DEEPSPEED_KEYS.items():

@@ -61,6 +61,7 @@ class VOCSplit:
         dropped: Number of boxes without area, which were left out.
         max_pixels: An image with more is refused.
         exif: What EXIF's orientation does to an image, one of `choices.EXIF_MODES`: see `exif.py`.
+        channels: Of the images, as in `images.read_upright`.
         origin: Format and place that it was read from, for the log.
     """
 
@@ -70,6 +71,7 @@ class VOCSplit:
     dropped: int
     max_pixels: int = MAX_PIXELS
     exif: str = "auto"
+    channels: int = 3
     origin: str = ""
 
     def __len__(self) -> int:

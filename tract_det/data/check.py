@@ -161,18 +161,19 @@ class ImageFacts(NamedTuple):
     shared: list[list[tuple[str, str]]]
 
 
-def image_facts(splits: Sequence[VOCSplit], exif: str = "auto") -> ImageFacts:
-    """Reads every image's file: header, orientation, and a hash of its content."""
+def image_facts(splits: Sequence[VOCSplit], exif: str = "auto", channels: int = 3) -> ImageFacts:
+    """Reads every image's file: header, orientation, channels, and a hash of its content."""
     settled, faults, oriented = [], [], 0
     for split in splits:
         try:
-            headers = check_headers(split.annotations, exif)
+            headers = check_headers(split.annotations, exif, channels)
             oriented += headers.oriented
             annotations = with_sizes(split.annotations, headers)
-            settled.append(replace(split, annotations=annotations, exif=exif))
         except UserError as error:
             faults.append(str(error))
-            settled.append(replace(split, exif=exif))
+            annotations = split.annotations
+        read_as = replace(split, exif=exif, channels=channels)
+        settled.append(replace(read_as, annotations=annotations))
     places = [(split.name, a) for split in splits for a in split.annotations]
 
     def read(place: tuple[str, Annotation]) -> bytes:
@@ -200,13 +201,13 @@ def image_facts(splits: Sequence[VOCSplit], exif: str = "auto") -> ImageFacts:
 
 
 def pixel_statistics(split: VOCSplit, images: int = 500) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of RGB in [0, 255], over images spread evenly over a split."""
+    """Mean and standard deviation by channel, in [0, 255], over images spread over a split."""
     step = max(1, len(split) // images)
-    total, squares, count = np.zeros(3), np.zeros(3), 0
-    faults = Faults()
+    total, squares, count = np.zeros(split.channels), np.zeros(split.channels), 0
+    faults, read = Faults(), reader(split.exif)
     for a in split.annotations[::step][:images]:
         with faults.noted():
-            pixels = reader(split.exif)(a.path, split.max_pixels).double().flatten(1)
+            pixels = read(a.path, split.max_pixels, split.channels).double().flatten(1)
             total += pixels.sum(1).numpy()
             squares += pixels.square().sum(1).numpy()
             count += pixels.shape[1]

@@ -25,9 +25,9 @@ MIN_SIDE = 1.0
 class VOCDetection(torch.utils.data.Dataset):
     """Pairs (image, target) of a split.
 
-    The image is a tv_tensors.Image, uint8 (3, H, W), RGB, turned upright by the file's EXIF
-    orientation, as detectron2 reads it. Annotators show images upright, so boxes refer to them so;
-    where <size> is that of the pixels as stored, the image is refused.
+    The image is a tv_tensors.Image, uint8 (C, H, W), RGB if C is 3, turned upright by the file's
+    EXIF orientation, as detectron2 reads it. Annotators show images upright, so boxes refer to them
+    so; where <size> is that of the pixels as stored, the image is refused.
 
     The target has
 
@@ -61,12 +61,13 @@ class VOCDetection(torch.utils.data.Dataset):
         return len(self.split.annotations)
 
     def read(self, index: int) -> torch.Tensor:
-        """(3, H, W) uint8: an image without its objects.
+        """(C, H, W) uint8: an image without its objects; C is `split.channels`.
 
         Raises:
             UserError: It cannot be read.
         """
-        return self._read(self.split.annotations[index].path, self.split.max_pixels)
+        split = self.split
+        return self._read(split.annotations[index].path, split.max_pixels, split.channels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
         """Reads and transforms one image, and drops boxes that have become too thin.

@@ -42,7 +42,7 @@ class Headers(NamedTuple):
     sizes: Mapping[int, tuple[int, int]]
 
 
-def reader(mode: str) -> Callable[[Path, int], torch.Tensor]:
+def reader(mode: str) -> Callable[[Path, int, int], torch.Tensor]:
     """The function that reads an image: `read_stored` under `ignore`, otherwise `read_upright`."""
     return read_stored if mode == "ignore" else read_upright
 
@@ -52,23 +52,26 @@ def size_as_read(header: Header, mode: str) -> tuple[int, int]:
     return header.stored if mode == "ignore" else header.upright
 
 
-def check_headers(annotations: Sequence[Annotation], mode: str = "auto") -> Headers:
+def check_headers(
+    annotations: Sequence[Annotation], mode: str = "auto", channels: int = 3
+) -> Headers:
     """Refuses images that are not as their annotations say, before any of them is decoded.
 
     Args:
         annotations: Of all images of a split.
         mode: One of `choices.EXIF_MODES`.
+        channels: As in `images.read_upright`.
 
     Raises:
-        UserError: An image cannot be read, has another size than its annotation, or an orientation
-            that `mode` refuses; says so of all of them at once.
+        UserError: An image cannot be read, has another size than its annotation or other channels,
+            or an orientation that `mode` refuses; says so of all of them at once.
     """
     faults = Faults()
     oriented: list[Path] = []
     exchanged: list[int] = []
     sizes: dict[int, tuple[int, int]] = {}
     with ThreadPoolExecutor(READERS) as pool:
-        futures = [pool.submit(read_header, annotation.path) for annotation in annotations]
+        futures = [pool.submit(read_header, a.path, channels) for a in annotations]
         for index, (annotation, future) in enumerate(zip(annotations, futures, strict=True)):
             with faults.noted():
                 header = future.result()

@@ -4,8 +4,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from tract_det.data.bands import ARRAY_SUFFIX
+
 # If several files have the name that an annotation means, the first suffix in this order wins.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ARRAY_SUFFIX)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its name; an array beside a picture of its name is its cache.
+
+    Ultralytics' trainers leave such ones.
+    """
+    suffix = path.suffix.lower()
+    if suffix != ARRAY_SUFFIX:
+        return suffix in IMAGE_SUFFIXES
+    return not any(path.with_suffix(other).exists() for other in IMAGE_SUFFIXES[:-1])
 
 
 class Source(NamedTuple):

@@ -1,6 +1,7 @@
 """Decodes image files of any kind to (3, H, W) uint8 RGB, as stored or turned upright.
 
-JPEG, PNG, WebP, BMP, TIFF and whatever else Pillow reads. What the pixels are made of:
+JPEG, PNG, WebP, BMP, TIFF and whatever else Pillow reads. For a model of other channels than three
+a file must have just as many, which are taken as they are: see `bands.py`. What RGB is made of:
 
 | in the file | RGB |
 |---|---|
@@ -11,6 +12,7 @@ JPEG, PNG, WebP, BMP, TIFF and whatever else Pillow reads. What the pixels are m
 | 16 bits per channel | the upper 8 bits: 10 or 12 bits that are not stretched to 16 become dark |
 | other whole numbers, floating-point numbers, Lab | refused, since their range is not known |
 | several pages or frames | the first |
+| `.npy` | its three channels; one with another number of them is refused |
 """
 
 import os
@@ -26,6 +28,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
+from tract_det.data.bands import (
+    array_pixels,
+    array_shape,
+    channels_of,
+    eight_bits,
+    is_array,
+    pixels_of,
+)
 from tract_det.errors import UserError, shortened
 
 try:
@@ -79,14 +89,25 @@ class Header(NamedTuple):
         return (height, width) if is_turned(self.orientation) else (width, height)
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, channels: int | None = None) -> Header:
     """Size and orientation of an image, without decoding it.
 
+    Args:
+        path: The file.
+        channels: As in `read_upright`; None = any.
+
     Raises:
-        CorruptImageError: It is not an image.
+        CorruptImageError: It is not an image, or has other channels.
         UserError: The file cannot be opened.
     """
+    if is_array(path):
+        with _readable(path):
+            height, width, count = array_shape(path)
+        _refuse_channels(path, count, channels or count)
+        return Header((width, height), 1)
     with _opened(path) as image:
+        if channels is not None and channels != 3:
+            _refuse_channels(path, channels_of(image), channels)
         size = image.size
         if isinstance(image, TiffImageFile):  # Pillow says the upright one's since version 11.1
             size = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
@@ -164,21 +185,69 @@ def stored_size(path: Path) -> tuple[int, int]:
     return read_header(path).stored
 
 
-def read_upright(path: Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+def read_upright(path: Path, max_pixels: int = MAX_PIXELS, channels: int = 3) -> torch.Tensor:
     """As `read_rgb`, but turned as the file's EXIF orientation says, as viewers show the image.
 
     detectron2 reads its images so, by the same tag.
+
+    Args:
+        path: The file.
+        max_pixels: An image with more is refused.
+        channels: 3 = RGB, of whatever Pillow reads. Any other number = `(channels, H, W)` of a file
+            that has as many; see `bands.py`.
     """
-    image = read_rgb(path, max_pixels)
+    image = _read(path, max_pixels, channels)
     orientation, is_applied = _turn_of(path)
     return image if is_applied else _turned(image, orientation)
 
 
-def read_stored(path: Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """As `read_rgb`, but never turned."""
-    image = read_rgb(path, max_pixels)
+def read_stored(path: Path, max_pixels: int = MAX_PIXELS, channels: int = 3) -> torch.Tensor:
+    """As `read_upright`, but never turned."""
+    image = _read(path, max_pixels, channels)
     orientation, is_applied = _turn_of(path)
     return _turned(image, _INVERSE.get(orientation, orientation)) if is_applied else image
+
+
+def usual_channels(path: Path) -> int:
+    """The channels of an array, and three of any other file: it becomes RGB."""
+    if not is_array(path):
+        return 3
+    with _readable(path):
+        return array_shape(path)[2]
+
+
+def shown(image: torch.Tensor) -> torch.Tensor:
+    """`(C, H, W)` as `(3, H, W)` for a picture: the first three channels; of fewer the first."""
+    return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+
+
+def _read(path: Path, max_pixels: int, channels: int) -> torch.Tensor:
+    """`(channels, H, W)` uint8, turned by EXIF where `_turn_of` says so."""
+    if is_array(path):
+        with _readable(path):
+            height, width, count = array_shape(path)
+            _refuse_channels(path, count, channels)
+            _refuse_too_many(path, (width, height), max_pixels)
+            return _channels_first(array_pixels(path))
+    if channels == 3:
+        return read_rgb(path, max_pixels)
+    with _opened(path) as image:
+        _refuse_channels(path, channels_of(image), channels)
+        _refuse_too_many(path, image.size, max_pixels)
+        return _channels_first(pixels_of(image, channels))
+
+
+def _channels_first(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _refuse_channels(path: Path, count: int, channels: int) -> None:
+    if count != channels:
+        raise CorruptImageError(
+            f"{path}: the image has {count} channels, and MODEL.PIXEL_MEAN is for {channels}: give "
+            "it and MODEL.PIXEL_STD a number for each channel of the images, as `tract-det check "
+            f"--channels {count} --statistics` measures them"
+        )
 
 
 def _turned(image: torch.Tensor, orientation: int) -> torch.Tensor:
@@ -222,13 +291,19 @@ def read_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
         return from_pillow(image)
 
 
-def from_pillow(image: Image.Image) -> torch.Tensor:
+def from_pillow(image: Image.Image, channels: int = 3) -> torch.Tensor:
     """A Pillow image of any mode as (3, H, W) uint8 RGB, as it is stored: EXIF does not turn it.
 
+    For other channels than three, it must have as many: (channels, H, W).
+
     Raises:
-        ValueError: Its pixels are floating-point numbers.
+        ValueError: Its pixels are floating-point numbers, or it has other channels.
     """
-    return torch.from_numpy(_rgb_pixels(image)).permute(2, 0, 1).contiguous()
+    if channels != 3:
+        if (count := channels_of(image)) != channels:
+            raise ValueError(f"it has {count} channels, not {channels}")
+        return _channels_first(pixels_of(image, channels))
+    return _channels_first(_rgb_pixels(image))
 
 
 def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
@@ -261,24 +336,24 @@ def _rgb_pixels(image: Image.Image) -> np.ndarray:
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers: save it with 8 bits")
     if image.mode.startswith("I"):  # grey of 16 bits, which Pillow would cut off at 255
-        grey = np.asarray(image).astype(np.int64)
-        if grey.size and not 0 <= grey.min() <= grey.max() < 2**16:
-            raise ValueError(
-                f"its pixels are whole numbers from {grey.min()} to {grey.max()}: save it with 8 "
-                "or 16 bits, without a sign"
-            )
-        return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        return np.repeat(eight_bits(np.asarray(image))[..., None], 3, axis=2)
     return np.array(image.convert("RGB"))
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
+    with _readable(path), Image.open(path) as file:
+        yield file
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Says which file it was that did not open or decode."""
     try:
-        with Image.open(path) as file:
-            yield file
+        yield
     except CorruptImageError:
         raise
-    # Pillow's plug-ins raise almost anything on broken files.
+    # Pillow's plug-ins and NumPy raise almost anything on broken files.
     except Exception as error:
         # errno is set by the system: a file that is missing or not readable is not corrupt.
         is_system_error = isinstance(error, OSError) and error.errno is not None

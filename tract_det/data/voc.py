@@ -2,7 +2,7 @@
 
     root/Annotations/<id>.xml
     root/ImageSets/Main/<split>.txt     one image id per line
-    root/JPEGImages/<id>.jpg            or .jpeg, .png, .webp, .bmp, .tif, .tiff
+    root/JPEGImages/<id>.jpg            or .jpeg, .png, .webp, .bmp, .tif, .tiff, .npy
 
 In the files a box is (xmin, ymin, xmax, ymax) in 1-based pixels, the last one included. Here it is
 (xmin - 1, ymin - 1, xmax, ymax), the edges of its pixels counted from 0, so that a width is a

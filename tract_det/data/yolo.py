@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from tract_det.data.annotations import Record, check_unique, in_threads
-from tract_det.data.files import IMAGE_SUFFIXES, Source
+from tract_det.data.files import Source, is_image
 from tract_det.data.images import stored_size, upright_size
 from tract_det.errors import UserError
 
@@ -113,7 +113,7 @@ def _entry_files(path: Path, split: str, entries: Any, bases: list[Path]) -> lis
 
 def _in_folder(folder: Path) -> list[Path]:
     """The images in a folder and below it, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in folder.rglob("*") if is_image(path))
 
 
 def _in_list(path: Path) -> list[Path]:

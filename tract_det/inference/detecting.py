@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from tract_det.data.images import read_upright
+from tract_det.data.images import read_upright, shown
 from tract_det.data.workers import data_loader
 from tract_det.errors import UserError
 from tract_det.files import ASIDE, atomically, file_name_part, move_aside, write_json
@@ -87,6 +87,11 @@ def detect_files(
     """
     images = [file for file in inputs if not file.is_video]
     videos = [file for file in inputs if file.is_video]
+    if videos and detector.channels != 3:
+        raise UserError(
+            f"{videos[0].path} is a video, of three channels, and the model takes images of "
+            f"{detector.channels}: leave it out"
+        )
     if videos:
         import_av()  # before anything is detected
     job = _Job(detector, out, settings)
@@ -123,8 +128,8 @@ class _Job:
         ):
             self._keep(file.id, file.path, _size(image), found)
             if "images" in self.settings.formats:
-                shown = found.above(self.settings.shown)
-                write_image(self.out / IMAGES, file.id, draw(image, shown))
+                confident = found.above(self.settings.shown)
+                write_image(self.out / IMAGES, file.id, draw(shown(image), confident))
 
     def detect_video(self, file: Input) -> None:
         """Detects in every frame of a video, which is kept whole or not at all."""
@@ -154,8 +159,8 @@ class _Job:
         while batch := list(islice(stream, size)):
             for frame, found in zip(batch, self._detect([f.image for f in batch]), strict=True):
                 frames.append((_size(frame.image), found))
-                shown = found.above(self.settings.shown)
-                yield frame._replace(image=draw(frame.image, shown)) if is_drawn else frame
+                confident = found.above(self.settings.shown)
+                yield frame._replace(image=draw(frame.image, confident)) if is_drawn else frame
 
     def _detect(self, images: Sequence[Tensor]) -> list[Detections]:
         return self.detector.detect(images, self.settings.score_threshold or 0.0)
@@ -164,8 +169,8 @@ class _Job:
         """Notes the detections of an image or a frame; a VOC annotation is written at once."""
         self._results.add(image_id, found)
         if "voc" in self.settings.formats:
-            shown = found.above(self.settings.shown)
-            write_voc(self.out / VOC, image_id, path, size, shown)
+            confident = found.above(self.settings.shown)
+            write_voc(self.out / VOC, image_id, path, size, confident)
         self._done.append(
             {
                 "id": image_id,
@@ -204,8 +209,8 @@ _Batch = list[tuple[Input, Tensor | str]]  # an image, or why it is none
 class _Files(Dataset):
     """Images with their files."""
 
-    def __init__(self, files: Sequence[Input], max_pixels: int) -> None:
-        self.files, self.max_pixels = files, max_pixels
+    def __init__(self, files: Sequence[Input], max_pixels: int, channels: int) -> None:
+        self.files, self.max_pixels, self.channels = files, max_pixels, channels
 
     def __len__(self) -> int:
         return len(self.files)
@@ -213,7 +218,7 @@ class _Files(Dataset):
     def __getitem__(self, index: int) -> tuple[Input, Tensor | str]:
         file = self.files[index]
         try:
-            return file, read_upright(file.path, self.max_pixels)
+            return file, read_upright(file.path, self.max_pixels, self.channels)
         except UserError as error:
             return file, str(error)
 
@@ -225,5 +230,5 @@ def _batches(files: Sequence[Input], detector: Detector, settings: Settings) -> 
         list(range(len(files))[start : start + size]) for start in range(0, len(files), size)
     ]
     workers = min(settings.workers, len(indices) - 1)  # not for one batch
-    dataset = _Files(files, detector.meta["max_pixels"])
+    dataset = _Files(files, detector.meta["max_pixels"], detector.channels)
     return iter(data_loader(dataset, indices, list, max(0, workers), persistent=False))

@@ -80,16 +80,16 @@ def of(model: Detector | Classifier, form: str, size: Size | None) -> Export:
 
 def _of_detector(detector: Detector, size: Size | None) -> Export:
     height, width = size or _EXAMPLE
-    image = torch.randint(
-        0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    generator, channels = torch.Generator().manual_seed(0), detector.channels
+    image = torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=generator)
     detector.detect([image])  # its pooling learns the scales of its levels
     graph = DetectorGraph(detector.network, size)  # type: ignore[arg-type]
+    order = "RGB, " if channels == 3 else ""
     in_words = "of any size" if size is None else f"of {height} x {width} pixels (height x width)"
     metadata = {
         "task": "detection",
-        "input": f"image: uint8 (3, H, W), RGB, 0 to 255, one image {in_words}, as it is: it is "
-        "resized and standardised within",
+        "input": f"image: uint8 ({channels}, H, W), {order}0 to 255, one image {in_words}, as it "
+        "is: it is resized and standardised within",
         "output": "boxes: float32 (n, 4), xyxy in pixels of the image; labels: int64 (n,), from 0, "
         "of class_names; scores: float32 (n,), falling",
         "size": "any" if size is None else [height, width],

@@ -15,8 +15,8 @@ from tract_det.errors import UserError
 Images = str | Path | Image.Image | np.ndarray | Tensor | Iterable[Any]
 
 _TAKES = (
-    "a path, a Pillow image, a uint8 array (H, W, 3), or a tensor (3, H, W), uint8 or float in "
-    "[0, 1]; all RGB"
+    "a path, a Pillow image, a uint8 array (H, W, {0}), or a tensor ({0}, H, W), uint8 or float in "
+    "[0, 1]"
 )
 
 
@@ -28,12 +28,13 @@ def as_list(images: Images) -> tuple[list[Any], bool]:
     return list(images), False
 
 
-def as_tensor(image: Any, read: Callable[[Path], Tensor]) -> Tensor:
-    """An image as `(3, H, W)`, RGB, uint8 or float in [0, 1].
+def as_tensor(image: Any, read: Callable[[Path], Tensor], channels: int = 3) -> Tensor:
+    """An image as `(C, H, W)`, uint8 or float in [0, 1]; RGB if C is 3.
 
     Args:
-        image: a path, a Pillow image, a uint8 array `(H, W, 3)`, or a tensor `(3, H, W)`.
+        image: a path, a Pillow image, a uint8 array `(H, W, C)`, or a tensor `(C, H, W)`.
         read: reads the file at a path.
+        channels: C, of the model.
 
     Raises:
         UserError: it is something else, or the file cannot be read.
@@ -42,22 +43,23 @@ def as_tensor(image: Any, read: Callable[[Path], Tensor]) -> Tensor:
         return read(Path(image))
     if isinstance(image, Image.Image):
         try:
-            return from_pillow(image)
+            return from_pillow(image, channels)
         except ValueError as error:
             raise UserError(f"the image of mode {image.mode}: {error}") from error
+    takes = _TAKES.format(channels) + ("; all RGB" if channels == 3 else "")
     shape, dtype = tuple(getattr(image, "shape", ())), getattr(image, "dtype", None)
     if isinstance(image, np.ndarray):
-        is_image = len(shape) == 3 and shape[2] == 3 and dtype == np.uint8
+        is_image = len(shape) == 3 and shape[2] == channels and dtype == np.uint8
         tensor = torch.from_numpy(np.ascontiguousarray(image)) if is_image else None
         tensor = tensor.permute(2, 0, 1).contiguous() if tensor is not None else None
     else:
         is_pixels = isinstance(image, Tensor) and (
             dtype == torch.uint8 or image.is_floating_point()
         )
-        tensor = image if is_pixels and len(shape) == 3 and shape[0] == 3 else None
+        tensor = image if is_pixels and len(shape) == 3 and shape[0] == channels else None
     if tensor is None or 0 in shape:
         what = f"{dtype} {shape}" if shape else type(image).__name__
-        raise UserError(f"an image is {what}: give {_TAKES}")
+        raise UserError(f"an image is {what}: give {takes}")
     if tensor.is_floating_point() and (tensor.min() < 0 or tensor.max() > 1):
-        raise UserError(f"an image has numbers outside [0, 1]: give {_TAKES}")
+        raise UserError(f"an image has numbers outside [0, 1]: give {takes}")
     return tensor

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from tract_det.data.files import is_image
 from tract_det.errors import UserError
 
-# What is taken from a folder; a file that is named itself may have any other suffix.
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"))
+# What is taken from a folder besides images; a file that is named itself may have any suffix.
 VIDEO_SUFFIXES = frozenset((".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"))
 
 
@@ -80,7 +80,7 @@ def _files(name: str, without: Path) -> list[Path] | str:
 
 def _is_taken(file: Path, folder: Path, without: Path) -> bool:
     is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    is_known = file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    is_known = is_image(file) or _is_video(file)
     return not is_hidden and is_known and file.is_file() and without not in file.resolve().parents
 
 

@@ -68,6 +68,7 @@ class _Model:
     Attributes:
         network: the model, in evaluation mode.
         meta: what its file says of it.
+        channels: C, of the images.
         class_names: K names.
         device: where it computes.
     """
@@ -76,6 +77,7 @@ class _Model:
         memory_format = torch.channels_last if meta["channels_last"] else torch.preserve_format
         self.network = network.to(device).to(memory_format=memory_format)
         self.meta, self.device, self._memory_format = meta, device, memory_format
+        self.channels = len(meta["pixel_mean"])
         self.class_names: tuple[str, ...] = tuple(meta["class_names"])
 
     def _autocast(self) -> torch.autocast:
@@ -98,7 +100,8 @@ class Detector(_Model):
         Args:
             images: one, or several of them: paths (files are turned upright by their EXIF
                 orientation), Pillow images (taken as they are), uint8 arrays `(H, W, 3)`, or
-                tensors `(3, H, W)`, uint8 or float in [0, 1]. All are RGB; sizes may differ.
+                tensors `(3, H, W)`, uint8 or float in [0, 1]. All are RGB, or of as many channels
+                as the model; sizes may differ.
             batch_size: images of one forward pass; None = as many as in the evaluation. Another
                 number changes rounding, and so does the padding to a common size.
             score_threshold: detections with a lower score are dropped, besides those that the model
@@ -111,16 +114,16 @@ class Detector(_Model):
             UserError: an image cannot be read, or is none.
         """
         several, is_single = as_list(images)
-        read = partial(read_upright, max_pixels=self.meta["max_pixels"])
+        read = partial(read_upright, max_pixels=self.meta["max_pixels"], channels=self.channels)
         results: list[Detections] = []
         for part in _parts(several, batch_size or self.meta["batch_size"]):
-            batch = [as_tensor(image, read) for image in part]
+            batch = [as_tensor(image, read, self.channels) for image in part]
             results += self.detect(batch, score_threshold)
         return results[0] if is_single else results
 
     @torch.inference_mode()
     def detect(self, batch: Sequence[Tensor], score_threshold: float = 0.0) -> list[Detections]:
-        """The detections of a batch of tensors `(3, H, W)`, in one forward pass."""
+        """The detections of a batch of tensors `(C, H, W)`, in one forward pass."""
         if not batch:
             return []
         with self._autocast():

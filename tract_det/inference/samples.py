@@ -10,14 +10,14 @@ from tract_det.inference.models import Classifier, Detector
 _SIDES = ((240, 320), (301, 203), (200, 250))  # height and width where any will do
 
 
-def made(count: int, size: tuple[int, int] | None) -> list[Tensor]:
-    """Made images `(3, H, W)` uint8: coloured patches under noise, always the same."""
+def made(count: int, size: tuple[int, int] | None, channels: int = 3) -> list[Tensor]:
+    """Made images `(channels, H, W)` uint8: coloured patches under noise, always the same."""
     generator = torch.Generator().manual_seed(0)
 
     def image(height: int, width: int) -> Tensor:
-        patches = torch.rand(1, 3, 6, 6, generator=generator)
+        patches = torch.rand(1, channels, 6, 6, generator=generator)
         smooth = F.interpolate(patches, (height, width), mode="nearest")[0]
-        noise = torch.rand(3, height, width, generator=generator)
+        noise = torch.rand(channels, height, width, generator=generator)
         return (255 * (0.8 * smooth + 0.2 * noise)).to(torch.uint8)
 
     return [image(*(size or _SIDES[number % len(_SIDES)])) for number in range(count)]

@@ -25,7 +25,13 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms.v2 import functional as tvf
 
 from tract_det.errors import UserError
-from tract_det.modeling.backbones import VGGBackbone, build_resnet_fpn, build_vgg, freeze
+from tract_det.modeling.backbones import (
+    VGGBackbone,
+    build_resnet_fpn,
+    build_vgg,
+    freeze,
+    set_channels,
+)
 from tract_det.modeling.heads import (
     POOLED_SIZE,
     BoxHeadOptions,
@@ -118,7 +124,7 @@ class FasterRCNN(nn.Module):
         """Losses in training; detections, in pixels of the images as passed in, in evaluation.
 
         Args:
-            images: `(3, H, W)` each, RGB, uint8 or float in [0, 1]; sizes may differ.
+            images: `(C, H, W)` each, RGB if C is 3, uint8 or float in [0, 1]; sizes may differ.
             targets: for each image `boxes (n, 4)` xyxy pixels, `labels (n,)` 1..K, and optionally
                 `seed`.
 
@@ -172,7 +178,7 @@ def build_faster_rcnn(
         norm: one of `choices.DETECTOR_NORMS`, in the backbone.
         freeze_at: as in `backbones.freeze`.
         fpn_channels: channels of the feature pyramid.
-        pixel_mean: of RGB, in units of [0, 255].
+        pixel_mean: of each channel of the images, RGB if there are three, in units of [0, 255].
         pixel_std: likewise.
         min_size: shorter side in evaluation, pixels; 0 = images keep their size.
         max_size: most pixels of the longer side in evaluation.
@@ -191,6 +197,7 @@ def build_faster_rcnn(
     else:
         body = build_vgg(backbone, norm)
         roi_heads = _vgg_roi_heads(body.out_channels, num_classes, box_head)
+    set_channels(body, len(pixel_mean))
     freeze(body, freeze_at)
     rpn = build_rpn(_anchors(proposals, is_fpn), body.out_channels, proposals)
     mean, std = ([value / 255 for value in values] for values in (pixel_mean, pixel_std))

@@ -7,9 +7,10 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import interpolate_embeddings
 
@@ -28,12 +29,14 @@ class LoadReport:
         random: tensors of the model that keep their values, since the file has none for them.
         left: tensors of the file that the model does not have.
         resampled: those of `used` that were resampled for another image size.
+        widened: what was done to the stem for images of another number of channels; "" = nothing.
     """
 
     used: list[str]
     random: list[str]
     left: list[str]
     resampled: Sequence[str] = ()
+    widened: str = ""
 
     def __str__(self) -> str:
         lines = [f"{len(self.used)} tensors used"]
@@ -45,13 +48,15 @@ class LoadReport:
             if keys:
                 names = ", ".join(keys[:6]) + (", ..." if len(keys) > 6 else "")
                 lines.append(f"{len(keys)} {label} ({names})")
-        return "; ".join(lines)
+        return "; ".join([*lines, *[self.widened] * bool(self.widened)])
 
 
 def load_into(
     detector: nn.Module, weights: Weights, class_names: Sequence[str], *, strict: bool = False
 ) -> LoadReport:
     """Copies weights into a detector, in place: a classifier's into its backbone, or a detector's.
+
+    A stem for RGB is widened for a detector of other channels, by `widened_stem`.
 
     Args:
         detector: as `build_faster_rcnn` makes it.
@@ -76,6 +81,7 @@ def load_into(
     model_state = detector.state_dict()
     _check_norm(model_state, state, weights, "MODEL.BACKBONE.NORM to BN, FrozenBN or SyncBN")
     _check_stem(model_state, state, weights)
+    state, widened = _fit_channels(model_state, state, strict)
     body = ("backbone.body.", "backbone.features.")
     needed = [key for key in model_state if strict or key.startswith(body)]
     _check_fit(
@@ -86,7 +92,48 @@ def load_into(
         missing="MODEL.BACKBONE.NAME and NORM",
         shape="MODEL.BACKBONE.NAME and DATASETS.CLASSES",
     )
-    return load_matching(detector, model_state, state)
+    return replace(load_matching(detector, model_state, state), widened=widened)
+
+
+# The names of the stem's weight, in detectors and in classifiers of torchvision's form.
+_STEMS = ("backbone.body.conv1.weight", "backbone.features.0.weight")
+_CLASSIFIERS_STEMS = ("conv1.weight", "features.0.weight")
+
+
+def widens(weights: Weights, channels: int) -> bool:
+    """Whether `load_into` makes a stem for so many channels of the weights' stem for RGB."""
+    state = weights.state if weights.is_detector else to_torchvision(weights.state)
+    stems = [state[key] for key in (*_STEMS, *_CLASSIFIERS_STEMS) if key in state]
+    return channels != 3 and any(stem.dim() == 4 and stem.shape[1] == 3 for stem in stems)
+
+
+def widened_stem(weight: Tensor, channels: int) -> Tensor:
+    """Filters for RGB, `(M, 3, kh, kw)`, as filters for other channels, `(M, channels, kh, kw)`.
+
+    One channel has the sum over RGB, so that a grey image gives what its three equal channels gave.
+    Two have half of it each. Of more, the first three are R, G and B as they are, and each further
+    one has the mean over RGB: a first guess that leaves RGB's share of the output as it was.
+    """
+    if channels < 3:
+        return (weight.sum(1, keepdim=True) / channels).repeat(1, channels, 1, 1)
+    mean = weight.mean(1, keepdim=True)
+    return torch.cat([weight, mean.repeat(1, channels - 3, 1, 1)], dim=1)
+
+
+def _fit_channels(model_state: State, state: State, strict: bool) -> tuple[State, str]:
+    """The weights with a widened stem, and what was done to it in words, if it is for RGB alone."""
+    for key in _STEMS:
+        old, new = state.get(key), model_state.get(key)
+        if strict or old is None or new is None or old.dim() != 4:
+            continue
+        channels = new.shape[1]
+        if old.shape[1] == 3 != channels:
+            rule = "RGB kept, further channels the mean of RGB"
+            if channels < 3:
+                rule = "the sum of RGB" + (", a half each" if channels == 2 else "")
+            words = f"'{key}' widened from 3 to {channels} channels ({rule})"
+            return {**state, key: widened_stem(old, channels)}, words
+    return state, ""
 
 
 def load_into_classifier(

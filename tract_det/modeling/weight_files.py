@@ -169,12 +169,18 @@ def _check_meta(meta: Any, where: str) -> None:
     if not isinstance(meta, dict):
         raise UserError(f"{where}: its metadata is no dict: leave `meta` out of the file")
     for key in _STATISTICS:
-        values = meta.get(key, [1.0, 1.0, 1.0])
-        is_list = isinstance(values, list | tuple) and len(values) == 3
+        values = meta.get(key, [1.0])
+        is_list = isinstance(values, list | tuple) and len(values) > 0
         if not is_list or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
-            raise refuse(key, "three numbers (RGB)")
+            raise refuse(key, "a number for each channel")
         if key == "pixel_std" and min(values) <= 0:
-            raise refuse(key, "three positive numbers (RGB)")
+            raise refuse(key, "a positive number for each channel")
+    counts = [len(meta.get(key, [])) for key in _STATISTICS]
+    if counts[0] != counts[1]:
+        raise UserError(
+            f"{where}: 'pixel_mean' and 'pixel_std' in its metadata have {counts[0]} and "
+            f"{counts[1]} numbers, not one for each channel: take both out of the file's `meta`"
+        )
     names = meta.get("class_names", [])
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise refuse("class_names", "a list of names")
@@ -200,6 +206,11 @@ def write_weights(
     Raises:
         UserError: the library has no such model, or the file cannot be written.
     """
+    if form == "detectron2" and len(meta["pixel_mean"]) != 3:
+        raise UserError(
+            f"{source} takes images of {len(meta['pixel_mean'])} channels, and detectron2's models "
+            "three: give weights for RGB"
+        )
     if channels == "BGR":
         state = flip_stem(to_torchvision(state))
     renamed = state

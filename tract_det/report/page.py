@@ -17,6 +17,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
+from tract_det.data.bands import array_pixels, array_shape, is_array
 from tract_det.files import steps_and_values, write_text
 from tract_det.report.folder import RunFolder, read_run
 from tract_det.report.svg import Series, bar_chart, line_chart
@@ -359,7 +360,7 @@ def _worst(run: RunFolder) -> list[dict[str, Any]]:
 
 def _picture(path: Path) -> tuple[str, tuple[int, int]]:
     """An image as a data URI, upright and small, and its size as stored in the annotation."""
-    with Image.open(path) as image:
+    with _opened(path) as image:
         upright = ImageOps.exif_transpose(image)
         size = upright.size
         upright = upright.convert("RGB")
@@ -367,6 +368,15 @@ def _picture(path: Path) -> tuple[str, tuple[int, int]]:
         buffer = io.BytesIO()
         upright.save(buffer, "JPEG", quality=_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), size
+
+
+def _opened(path: Path) -> Image.Image:
+    """The image; of an array its first three channels, or its first."""
+    if not is_array(path):
+        return Image.open(path)
+    array_shape(path)
+    pixels = array_pixels(path)
+    return Image.fromarray(pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0])
 
 
 def _boxes(entries: Sequence[dict[str, Any]], class_names: Sequence[str], width: int) -> str:

@@ -20,6 +20,7 @@ from tract_det.data.detection import VOCDetection, aspect_groups, drop_empty
 from tract_det.data.detection_loaders import detection_evaluation_loader, detection_loader
 from tract_det.data.detection_transforms import detection_train
 from tract_det.data.exif import check_headers, with_sizes
+from tract_det.data.images import shown
 from tract_det.engine.loop import infer
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
@@ -31,7 +32,12 @@ from tract_det.files import write_json
 from tract_det.modeling.faster_rcnn import resize_shorter_side
 from tract_det.report.folder import FIGURES
 from tract_det.training import assembly
-from tract_det.training.detectors import build_detector, check_backend, read_detector_weights
+from tract_det.training.detectors import (
+    build_detector,
+    channels_in,
+    check_backend,
+    read_detector_weights,
+)
 from tract_det.training.task import Meta, Plan, Task
 from tract_det.visualize import Picture, beside_the_results, detection_grid
 
@@ -44,7 +50,7 @@ def _read(cfg: CfgNode, names: Sequence[str], class_names: Sequence[str] | None)
     root = Path(cfg.DATASETS.ROOT) if cfg.DATASETS.ROOT else None
     data = cfg.DATASETS
     holdout = Holdout(data.HOLDOUT, data.HOLDOUT_SEED)
-    exif, max_pixels = cfg.INPUT.EXIF, cfg.INPUT.MAX_PIXELS
+    exif, max_pixels, channels = cfg.INPUT.EXIF, cfg.INPUT.MAX_PIXELS, channels_in(cfg)
     split = read_dataset(
         names,
         root,
@@ -55,7 +61,7 @@ def _read(cfg: CfgNode, names: Sequence[str], class_names: Sequence[str] | None)
     )
     say(f"{split.name}: {split.origin}")
     say(summary(split))
-    headers = distributed.on_main(lambda: check_headers(split.annotations, exif))
+    headers = distributed.on_main(lambda: check_headers(split.annotations, exif, channels))
     if headers.oriented:
         fate = "is ignored" if exif == "ignore" else "turns them upright"
         say(
@@ -63,7 +69,8 @@ def _read(cfg: CfgNode, names: Sequence[str], class_names: Sequence[str] | None)
             f"which {fate} (INPUT.EXIF {exif})"
         )
     annotations = with_sizes(split.annotations, headers)
-    return replace(split, annotations=annotations, max_pixels=max_pixels, exif=exif)
+    read_as = {"max_pixels": max_pixels, "exif": exif, "channels": channels}
+    return replace(split, annotations=annotations, **read_as)
 
 
 def read_data(cfg: CfgNode) -> tuple[VOCSplit, VOCSplit]:
@@ -135,7 +142,7 @@ def build_loader(cfg: CfgNode, split: VOCSplit, meta: Meta, start: int) -> Itera
 def plain_images(
     cfg: CfgNode, split: VOCSplit, meta: Meta, indices: Sequence[int]
 ) -> Iterator[list[torch.Tensor]]:
-    """The images at these positions in the size of evaluation, a list of one `(3, H, W)` each."""
+    """The images at these positions in the size of evaluation, a list of one `(C, H, W)` each."""
     dataset = VOCDetection(split)
     for index in indices:
         image = dataset[index][0].as_subclass(torch.Tensor)
@@ -253,7 +260,7 @@ class DetectionEvaluation:
         for index in range(0, len(annotations), step)[:_PICTURES]:
             annotation = annotations[index]
             boxes, scores, labels = evaluator.detections[annotation.image_id]
-            pixels = self.dataset.read(index).permute(1, 2, 0).numpy()
+            pixels = shown(self.dataset.read(index)).permute(1, 2, 0).numpy()
             pictures.append(
                 Picture(annotation.path, annotation.boxes, boxes, labels, scores, pixels)
             )

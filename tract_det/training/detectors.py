@@ -14,7 +14,7 @@ from torch import nn
 from tract_det.config.machinery import plain
 from tract_det.errors import UserError
 from tract_det.modeling.backbones import batch_in_channels_last
-from tract_det.modeling.loading import load_into
+from tract_det.modeling.loading import load_into, widens
 from tract_det.modeling.saved import detector_of
 from tract_det.modeling.weight_files import Weights, read_weights
 from tract_det.pixels import input_variance, pixel_statistics
@@ -92,6 +92,11 @@ def _compile_backbone(backbone: nn.Module) -> None:
     backbone.compile()
 
 
+def channels_in(cfg: CfgNode) -> int:
+    """The number of channels of the images: of MODEL.PIXEL_MEAN, and three where it is empty."""
+    return len(cfg.MODEL.PIXEL_MEAN) or 3
+
+
 def _build_torchvision(
     cfg: CfgNode, weights: Weights | None, class_names: tuple[str, ...], strict: bool
 ) -> BuiltModel:
@@ -106,7 +111,9 @@ def _build_torchvision(
         cfg.MODEL.PIXEL_STD,
         source=weights.source if weights else "",
     )
-    stages = max(0, freeze_at(cfg, weights, strict=strict, default=_FROZEN_STAGES))
+    # Filters of channels that the weights do not know have to learn.
+    default = 0 if weights and widens(weights, len(mean)) else _FROZEN_STAGES
+    stages = max(0, freeze_at(cfg, weights, strict=strict, default=default))
     meta = {
         "version": __version__,
         **detector_settings(cfg),
