@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from tests import reference
-from tests.conftest import photo_like
+from tests.conftest import photo_like, run_python
 
 RATE, LAMBDA, BATCH = 0.5, 0.1, 4
 
@@ -65,3 +65,14 @@ def assert_same_steps(weights, expected):
         error = (update - wanted_update).abs().max() / wanted_update.abs().max()
         assert error < 1e-5, f"relative error {error:.1e}"
         previous, before = weight.double(), wanted
+
+
+def assert_two_processes_take_the_steps_of_one(framework, folder, *, scale=None):
+    """By gloo; each rank of `ranks.py` has every other sample of a step; `scale` as above."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    result = run_python(*launcher, "-m", "tests.integrations.ranks", framework, folder, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    both = [torch.load(folder / f"{rank}.pth") for rank in range(2)]
+    for weights in both:
+        assert_same_steps(weights, oracle_steps([[2 * BATCH] * 2, [2 * BATCH]], scale=scale))
+    assert all(map(torch.equal, *both))

@@ -8,12 +8,12 @@ pytest.importorskip("accelerate", reason="Accelerate is not installed: pip insta
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from tests.conftest import run_python
 from tests.integrations.common import (
     BATCH,
     LAMBDA,
     RATE,
     assert_same_steps,
+    assert_two_processes_take_the_steps_of_one,
     network,
     oracle_steps,
     samples,
@@ -92,15 +92,7 @@ def test_checkpoints_fit_with_and_without_tract(tmp_path, saved_with):
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    result = run_python(
-        *launcher, "-m", "tests.integrations.ranks", "accelerate", tmp_path, timeout=120
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    both = [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]
-    for weights in both:
-        assert_same_steps(weights, oracle_steps([[2 * BATCH] * 2, [2 * BATCH]], scale=2))
-    assert all(map(torch.equal, *both))
+    assert_two_processes_take_the_steps_of_one("accelerate", tmp_path, scale=2)
 
 
 def test_a_model_that_is_prepared_is_refused():

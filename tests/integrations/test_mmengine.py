@@ -11,11 +11,11 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import Runner
 
-from tests.conftest import run_python
 from tests.integrations.common import (
     BATCH,
     RATE,
     assert_same_steps,
+    assert_two_processes_take_the_steps_of_one,
     network,
     oracle_steps,
     samples,
@@ -100,16 +100,7 @@ def test_without_accumulation_every_batch_is_a_step(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    """By gloo; each rank has every other sample of a step."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    result = run_python(
-        *launcher, "-m", "tests.integrations.ranks", "mmengine", tmp_path, timeout=120
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    both = [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]
-    for weights in both:
-        assert_same_steps(weights, oracle_steps([[2 * BATCH] * 2, [2 * BATCH]]))
-    assert all(map(torch.equal, *both))
+    assert_two_processes_take_the_steps_of_one("mmengine", tmp_path)
 
 
 @pytest.mark.parametrize("saved_with", [True, False])

@@ -13,11 +13,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from tests.conftest import run_python
 from tests.integrations.common import (
     BATCH,
     RATE,
     assert_same_steps,
+    assert_two_processes_take_the_steps_of_one,
     network,
     oracle_steps,
     samples,
@@ -144,15 +144,7 @@ def test_checkpoints_fit_with_and_without_tract(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    result = run_python(
-        *launcher, "-m", "tests.integrations.ranks", "transformers", tmp_path, timeout=120
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    both = [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]
-    for weights in both:
-        assert_same_steps(weights, oracle_steps([[2 * BATCH] * 2, [2 * BATCH]]))
-    assert all(map(torch.equal, *both))
+    assert_two_processes_take_the_steps_of_one("transformers", tmp_path)
 
 
 def test_a_trainer_whose_model_has_no_tract_is_refused(tmp_path):

@@ -25,7 +25,7 @@ ARRAY_SUFFIX = ".npy"
 
 _GREY = ("1", "L", "LA", "La", "F")
 _RGB_AND_ONE = "RGBX"
-_ORIENTATION = 0x0112  # EXIF's tag
+ORIENTATION = 0x0112  # EXIF's tag
 
 
 def is_array(path: Path) -> bool:
@@ -113,7 +113,7 @@ def _pages(image: Image.Image) -> np.ndarray:
     for page in range(count):
         if page:
             image.seek(page)
-        if count > 1 and image.getexif().get(_ORIENTATION, 1) != 1:
+        if count > 1 and image.getexif().get(ORIENTATION, 1) != 1:
             raise ValueError("its pages have an EXIF orientation: rewrite them upright")
         grey = image if image.mode.startswith("I") else image.convert("L")
         pages.append(eight_bits(np.asarray(grey)))

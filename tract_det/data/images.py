@@ -29,6 +29,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from tract_det.data.bands import (
+    ORIENTATION,
     array_pixels,
     array_shape,
     channels_of,
@@ -46,7 +47,6 @@ except ImportError:  # deprecated in torchvision 0.29 and to be removed
 # By default an image with more is refused: a file of a few bytes can ask for any amount of memory.
 MAX_PIXELS = 100_000_000
 
-_ORIENTATION = 0x0112  # EXIF's tag
 # What its values ask for: whether to exchange rows and columns, then the dimensions to flip.
 _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
     2: (False, (-1,)),
@@ -136,7 +136,7 @@ def _orientation(image: Image.Image) -> int:
     ):
         return 1  # `getexif` would decode the pixels to look behind them
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
+        value = image.getexif().get(ORIENTATION, 1)
     except Exception:  # damaged EXIF, which viewers and detectron2 ignore as well
         return 1
     return value if value in _TURNS else 1

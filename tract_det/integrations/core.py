@@ -8,7 +8,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from tract_det.errors import UserError
+from tract_det.pixels import lambda_in_words
 from tract_det.tract import TrActLayer, apply_tract, set_lambda
+from tract_det.tract.modules import tract_layers
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -42,6 +44,27 @@ def applied(
     if not has_tract(model):  # otherwise this is a second training, which may have its optimizer
         _refuse_late(model, optimizers, remedy)
     return apply_tract(model, **settings)
+
+
+def applied_to_pixels(
+    model: nn.Module, variance: float, *, remedy: str, lambda_: float, **settings: Any
+) -> str:
+    """`applied`, for an input that is not standardised.
+
+    Args:
+        model: the bare model.
+        variance: of its input, in units of standardised pixels; 1 where `relative` is set.
+        remedy: as in `applied`.
+        lambda_: damping, in units of standardised pixels, or with `relative` of the mean square.
+        **settings: further ones of `apply_tract`.
+
+    Returns:
+        On what it is, and with which lambda, in words for a log.
+    """
+    applied(model, remedy=remedy, lambda_=lambda_ * variance, **settings)
+    unit = "trace" if settings.get("relative") else "standardised"
+    names = ", ".join(name for name, _ in tract_layers(model))
+    return f"TrAct on {names}, {lambda_in_words(lambda_, unit, variance)}"
 
 
 def _refuse_late(model: nn.Module, optimizers: Iterable[Optimizer], remedy: str) -> None:

@@ -14,10 +14,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tract_det.errors import UserError
-from tract_det.integrations.core import Schedule, applied, follow
-from tract_det.pixels import input_variance, lambda_in_words
+from tract_det.integrations.core import Schedule, applied_to_pixels, follow
+from tract_det.pixels import input_variance
 from tract_det.tract import set_image_sizes, set_micro_batches, tract_diagnostics
-from tract_det.tract.modules import tract_layers
 
 REMEDY = "give the Runner the plain model, and compile it by its own `compile`"
 
@@ -59,11 +58,8 @@ class TrActHook(Hook):
         model = _bare(runner)
         relative = self.settings.get("relative", False)
         self.variance = 1.0 if relative else _variance(model, self.pixel_std)
-        lambda_ = self.settings["lambda_"]
-        applied(model, remedy=REMEDY, **self.settings | {"lambda_": lambda_ * self.variance})
-        words = lambda_in_words(lambda_, "trace" if relative else "standardised", self.variance)
-        names = ", ".join(name for name, _ in tract_layers(model))
-        print_log(f"TrAct on {names}, {words}", logger="current")
+        words = applied_to_pixels(model, self.variance, remedy=REMEDY, **self.settings)
+        print_log(words, logger="current")
         accumulates = _counts(runner) > 1
         set_micro_batches(model, runner.optim_wrapper.should_sync if accumulates else 1)
 

@@ -10,10 +10,9 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from tract_det.errors import UserError
-from tract_det.integrations.core import Schedule, applied, follow
-from tract_det.pixels import input_variance, lambda_in_words
+from tract_det.integrations.core import Schedule, applied_to_pixels, follow
+from tract_det.pixels import input_variance
 from tract_det.tract import remove_tract, set_micro_batches
-from tract_det.tract.modules import tract_layers
 
 UltralyticsModelT = TypeVar("UltralyticsModelT", bound=Model)
 
@@ -82,11 +81,7 @@ class _Callbacks:
     def on_pretrain_routine_end(self, trainer: BaseTrainer) -> None:
         """Applies TrAct in every process, when the moving average has its copy of the model."""
         model = _bare(trainer)
-        scaled = self.settings | {"lambda_": self.settings["lambda_"] * self.variance}
-        applied(model, remedy=REMEDY, **scaled)
-        unit = "trace" if self.settings.get("relative") else "standardised"
-        words = lambda_in_words(self.settings["lambda_"], unit, self.variance)
-        LOGGER.info(f"TrAct on {', '.join(name for name, _ in tract_layers(model))}, {words}")
+        LOGGER.info(applied_to_pixels(model, self.variance, remedy=REMEDY, **self.settings))
         self.epoch: int | None = None
         self._begin(trainer)
 
