@@ -2,12 +2,18 @@
 
 import os
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.training.image_folder import options, write_image_folder
 from tract_det.cli import call
 from tract_det.data import headers
-from tract_det.data.headers import check_headers
+from tract_det.data.annotations import Annotation
+from tract_det.data.bands import ORIENTATION
+from tract_det.data.exif import check_headers as check_annotated
+from tract_det.data.headers import check_headers, read_headers
+from tract_det.data.images import Header
 from tract_det.errors import UserError
 
 
@@ -18,13 +24,13 @@ def images(tmp_path, monkeypatch):
     monkeypatch.setattr(headers, "_WORTH", 1)
     root = write_image_folder(tmp_path / "images", train=3, val=4)
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*.png"))
-    looked_at, check = [], headers.check_header
+    looked_at, read = [], headers.read_header
 
-    def note(path, max_pixels):
+    def note(path, channels):
         looked_at.append(str(path.relative_to(root)))
-        check(path, max_pixels)
+        return read(path, channels)
 
-    monkeypatch.setattr(headers, "check_header", note)
+    monkeypatch.setattr(headers, "read_header", note)
     return root, names, looked_at
 
 
@@ -55,11 +61,44 @@ def test_all_unreadable_files_are_said_at_once_and_again_until_mended(images):
     assert sorted(looked_at) == names[:7]
 
 
-def test_another_bound_of_the_pixels_is_looked_at_anew(images):
-    root, names, _ = images
+def test_another_bound_of_the_pixels_holds_for_what_is_remembered(images):
+    root, names, looked_at = images
     check_headers(root, names, 10_000)
+    looked_at.clear()
     with pytest.raises(UserError, match=r"32 x 32 pixels are more than INPUT\.MAX_PIXELS 100"):
         check_headers(root, names, 100)
+    assert looked_at == []
+
+
+def test_what_is_remembered_is_what_was_read(images):
+    root, names, _ = images
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.new("RGB", (5, 3)).save(root / names[1], exif=exif)
+    seen = [read_headers(root, names).header(index) for index in range(len(names))]
+    again = [read_headers(root, names).header(index) for index in range(len(names))]
+    assert seen == again
+    assert seen[1] == Header((5, 3), 6)
+
+
+def test_other_channels_are_looked_at_anew(images):
+    root, names, looked_at = images
+    read_headers(root, names)
+    assert read_headers(root, names, 4).errors.keys() == set(range(len(names)))
+    assert not read_headers(root, names).errors
+    assert len(looked_at) == 2 * len(names)
+
+
+def test_a_detector_starts_again_without_a_look_at_the_images(images):
+    root, names, looked_at = images
+    none = np.empty((0, 4)), np.empty(0, int), np.empty(0, bool)
+    annotations = [Annotation(name, root / name, 32, 32, *none) for name in names]
+    check_annotated(annotations)
+    looked_at.clear()
+    check_annotated(annotations)
+    assert looked_at == []
+    with pytest.raises(UserError, match=rf"{names[0]}.*INPUT\.MAX_PIXELS 100"):
+        check_annotated(annotations, max_pixels=100)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x93NUMPY\x01\x00"])

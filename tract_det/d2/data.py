@@ -1,6 +1,7 @@
 """Data in VOC layout for detectron2's programs, and evaluation by this project's rules."""
 
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,14 +64,15 @@ def register_voc(
 
     def read() -> list[dict[str, Any]]:
         annotations = read_split(root, split, names, upright=exif != "ignore").annotations
-        headers = check_headers(annotations, exif)  # a reader of detectron2 would fail on them
-        if exif == "ignore" and headers.oriented:
+        # A reader of detectron2 would fail on them, one by one; it knows no bound of the pixels.
+        orientations = check_headers(annotations, exif, max_pixels=sys.maxsize)
+        if exif == "ignore" and orientations.oriented:
             raise UserError(
                 f"{root}: exif of register_voc is ignore, but detectron2 applies the EXIF "
-                f"orientation that {headers.oriented} images have: rewrite them without it"
+                f"orientation that {orientations.oriented} images have: rewrite them without it"
             )
         _refuse_turned_tiffs(annotations)
-        return to_records(with_sizes(annotations, headers), use_difficult=use_difficult)
+        return to_records(with_sizes(annotations, orientations), use_difficult=use_difficult)
 
     DatasetCatalog.register(name, read)
     MetadataCatalog.get(name).set(

@@ -166,9 +166,9 @@ def image_facts(splits: Sequence[VOCSplit], exif: str = "auto", channels: int = 
     settled, faults, oriented = [], [], 0
     for split in splits:
         try:
-            headers = check_headers(split.annotations, exif, channels)
-            oriented += headers.oriented
-            annotations = with_sizes(split.annotations, headers)
+            orientations = check_headers(split.annotations, exif, channels)
+            oriented += orientations.oriented
+            annotations = with_sizes(split.annotations, orientations)
         except UserError as error:
             faults.append(str(error))
             annotations = split.annotations

@@ -13,23 +13,32 @@ which, where the two sizes differ:
 Under `ignore` no image is turned: its size must be that of the image as stored.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from tract_det.data.annotations import READERS, Annotation, shorten
+from tract_det.data.annotations import Annotation, shorten
 from tract_det.data.faults import Faults
-from tract_det.data.images import Header, is_turned, read_header, read_stored, read_upright
+from tract_det.data.headers import read_headers
+from tract_det.data.images import (
+    MAX_PIXELS,
+    Header,
+    is_turned,
+    read_header,
+    read_stored,
+    read_upright,
+    refuse_too_many,
+)
 from tract_det.errors import UserError
 
 _WHERE = "INPUT.EXIF (register_voc's exif)"
 
 
-class Headers(NamedTuple):
+class Orientations(NamedTuple):
     """What the headers of a split's images have shown.
 
     Attributes:
@@ -53,40 +62,49 @@ def size_as_read(header: Header, mode: str) -> tuple[int, int]:
 
 
 def check_headers(
-    annotations: Sequence[Annotation], mode: str = "auto", channels: int = 3
-) -> Headers:
+    annotations: Sequence[Annotation],
+    mode: str = "auto",
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+) -> Orientations:
     """Refuses images that are not as their annotations say, before any of them is decoded.
 
     Args:
         annotations: Of all images of a split.
         mode: One of `choices.EXIF_MODES`.
         channels: As in `images.read_upright`.
+        max_pixels: An image with more is refused.
 
     Raises:
-        UserError: An image cannot be read, has another size than its annotation or other channels,
-            or an orientation that `mode` refuses; says so of all of them at once.
+        UserError: An image cannot be read, has another size than its annotation, other channels or
+            too many pixels, or an orientation that `mode` refuses; says so of all of them at once.
     """
     faults = Faults()
     oriented: list[Path] = []
     exchanged: list[int] = []
     sizes: dict[int, tuple[int, int]] = {}
-    with ThreadPoolExecutor(READERS) as pool:
-        futures = [pool.submit(read_header, a.path, channels) for a in annotations]
-        for index, (annotation, future) in enumerate(zip(annotations, futures, strict=True)):
-            with faults.noted():
-                header = future.result()
-                if header.orientation != 1:
-                    oriented.append(annotation.path)
-                size = size_as_read(header, mode)
-                if _is_exchanged((annotation.width, annotation.height), size, header):
-                    exchanged.append(index)
-                    sizes[index] = size
-                else:
-                    check_size(annotation, size)
+    headers = read_headers(_folder_of(annotations), [a.path for a in annotations], channels)
+    for index, annotation in enumerate(annotations):
+        with faults.noted():
+            header = headers.header(index)
+            if header.orientation != 1:
+                oriented.append(annotation.path)
+            size = size_as_read(header, mode)
+            if _is_exchanged((annotation.width, annotation.height), size, header):
+                exchanged.append(index)
+                sizes[index] = size
+            else:
+                check_size(annotation, size)
+            refuse_too_many(annotation.path, size, max_pixels)
     names = [annotations[index].path.name for index in exchanged]
     faults.messages[:0] = _refusals(mode, [path.name for path in oriented], names, len(annotations))
     faults.refuse()
-    return Headers(len(oriented), sizes)
+    return Orientations(len(oriented), sizes)
+
+
+def _folder_of(annotations: Sequence[Annotation]) -> Path:
+    """The folder that all images have in common."""
+    return Path(os.path.commonpath([a.path.parent for a in annotations] or [Path()]))
 
 
 def _is_exchanged(stated: tuple[int, int], size: tuple[int, int], header: Header) -> bool:
@@ -117,10 +135,10 @@ def _refusals(mode: str, oriented: list[str], exchanged: list[str], images: int)
     return []
 
 
-def with_sizes(annotations: list[Annotation], headers: Headers) -> list[Annotation]:
+def with_sizes(annotations: list[Annotation], orientations: Orientations) -> list[Annotation]:
     """The annotations with the sizes of the images as they are read."""
     corrected = list(annotations)
-    for index, (width, height) in headers.sizes.items():
+    for index, (width, height) in orientations.sizes.items():
         corrected[index] = replace(corrected[index], width=width, height=height)
     return corrected
 

@@ -159,17 +159,6 @@ def is_turned(orientation: int) -> bool:
     return _TURNS.get(orientation, (False, ()))[0]
 
 
-def check_header(path: Path, max_pixels: int = MAX_PIXELS) -> None:
-    """Refuses a file that `read_rgb` would refuse by its header.
-
-    Raises:
-        CorruptImageError: It is not an image, or has too many pixels.
-        UserError: The file cannot be opened.
-    """
-    with _opened(path) as image:
-        _refuse_too_many(path, image.size, max_pixels)
-
-
 def upright_size(path: Path) -> tuple[int, int]:
     """Width and height of an image as `read_upright` reads it, from the file's header.
 
@@ -227,13 +216,13 @@ def _read(path: Path, max_pixels: int, channels: int) -> torch.Tensor:
         with _readable(path):
             height, width, count = array_shape(path)
             _refuse_channels(path, count, channels)
-            _refuse_too_many(path, (width, height), max_pixels)
+            refuse_too_many(path, (width, height), max_pixels)
             return _channels_first(array_pixels(path))
     if channels == 3:
         return read_rgb(path, max_pixels)
     with _opened(path) as image:
         _refuse_channels(path, channels_of(image), channels)
-        _refuse_too_many(path, image.size, max_pixels)
+        refuse_too_many(path, image.size, max_pixels)
         return _channels_first(pixels_of(image, channels))
 
 
@@ -282,12 +271,12 @@ def read_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
             data = read_file(str(path))
             size = _jpeg_size(memoryview(data.numpy()))
             if size is not None:
-                _refuse_too_many(path, size, max_pixels)
+                refuse_too_many(path, size, max_pixels)
                 return decode_jpeg(data, ImageReadMode.RGB)
         except RuntimeError:
             pass
     with _opened(path) as image:
-        _refuse_too_many(path, image.size, max_pixels)
+        refuse_too_many(path, image.size, max_pixels)
         return from_pillow(image)
 
 
@@ -323,7 +312,17 @@ def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
     return None
 
 
-def _refuse_too_many(path: Path, size: tuple[int, int], max_pixels: int) -> None:
+def refuse_too_many(path: Path, size: tuple[int, int], max_pixels: int) -> None:
+    """Refuses an image with more pixels than a bound.
+
+    Args:
+        path: Of the file, for the message.
+        size: Width and height.
+        max_pixels: The bound.
+
+    Raises:
+        CorruptImageError: It has more.
+    """
     if size[0] * size[1] > max_pixels:
         raise CorruptImageError(
             f"{path}: {size[0]} x {size[1]} pixels are more than INPUT.MAX_PIXELS {max_pixels}: "

@@ -61,14 +61,16 @@ def _read(cfg: CfgNode, names: Sequence[str], class_names: Sequence[str] | None)
     )
     say(f"{split.name}: {split.origin}")
     say(summary(split))
-    headers = distributed.on_main(lambda: check_headers(split.annotations, exif, channels))
-    if headers.oriented:
+    orientations = distributed.on_main(
+        lambda: check_headers(split.annotations, exif, channels, max_pixels)
+    )
+    if orientations.oriented:
         fate = "is ignored" if exif == "ignore" else "turns them upright"
         say(
-            f"{split.name}: {headers.oriented} of {len(split)} images have an EXIF orientation, "
-            f"which {fate} (INPUT.EXIF {exif})"
+            f"{split.name}: {orientations.oriented} of {len(split)} images have an EXIF "
+            f"orientation, which {fate} (INPUT.EXIF {exif})"
         )
-    annotations = with_sizes(split.annotations, headers)
+    annotations = with_sizes(split.annotations, orientations)
     read_as = {"max_pixels": max_pixels, "exif": exif, "channels": channels}
     return replace(split, annotations=annotations, **read_as)
 
