@@ -208,6 +208,22 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 
 
 @pytest.mark.slow
+def test_a_run_of_two_ranks_goes_on_with_four_and_ends_with_one(two_ranks, folder, whole, tmp_path):
+    changes = {
+        **STEP, "SOLVER__CHECKPOINT_EPOCHS": 0.01, "SOLVER__CHECKPOINT_KEEP": 9,
+        "DEEPSPEED__zero_optimization__stage": 2,
+    }  # fmt: skip
+    arguments = options(folder, tmp_path, **changes)
+    two_ranks.run("pretrain", *arguments)
+    (tmp_path / "last_checkpoint").write_text("iter_0000002")
+    printed = run_apart(PRETRAIN, "--resume", *arguments, launcher="deepspeed", ranks=4)
+    assert "at step 2" in printed
+    (tmp_path / "last_checkpoint").write_text("iter_0000004")
+    assert "at step 4" in run_here("pretrain", "--resume", *arguments)
+    assert_close(tmp_path, whole)
+
+
+@pytest.mark.slow
 def test_interrupted_and_resumed_is_uninterrupted(folder, tmp_path):
     """SIGTERM in the middle of a log period, with micro-batches, a moving average, batch norm."""
     changes = {
