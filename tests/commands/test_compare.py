@@ -104,3 +104,10 @@ def test_numbers_that_make_no_sense_are_refused(images, tmp_path, flags, capsys)
     with pytest.raises(SystemExit):
         call("compare", arguments(images, tmp_path, *flags))
     assert f"argument {flags[0]}" in capsys.readouterr().err
+
+
+def test_an_arm_that_the_model_refuses_is_said_before_the_first_run(images, tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(UserError, match=r"arm patch_norm: MODEL\.PATCH_NORM"):
+        call("compare", arguments(images, output, "--arms", "plain,patch_norm"))
+    assert not [path for path in output.rglob("*") if path.is_dir()]

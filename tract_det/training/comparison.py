@@ -20,7 +20,7 @@ from tract_det.config.files import find_configs, flat, read_config, run_name
 from tract_det.config.machinery import value_at
 from tract_det.config.resuming import INCIDENTAL
 from tract_det.errors import UserError
-from tract_det.training.task import Task
+from tract_det.training.task import Split, Task
 
 LoadCfg = Callable[..., CfgNode]
 
@@ -46,6 +46,14 @@ class Variant:
     def name(self) -> str:
         """`tract`, or `tract LAMBDA=0.05`."""
         return " ".join([self.arm, *_in_words(self.settings)])
+
+    @property
+    def model(self) -> tuple[tuple[str, str] | str, ...]:
+        """Variants for which this is equal build and train the same kind of model.
+
+        TrAct's own numbers do not change what a step costs.
+        """
+        return self.arm, *(pair for pair in self.settings if not pair[0].startswith("MODEL.TRACT."))
 
     @property
     def folder(self) -> str:
@@ -126,7 +134,7 @@ class Comparison:
         runs: those of a seed together, so that what is done can be compared early.
         variants: those of the runs, in order.
         baselines: what each variant is judged against; None for a baseline.
-        images: of an epoch.
+        training: the images of an epoch.
         metric: the figure that is compared, TEST.BEST_METRIC.
         output: the folder.
     """
@@ -135,7 +143,7 @@ class Comparison:
     runs: Sequence[PlannedRun]
     variants: Sequence[Variant]
     baselines: Mapping[Variant, Variant | None]
-    images: int
+    training: Split
     metric: str
     output: Path
 
@@ -183,7 +191,8 @@ def build(design: Design) -> Comparison:
         raise UserError(f"--baseline {baseline} is none of the arms {', '.join(arms)}: add it")
     variants = _variants(design, arms, load_cfg)
     task.check(first)
-    images = len(task.read_data(first)[0])
+    training, _ = task.read_data(first)
+    images = len(training)
     steps = task.plan(first, images).max_iter
     lengths = sorted(design.lengths) or [_rounded(steps * first.SOLVER.IMS_PER_BATCH / images)]
     paths = [path for name in design.config_files for path in find_configs(name)[0]]
@@ -203,7 +212,7 @@ def build(design: Design) -> Comparison:
     runs.sort(key=lambda run: run.seed)
     _refuse_shared_folders(runs)
     baselines = {variant: baseline_of(variant, variants, baseline) for variant in variants}
-    return Comparison(task, runs, variants, baselines, images, first.TEST.BEST_METRIC, output)
+    return Comparison(task, runs, variants, baselines, training, first.TEST.BEST_METRIC, output)
 
 
 def _with(cfg: CfgNode, **values: Any) -> CfgNode:

@@ -59,12 +59,9 @@ def estimate(planned: Comparison, jobs: int, threads: int) -> str:
         if not runs:
             lines.append(f"{variant.name}: {finished} runs, all done")
             continue
-        # TrAct's own numbers do not change what a step costs.
-        others = [pair for pair in variant.settings if not pair[0].startswith("MODEL.TRACT.")]
-        kind = (variant.arm, *others)
-        if kind not in measured:
-            measured[kind] = measure(planned.task, runs[0].cfg, threads)
-        cost = measured[kind]
+        if variant.model not in measured:
+            measured[variant.model] = measure(planned.task, runs[0].cfg, threads)
+        cost = measured[variant.model]
         seconds = sum(_seconds(planned, run, cost) for run in runs)
         total += seconds
         disk += len(runs) * 2 * cost.weights  # model_best.pth and model_final.pth
@@ -83,7 +80,7 @@ def estimate(planned: Comparison, jobs: int, threads: int) -> str:
 
 
 def _seconds(planned: Comparison, run: PlannedRun, cost: Measured) -> float:
-    plan = planned.task.plan(run.cfg, planned.images)
+    plan = planned.task.plan(run.cfg, len(planned.training))
     steps = plan.max_iter - max(checkpoint.iterations(run.folder), default=0)
     evaluations = steps / plan.eval_period if plan.eval_period else 1
     return steps * cost.step + max(1, evaluations) * cost.evaluation

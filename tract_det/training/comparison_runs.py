@@ -1,5 +1,7 @@
 """Makes the runs of a comparison and reports what they say."""
 
+import contextlib
+import io
 import shutil
 import signal
 import sys
@@ -15,6 +17,7 @@ from tract_det.evaluation.comparison_report import Group, as_values, judge, orig
 from tract_det.evaluation.runs import Record, read_run
 from tract_det.files import remove_abandoned, write_json, write_text
 from tract_det.report.comparison import write_comparison
+from tract_det.training import session
 from tract_det.training.comparison import (
     Comparison,
     PlannedRun,
@@ -40,7 +43,7 @@ def read(planned: Comparison, run: PlannedRun) -> Record | None:
         planned.metric,
         steps=run.steps,
         batch=run.cfg.SOLVER.IMS_PER_BATCH,
-        images=planned.images,
+        images=len(planned.training),
     )
 
 
@@ -63,6 +66,21 @@ def missing(planned: Comparison) -> list[PlannedRun]:
     return runs
 
 
+def _refuse_unfit(planned: Comparison, todo: Sequence[PlannedRun]) -> None:
+    """Builds the model of each arm once: one that cannot be is said now, not in hours.
+
+    Raises:
+        UserError: names the arm and why its model was refused.
+    """
+    for run in {run.variant.model: run for run in todo}.values():
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                weights = planned.task.read_weights(run.cfg)
+                session.build(planned.task, run.cfg, planned.training, weights)
+        except UserError as error:
+            raise UserError(f"arm {run.variant.name}: {error}") from error
+
+
 def run_missing(
     planned: Comparison, environments: Sequence[Mapping[str, str]], lock: IO[str]
 ) -> int:
@@ -75,9 +93,13 @@ def run_missing(
 
     Returns:
         An exit code: 0 if every run finished or diverged.
+
+    Raises:
+        UserError: a run was made with other settings, or an arm does not fit the model.
     """
     remove_abandoned(planned.output)
     todo = missing(planned)
+    _refuse_unfit(planned, todo)
     done = len(planned.runs) - len(todo)
     print(
         f"{len(planned.runs)} runs, {done} of them done; {len(environments)} at a time", flush=True
@@ -196,7 +218,7 @@ def report(planned: Comparison, command: str) -> None:
     content = {
         "command": command,
         "metric": planned.metric,
-        "images": planned.images,
+        "images": len(planned.training),
         "rows": [as_values(row) for row in rows],
         "verdicts": sentences,
         "runs": records,
