@@ -120,6 +120,16 @@ def test_rotations_policies_and_the_small_pool_reach_the_run(folder, tmp_path):
     assert meta["small_pool"] is True
 
 
+def test_weights_are_not_evaluated_in_a_form_that_their_tensors_do_not_show(
+    trained, folder, tmp_path
+):
+    model = trained[0] / "model_final.pth"
+    changes = {"MODEL__WEIGHTS": model, "MODEL__NORM": "BN", "MODEL__SMALL_POOL": True}
+    with pytest.raises(UserError, match=r"SMALL_POOL is True, and it was trained with False"):
+        train(folder, tmp_path / "out", "--eval-only", **changes)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_frozen_stem_stays_and_its_weights_evaluate_to_the_same_counts(folder, tmp_path):
     train(
         folder, tmp_path / "out", "--arm", "frozen", MODEL__NORM="BN", MODEL__TRACT__ENABLED=False,

@@ -128,6 +128,17 @@ def test_evaluating_the_saved_weights_gives_the_same_bits(trained, voc_tree, tmp
         assert (tmp_path / "detections" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_weights_are_not_evaluated_as_a_detector_with_other_anchors(trained, voc_tree, tmp_path):
+    changes = {
+        "MODEL__WEIGHTS": trained[0] / "model_final.pth",
+        "MODEL__BACKBONE__NORM": "BN",
+        "MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS": [0.4, 1.0, 2.0],
+    }
+    with pytest.raises(UserError, match=r"ASPECT_RATIOS is \[0\.4, .* trained with \[0\.5, "):
+        train(voc_tree, tmp_path / "out", "--eval-only", **changes)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_picture_that_cannot_be_written_costs_a_warning_and_no_result(
     trained, voc_tree, tmp_path
 ):

@@ -46,7 +46,7 @@ from tract_det.pixels import (
 )
 from tract_det.report.folder import FIGURES
 from tract_det.training import assembly
-from tract_det.training.saved import classifier_settings
+from tract_det.training.saved import classifier_settings, refuse_another_model
 from tract_det.training.task import BuiltModel, Meta, Plan, Task
 from tract_det.version import __version__
 
@@ -237,6 +237,8 @@ def build_model(
     settings = cfg.MODEL
     mean, std = _pixel_statistics(cfg, weights)
     said = classifier_settings(cfg)
+    if strict and weights is not None:
+        refuse_another_model(weights, said)
     model = classifier_of(
         said | {"class_names": class_names},
         drop_rate=settings.DROP_RATE,

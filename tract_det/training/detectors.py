@@ -20,7 +20,11 @@ from tract_det.modeling.weight_files import Weights, read_weights
 from tract_det.pixels import input_variance, pixel_statistics
 from tract_det.tract import TrActLayer
 from tract_det.training.assembly import freeze_at
-from tract_det.training.saved import detector_settings, evaluation_settings
+from tract_det.training.saved import (
+    detector_settings,
+    evaluation_settings,
+    refuse_another_model,
+)
 from tract_det.training.task import BuiltModel
 from tract_det.version import __version__
 
@@ -105,6 +109,9 @@ def _build_torchvision(
             f"MODEL.WEIGHTS {weights.source} is a detectron2 model's: set MODEL.DETECTRON2 as in "
             f"its training, CONFIG_FILE {weights.meta['detectron2'].get('CONFIG_FILE')}"
         )
+    settings = detector_settings(cfg)
+    if strict and weights is not None:
+        refuse_another_model(weights, settings)
     mean, std = pixel_statistics(
         weights.meta if weights else None,
         cfg.MODEL.PIXEL_MEAN,
@@ -116,7 +123,7 @@ def _build_torchvision(
     stages = max(0, freeze_at(cfg, weights, strict=strict, default=default))
     meta = {
         "version": __version__,
-        **detector_settings(cfg),
+        **settings,
         "freeze_at": stages,
         "pixel_mean": mean,
         "pixel_std": std,

@@ -9,7 +9,52 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from tract_det.errors import UserError
+from tract_det.modeling.weight_files import Weights
 from tract_det.training.task import Meta
+
+# Settings that change what a model computes and the shape of none of its tensors, in a file's
+# words, with the keys that set them.
+_UNSEEN_IN_SHAPES = {
+    ("model",): "MODEL.NAME",
+    ("small_images",): "MODEL.SMALL_IMAGES",
+    ("small_pool",): "MODEL.SMALL_POOL",
+    ("patch_norm",): "MODEL.PATCH_NORM",
+    ("backbone",): "MODEL.BACKBONE.NAME",
+    ("proposals", "anchor_sizes"): "MODEL.ANCHOR_GENERATOR.SIZES",
+    ("proposals", "aspect_ratios"): "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",
+}
+
+
+def refuse_another_model(weights: Weights, settings: Meta) -> None:
+    """Refuses to evaluate weights as a model that they do not belong to.
+
+    They might load, and the figures would be wrong without a word. Files of other programs and of
+    earlier versions do not say what they belong to.
+
+    Args:
+        weights: as read.
+        settings: what the configuration says, as `detector_settings` or `classifier_settings`.
+
+    Raises:
+        UserError: names the keys and what to set them to.
+    """
+    mends = []
+    for path, key in _UNSEEN_IN_SHAPES.items():
+        trained, now = _at(weights.meta, path), _at(settings, path)
+        if trained is not None and now is not None and trained != now:
+            mends.append(f"{key} is {now!r}, and it was trained with {trained!r}")
+    if mends:
+        raise UserError(
+            f"MODEL.WEIGHTS {weights.source} is another model than the configuration's: "
+            f"{'; '.join(mends)}: evaluate it with the configuration of its training"
+        )
+
+
+def _at(settings: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        settings = settings.get(name) if isinstance(settings, dict) else None
+    return list(settings) if isinstance(settings, tuple) else settings
 
 
 def evaluation_settings(cfg: CfgNode) -> Meta:
