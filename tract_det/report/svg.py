@@ -1,7 +1,7 @@
 """Charts as SVG text: no library draws them in the reader's browser."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -71,67 +71,98 @@ def line_chart(
     Returns:
         An `<svg>` element, "" where there is nothing to draw.
     """
-    lines = [_finite(one, log_y) for one in series]
-    lines = [one for one in lines if len(one.x)]
+    lines = [_finite(line, log_y) for line in series]
+    lines = [line for line in lines if len(line.x)]
     if not lines:
         return ""
-    x_low, x_high = x_range or _span([x for one in lines for x in one.x])
-    heights = [y for one in lines for y in (*one.y, *(y for _, y in _edge(one)))]
-    y_low, y_high = y_range or _padded(*_span(heights, log_y), log_y)
-
-    def at_x(x: float) -> float:
-        return _LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
-
-    def at_y(y: float) -> float:
-        low, high, y = (math.log10(v) for v in (y_low, y_high, y)) if log_y else (y_low, y_high, y)
-        return HEIGHT - _BOTTOM - (y - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
-
-    parts = []
-    for tick in log_ticks(y_low, y_high) if log_y else ticks(y_low, y_high):
-        y = at_y(tick)
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
-        )
-    for tick in ticks(x_low, x_high):
-        x, y = at_x(tick), HEIGHT - _BOTTOM
-        parts.append(
-            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{y}"/>'
-            f'<text class="tick" x="{x:.1f}" y="{y + 16}" text-anchor="middle">{tick:g}</text>'
-        )
-    middle_x, middle_y = (_LEFT + WIDTH - _RIGHT) / 2, (_TOP + HEIGHT - _BOTTOM) / 2
-    parts.append(
-        f'<text class="label" x="{middle_x}" y="{HEIGHT - 8}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
-        f'<text class="label" transform="translate(13 {middle_y}) rotate(-90)" '
-        f'text-anchor="middle">{escape(y_label)}</text>'
+    heights = [y for line in lines for y in (*line.y, *(y for _, y in _edge(line)))]
+    axes = _Axes(
+        *(x_range or _span([x for line in lines for x in line.x])),
+        *(y_range or _padded(*_span(heights, log_y), log_y)),
+        log_y,
     )
-
-    def points_of(pairs: Iterable[tuple[float, float]]) -> str:
-        return " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in pairs)
-
-    for one in lines:
-        if edge := points_of(_edge(one)):
-            parts.append(f'<polygon class="band s{one.color % 10}" points="{edge}"/>')
-        points = points_of(zip(one.x, one.y, strict=True))
-        dashes = ' stroke-dasharray="5 4"' if one.is_dashed else ""
-        title = f"<title>{escape(one.name)}: {one.y[-1]:.4g} at {one.x[-1]:g}</title>"
-        if len(one.x) > 1:
-            parts.append(
-                f'<polyline class="line s{one.color % 10}"{dashes} points="{points}">{title}'
-                "</polyline>"
-            )
-        ends = [one.mark] if one.mark else [(one.x[0], one.y[0])] if len(one.x) == 1 else []
-        for x, y in ends:
-            parts.append(
-                f'<circle class="dot s{one.color % 10}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" '
-                f'r="4">{title}</circle>'
-            )
+    parts = [*axes.grid(), axes.labels(x_label, y_label)]
+    for line in lines:
+        parts += _drawn(line, axes)
     label = escape(f"{y_label} over {x_label}", quote=True)
     return (
         f'<svg class="chart" role="img" aria-label="{label}" viewBox="0 0 {WIDTH} {HEIGHT}">'
         f"{''.join(parts)}</svg>{_legend(lines)}"
     )
+
+
+class _Axes(NamedTuple):
+    """The axes of a chart of lines: their bounds, and whether the vertical one is logarithmic."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+    log_y: bool
+
+    def at_x(self, x: float) -> float:
+        """A value's position in the picture."""
+        part = (x - self.x_low) / (self.x_high - self.x_low)
+        return _LEFT + part * (WIDTH - _LEFT - _RIGHT)
+
+    def at_y(self, y: float) -> float:
+        """A value's position in the picture."""
+        low, high = self.y_low, self.y_high
+        if self.log_y:
+            low, high, y = (math.log10(value) for value in (low, high, y))
+        return HEIGHT - _BOTTOM - (y - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
+
+    def points(self, pairs: Iterable[tuple[float, float]]) -> str:
+        """Pairs of values as the `points` of a polygon or polyline."""
+        return " ".join(f"{self.at_x(x):.1f},{self.at_y(y):.1f}" for x, y in pairs)
+
+    def grid(self) -> Iterator[str]:
+        """Lines across the picture, with their values."""
+        bounds = self.y_low, self.y_high
+        for tick in log_ticks(*bounds) if self.log_y else ticks(*bounds):
+            y = self.at_y(tick)
+            yield (
+                f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}'
+                "</text>"
+            )
+        for tick in ticks(self.x_low, self.x_high):
+            x, bottom = self.at_x(tick), HEIGHT - _BOTTOM
+            yield (
+                f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>'
+                f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}'
+                "</text>"
+            )
+
+    def labels(self, x_label: str, y_label: str) -> str:
+        """What the axes show."""
+        middle_x, middle_y = (_LEFT + WIDTH - _RIGHT) / 2, (_TOP + HEIGHT - _BOTTOM) / 2
+        return (
+            f'<text class="label" x="{middle_x}" y="{HEIGHT - 8}" text-anchor="middle">'
+            f"{escape(x_label)}</text>"
+            f'<text class="label" transform="translate(13 {middle_y}) rotate(-90)" '
+            f'text-anchor="middle">{escape(y_label)}</text>'
+        )
+
+
+def _drawn(line: Series, axes: _Axes) -> Iterator[str]:
+    """The band, the line and the mark of a series."""
+    color = f"s{line.color % 10}"
+    if edge := axes.points(_edge(line)):
+        yield f'<polygon class="band {color}" points="{edge}"/>'
+    title = f"<title>{escape(line.name)}: {line.y[-1]:.4g} at {line.x[-1]:g}</title>"
+    if len(line.x) > 1:
+        points = axes.points(zip(line.x, line.y, strict=True))
+        dashes = ' stroke-dasharray="5 4"' if line.is_dashed else ""
+        yield f'<polyline class="line {color}"{dashes} points="{points}">{title}</polyline>'
+    # A line of a single point would not be seen.
+    mark = line.mark or ((line.x[0], line.y[0]) if len(line.x) == 1 else None)
+    if mark:
+        x, y = mark
+        yield (
+            f'<circle class="dot {color}" cx="{axes.at_x(x):.1f}" cy="{axes.at_y(y):.1f}" r="4">'
+            f"{title}</circle>"
+        )
 
 
 def bar_chart(names: Sequence[str], values: Sequence[float], *, unit: str) -> str:
@@ -177,7 +208,7 @@ def interval_chart(rows: Sequence[Whisker], *, x_label: str) -> str:
         return ""
     row, margin = 40, 16
     bottom = row * len(rows) + 6
-    ends = [x for one in rows for x in (one.value, *(one.interval or ()))]
+    ends = [x for whisker in rows for x in (whisker.value, *(whisker.interval or ()))]
     low, high = _span([0.0, *ends])
 
     def at(x: float) -> float:
@@ -191,16 +222,16 @@ def interval_chart(rows: Sequence[Whisker], *, x_label: str) -> str:
             f'<text class="tick" x="{at(tick):.1f}" y="{bottom + 15}" text-anchor="middle">'
             f"{tick:g}</text>"
         )
-    for i, one in enumerate(rows):
-        y, color = row * i + 28, f"s{one.color % 10}"
+    for i, whisker in enumerate(rows):
+        y, color = row * i + 28, f"s{whisker.color % 10}"
         parts.append(
-            f'<text class="label" x="{margin}" y="{y - 12}">{escape(one.name)}</text>'
+            f'<text class="label" x="{margin}" y="{y - 12}">{escape(whisker.name)}</text>'
             f'<text class="tick" x="{WIDTH - margin}" y="{y - 12}" text-anchor="end">'
-            f"{escape(one.text)}</text>"
-            f'<circle class="dot {color}" cx="{at(one.value):.1f}" cy="{y}" r="4.5"/>'
+            f"{escape(whisker.text)}</text>"
+            f'<circle class="dot {color}" cx="{at(whisker.value):.1f}" cy="{y}" r="4.5"/>'
         )
-        if one.interval:
-            left, right = map(at, one.interval)
+        if whisker.interval:
+            left, right = map(at, whisker.interval)
             parts.append(
                 f'<path class="line {color}" d="M{left:.1f} {y}H{right:.1f}M{left:.1f} {y - 5}v10'
                 f'M{right:.1f} {y - 5}v10"/>'
@@ -216,7 +247,9 @@ def interval_chart(rows: Sequence[Whisker], *, x_label: str) -> str:
 
 
 def _legend(lines: Sequence[Series]) -> str:
-    names = dict.fromkeys((one.name, one.color % 10, one.is_dashed) for one in lines if one.name)
+    names = dict.fromkeys(
+        (line.name, line.color % 10, line.is_dashed) for line in lines if line.name
+    )
     if len(names) < 2:
         return ""
     entries = "".join(
@@ -227,19 +260,19 @@ def _legend(lines: Sequence[Series]) -> str:
     return f'<div class="legend">{entries}</div>'
 
 
-def _finite(one: Series, log_y: bool) -> Series:
+def _finite(line: Series, log_y: bool) -> Series:
     points = [
         point
-        for point in zip(one.x, one.y, one.spread or [0.0] * len(one.x), strict=True)
+        for point in zip(line.x, line.y, line.spread or [0.0] * len(line.x), strict=True)
         if all(map(math.isfinite, point)) and (point[1] > 0 or not log_y)
     ]
     x, y, spread = ([point[i] for point in points] for i in range(3))
-    return one._replace(x=x, y=y, spread=spread if one.spread else ())
+    return line._replace(x=x, y=y, spread=spread if line.spread else ())
 
 
-def _edge(one: Series) -> list[tuple[float, float]]:
+def _edge(line: Series) -> list[tuple[float, float]]:
     """The corners of the band: from left to right above, and back below."""
-    band = list(zip(one.x, one.y, one.spread, strict=True)) if one.spread else []
+    band = list(zip(line.x, line.y, line.spread, strict=True)) if line.spread else []
     return [(x, y + half) for x, y, half in band] + [(x, y - half) for x, y, half in band[::-1]]
 
 
