@@ -169,7 +169,7 @@ def large_images(paths: list[Path]) -> Pipelines:
     split = ClassificationSplit(
         "made", ("image",), labels, np.arange(len(paths)), Path(), files=files
     )
-    found: Pipelines = {
+    loaders: Pipelines = {
         PLAIN: partial(endless, paths, read_pillow, plain),
         "tract_det": partial(ours, split, transform),
         "torchvision.io + v2's own steps": partial(endless, paths, read_rgb, library),
@@ -181,8 +181,8 @@ def large_images(paths: list[Path]) -> Pipelines:
         ("simplejpeg", "simplejpeg + tract_det's steps", simplejpeg_tensor),
     ):
         if importlib.util.find_spec(module):
-            found[name] = partial(endless, paths, read, transform)
-    return found
+            loaders[name] = partial(endless, paths, read, transform)
+    return loaders
 
 
 def small_images(count: int) -> Pipelines:

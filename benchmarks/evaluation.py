@@ -83,28 +83,28 @@ def make_detections(split: VOCSplit, count: int) -> dict[str, ImageDetections]:
     up_to = np.arange(len(split) + 1) * count // len(split)
     for annotation, wanted in zip(split.annotations, np.diff(up_to), strict=True):
         n = len(annotation.boxes)
-        found = np.flatnonzero(rng.random(n) < 0.85)
+        hits = np.flatnonzero(rng.random(n) < 0.85)
         again = rng.integers(0, max(n, 1), min(n, 1) * 8)
-        false = max(0, int(wanted) - len(found) - len(again))
+        false = max(0, int(wanted) - len(hits) - len(again))
         corner = rng.uniform(0, 300, (false, 2))
         background = np.concatenate([corner, corner + rng.uniform(15, 200, (false, 2))], axis=1)
         boxes = np.concatenate(
             [
-                annotation.boxes[found] + rng.normal(0, 6, (len(found), 4)),
+                annotation.boxes[hits] + rng.normal(0, 6, (len(hits), 4)),
                 annotation.boxes[again] + rng.normal(0, 20, (len(again), 4)),
                 background,
             ]
         )
         boxes[:, :2] = np.minimum(boxes[:, :2], boxes[:, 2:] - 1)
         scores = [
-            rng.beta(4, 1.5, len(found)),
+            rng.beta(4, 1.5, len(hits)),
             rng.beta(1, 4, len(again)),
             rng.beta(0.6, 12, false),
         ]
         is_confused = rng.random(len(again)) < 0.5
         other = rng.integers(0, len(split.class_names), len(again))
         labels = [
-            annotation.labels[found],
+            annotation.labels[hits],
             np.where(is_confused, other, annotation.labels[again]),
             rng.integers(0, len(split.class_names), false),
         ]

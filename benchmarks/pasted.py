@@ -95,17 +95,17 @@ def places(args: argparse.Namespace, split: str, number: int) -> list[Place]:
     """The objects of an image, from back to front."""
     rng = stream(args, split, number, PLACES)
     wanted = int(rng.integers(args.objects[0], args.objects[1] + 1))
-    found: list[Place] = []
+    placed: list[Place] = []
     for _ in range(TRIES * wanted):
-        if len(found) == wanted:
+        if len(placed) == wanted:
             break
         kind, which = rng.random(2)
         size = round(float(np.exp(rng.uniform(*np.log(args.object_size)))))
         left, top = (int(v) for v in rng.integers(0, args.size - size + 1, 2))
         new = Place(kind, which, left, top, size)
-        if all(overlap(new, other) <= OVERLAP for other in found):
-            found.append(new)
-    return found
+        if all(overlap(new, other) <= OVERLAP for other in placed):
+            placed.append(new)
+    return placed
 
 
 def overlap(a: Place, b: Place) -> float:
@@ -199,11 +199,11 @@ def write_tree(args: argparse.Namespace, sources: dict[str, Sources]) -> str:
         for split, count in zip(SPLITS, counts, strict=True):
             ids = [f"{split}_{number:06d}" for number in range(count)]
             for number, image_id in enumerate(ids):
-                exact, found = make_image(args, sources[split], split, number)
+                exact, pasted = make_image(args, sources[split], split, number)
                 pixels = np.rint(exact).clip(0, 255).astype(np.uint8)
-                add_image(tree, f"{image_id}.png", pixels, found, source="pasted")
+                add_image(tree, f"{image_id}.png", pixels, pasted, source="pasted")
                 clipped += int((np.abs(exact - 127.5) > 128).sum())
-                objects += len(found)
+                objects += len(pasted)
                 values = pixels.astype(np.float64)
                 totals += (values.size, values.sum(), (values**2).sum())
             add_split(tree, split, ids)
@@ -217,8 +217,8 @@ def write_tree(args: argparse.Namespace, sources: dict[str, Sources]) -> str:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """All that decides what the images are, as JSON has it."""
-    found = {key: value for key, value in vars(args).items() if key != "output"}
-    text = json.dumps({"version": VERSION, **found}, default=lambda path: str(path.resolve()))
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    text = json.dumps({"version": VERSION, **settings}, default=lambda path: str(path.resolve()))
     return json.loads(text)
 
 
@@ -252,10 +252,10 @@ def read_sources(args: argparse.Namespace) -> dict[str, Sources]:
     photographs: list[Path] = []
     if not args.drawn_background:
         for folder in args.photographs:
-            found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-            if not found:
+            files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not files:
                 raise UserError(f"{folder}: no {', '.join(SUFFIXES)} here (--photographs)")
-            photographs += found
+            photographs += files
         if len(photographs) < 2:
             raise UserError(f"{photographs[0]}: --photographs must have two images or more")
     test = photographs[::5]

@@ -145,12 +145,12 @@ def residuals(
         plain += z.flatten(1).double() @ X.T
         count += X.shape[1]
     damped = total / count + LAMBDA * torch.eye(K, dtype=torch.float64)
-    found = {}
+    residuals = {}
     for arm, gradient in gradients.items():
         if arm != "plain" and gradient is not None:
             solved = gradient.cpu().double().flatten(1)
-            found[arm] = float((solved @ damped - plain).norm() / plain.norm())
-    return found
+            residuals[arm] = float((solved @ damped - plain).norm() / plain.norm())
+    return residuals
 
 
 def peak_memory(arm: str, name: str, device: torch.device) -> float:
@@ -203,14 +203,14 @@ def measure(arms: list[str], names: list[str], args: argparse.Namespace) -> str:
             plain, *used = (peak_memory_apart(a, name, device, args.threads) for a in arms)
             memory.append([stem.title, f"{plain:.0f}", *(f"{m - plain:+.0f}" for m in used)])
             print("  ".join(memory[-1]), flush=True)
-    found = []
+    tables = []
     if times:
         columns = [f"{arm}{what}" for arm in others for what in (", ratio", ", residual")]
-        found.append(table(["stem, input", "plain, ms", *columns], times))
+        tables.append(table(["stem, input", "plain, ms", *columns], times))
     if memory:
         columns = [f"{arm}, above it" for arm in others]
-        found.append(table(["stem, input", "plain, peak MiB", *columns], memory))
-    return "\n\n".join(found) + "\n"
+        tables.append(table(["stem, input", "plain, peak MiB", *columns], memory))
+    return "\n\n".join(tables) + "\n"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

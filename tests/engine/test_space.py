@@ -50,7 +50,7 @@ def test_the_size_of_a_checkpoint_is_known_before_the_first_step(
     engine.step()
     average = ema.model if ema else None
     checkpoint.save(
-        engine, tmp_path, 1, keep=1, shared={}, own={}, identity={}, average=average
+        engine, tmp_path, 1, keep=1, shared={}, per_rank={}, identity={}, average=average
     ).result()
     written = sum(file.stat().st_size for file in (tmp_path / "checkpoints").rglob("*.pt"))
     assert expected == pytest.approx(written, rel=0.02, abs=100_000)

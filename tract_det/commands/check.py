@@ -86,7 +86,7 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     if args.out:
         _draw(args.out / "check.png", splits, suspects)
     if args.json:
-        found = {name: lists.by_kind() for name, lists in suspects.items()}
+        kinds = {name: lists.by_kind() for name, lists in suspects.items()}
         write_json(
             args.json,
             {
@@ -94,7 +94,7 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
                 "errors": [*refused, *facts.faults],
                 "warnings": warnings,
                 "splits": numbers,
-                "suspects": found,
+                "suspects": kinds,
                 "same_images": facts.shared,
                 "settings": settings,
             },
@@ -162,10 +162,10 @@ def _warnings(
 
     lines = []
     for split in splits:
-        for kind, found in suspects[split.name].by_kind().items():
-            if found:
-                first = ", ".join(f"{image} ({name})" for image, name in found[:3])
-                lines.append(f"{split.name}: {len(found):,} boxes are {kind}: {first}")
+        for kind, boxes in suspects[split.name].by_kind().items():
+            if boxes:
+                first = ", ".join(f"{image} ({name})" for image, name in boxes[:3])
+                lines.append(f"{split.name}: {len(boxes):,} boxes are {kind}: {first}")
         if split.dropped:
             lines.append(f"{split.name}: {split.dropped:,} boxes have no area and are left out")
     names = list(dict.fromkeys(name for split in splits for name in split.class_names))
@@ -200,10 +200,12 @@ def _draw(path: Path, splits: Sequence["VOCSplit"], suspects: dict[str, "Suspect
     names = tuple(dict.fromkeys(name for split in splits for name in split.class_names))
     for split in splits:
         annotations = relabel(split, names)
-        found = {image for kind in suspects[split.name].by_kind().values() for image, _ in kind}
+        suspicious = {
+            image for kind in suspects[split.name].by_kind().values() for image, _ in kind
+        }
         step = max(1, len(split) // _PICTURES)
-        doubtful += [a for a in annotations if a.image_id in found]
-        others += [a for a in annotations[::step] if a.image_id not in found]
+        doubtful += [a for a in annotations if a.image_id in suspicious]
+        others += [a for a in annotations[::step] if a.image_id not in suspicious]
     chosen = (doubtful + others)[:_PICTURES]
     with beside_the_results(path):
         read = None if splits[0].channels == 3 else _reader(splits[0])

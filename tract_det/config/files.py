@@ -124,7 +124,7 @@ def _layers(path: Path, above: tuple[Path, ...]) -> list[tuple[Path, Mapping[str
     names = [bases] if isinstance(bases, str) else bases
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"config file {path} cannot be read: _BASE_ takes the name of a file")
-    found = []
+    layers = []
     for name in names:
         base = path.parent / (Path(name).expanduser() if name.startswith("~/") else name)
         if not _is_file(base):
@@ -133,8 +133,8 @@ def _layers(path: Path, above: tuple[Path, ...]) -> list[tuple[Path, Mapping[str
             now += f", with ARM: {arm}" if arm else ""
             where = shortened(str(base), 300)
             raise UserError(f"config file {path}: its _BASE_ {where} does not exist{now}")
-        found += _layers(base, (*above, path.resolve()))
-    return [*found, (path, tree)]
+        layers += _layers(base, (*above, path.resolve()))
+    return [*layers, (path, tree)]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

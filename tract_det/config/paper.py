@@ -125,9 +125,11 @@ def find_rows(name: str = "") -> list[Row]:
         UserError: there is none; the message suggests the nearest name.
     """
     rows = read_rows()
-    found = [row for key, row in rows.items() if f"{key}/".startswith(f"{name}/" if name else "")]
-    if found:
-        return found
+    matching = [
+        row for key, row in rows.items() if f"{key}/".startswith(f"{name}/" if name else "")
+    ]
+    if matching:
+        return matching
     known = sorted({*rows, *(key.rpartition("/")[0] for key in rows)})
     known += sorted({key.partition("/")[0] for key in rows})
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)

@@ -92,11 +92,11 @@ def load_into(
     Raises:
         UserError: nothing fits, or the weights are for other pixels, strides or (strict) classes.
     """
-    own, takes = model.state_dict(), meta_of(model)
+    model_state, takes = model.state_dict(), meta_of(model)
     if strict:
-        _check_whole(own, weights, class_names)
+        _check_whole(model_state, weights, class_names)
         _check_input(takes, weights, pixel_mean, pixel_std)
-        return load_matching(model, own, weights.state)
+        return load_matching(model, model_state, weights.state)
     state = weights.state
     is_torchvision = is_resnet(state) or is_vgg(state)
     if is_torchvision:
@@ -110,18 +110,22 @@ def load_into(
     logger.disabled = True  # what is not loaded is in the report
     try:
         is_caffe2 = weights.meta.get("author") == CAFFE2
-        matched = align_and_update_state_dicts(own, state, c2_conversion=is_caffe2)
+        matched = align_and_update_state_dicts(model_state, state, c2_conversion=is_caffe2)
     finally:
         logger.disabled = False
-    misshapen = _check_fit(model, own, matched, weights)
+    misshapen = _check_fit(model, model_state, matched, weights)
     fitting = {key: value for key, value in matched.items() if key not in misshapen}
-    report = load_matching(model, own, fitting)
+    report = load_matching(model, model_state, fitting)
     return replace(report, left=[*report.left, *misshapen])
 
 
-def _check_whole(own: Mapping[str, Tensor], weights: Weights, class_names: Sequence[str]) -> None:
-    absent = [key for key in own if key not in weights.state]
-    other = [k for k in own if k not in absent and own[k].shape != weights.state[k].shape]
+def _check_whole(
+    model_state: Mapping[str, Tensor], weights: Weights, class_names: Sequence[str]
+) -> None:
+    absent = [key for key in model_state if key not in weights.state]
+    other = [
+        k for k in model_state if k not in absent and model_state[k].shape != weights.state[k].shape
+    ]
     if absent or other:
         what = f"lacks '{absent[0]}'" if absent else f"has another shape of '{other[0]}'"
         raise UserError(
@@ -221,7 +225,10 @@ def _knows_other_classes(weights: Weights, class_names: Sequence[str]) -> bool:
 
 
 def _check_fit(
-    model: nn.Module, own: Mapping[str, Tensor], matched: Mapping[str, Tensor], weights: Weights
+    model: nn.Module,
+    model_state: Mapping[str, Tensor],
+    matched: Mapping[str, Tensor],
+    weights: Weights,
 ) -> list[str]:
     """The predictors of another number of classes; refuses weights of another backbone."""
     what = f"MODEL.WEIGHTS {weights.source} is not for this model"
@@ -229,19 +236,19 @@ def _check_fit(
     misshapen = []
     for key, tensor in matched.items():
         # What has another shape keeps its name in the file, if it is not the model's.
-        for place in (name for name in own if name == key or name.endswith(f".{key}")):
-            if own[place].shape == tensor.shape:
+        for place in (name for name in model_state if name == key or name.endswith(f".{key}")):
+            if model_state[place].shape == tensor.shape:
                 continue
             if place.startswith("backbone."):
                 raise UserError(
                     f"{what}: '{place}' is {tuple(tensor.shape)} there and "
-                    f"{tuple(own[place].shape)} here; {mend}"
+                    f"{tuple(model_state[place].shape)} here; {mend}"
                 )
             misshapen.append(key)
     stem, places = find_stem(model), ("backbone.bottom_up.", "backbone.net.", "backbone.")
     inside = next(place for place in places if stem.startswith(place))
     # Norms' statistics may be missing: old files hold them folded into scale and shift.
-    needed = [key for key in own if key.startswith(inside) and key.endswith(".weight")]
+    needed = [key for key in model_state if key.startswith(inside) and key.endswith(".weight")]
     absent = [key for key in needed if key not in matched]
     if absent:
         raise UserError(

@@ -82,7 +82,7 @@ def summary(split: VOCSplit) -> str:
     others = f", and {len(classes) - 4} more classes" if len(classes) > 4 else ""
     empty = numbers["without_objects"]
     suspects = find_suspects(split).by_kind()
-    doubtful = [f"{len(found):,} boxes are {kind}" for kind, found in suspects.items() if found]
+    doubtful = [f"{len(boxes):,} boxes are {kind}" for kind, boxes in suspects.items() if boxes]
     parts = [f"{numbers['objects']:,} objects ({few}{others})"]
     parts += [f"{empty:,} images without objects"] * bool(empty)
     parts += doubtful

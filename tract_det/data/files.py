@@ -39,15 +39,15 @@ class Source(NamedTuple):
 
 def by_stem(files: Iterable[Path], suffixes: tuple[str, ...]) -> dict[str, Path]:
     """Files with one of the suffixes by their stem: sorted, the same on every machine."""
-    found: dict[str, Path] = {}
+    first: dict[str, Path] = {}
     ranked = sorted(
         (suffixes.index(suffix), file.name, file)
         for file in files
         if (suffix := file.suffix.lower()) in suffixes
     )
     for _, _, file in ranked:
-        found.setdefault(file.stem, file)
-    return found
+        first.setdefault(file.stem, file)
+    return first
 
 
 class Listing:

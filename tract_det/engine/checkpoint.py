@@ -89,7 +89,7 @@ def save(
     *,
     keep: int,
     shared: Mapping[str, Any],
-    own: Mapping[str, Any],
+    per_rank: Mapping[str, Any],
     identity: Mapping[str, Any],
     average: nn.Module | None = None,
 ) -> "Future[None]":
@@ -106,7 +106,7 @@ def save(
         iteration: number of steps done.
         keep: how many checkpoints are kept, this one included.
         shared: plain values that are equal on all ranks.
-        own: plain values of this rank.
+        per_rank: plain values of this rank.
         identity: what a resumed run must share, by name; see `config.resuming`.
         average: the moving average of the model, if there is one.
 
@@ -119,7 +119,7 @@ def save(
     folder = output / _FOLDER / _tag(iteration)
     unfinished = folder.with_name(f".{folder.name}")
     model = ds.whole_model(engine)
-    contents = {_rank_file(distributed.rank()): _own_state(engine, average, own)}
+    contents = {_rank_file(distributed.rank()): _own_state(engine, average, per_rank)}
     if distributed.is_main():
         contents[_MODEL] = {
             "model": model.state_dict(),
@@ -172,14 +172,16 @@ def _delete_others(folder: Path, keep: int) -> None:
         shutil.rmtree(other, ignore_errors=True)
 
 
-def _own_state(engine: Any, average: nn.Module | None, own: Mapping[str, Any]) -> dict[str, Any]:
+def _own_state(
+    engine: Any, average: nn.Module | None, per_rank: Mapping[str, Any]
+) -> dict[str, Any]:
     return {
         "optimizer": optimizer_state.part_of(engine),
         "random": _random_state(engine.device),
         # With means over the ranks, an interrupted run would differ from an uninterrupted one.
         "buffers": _buffers_of(engine.module),
         "average_buffers": _buffers_of(average) if average is not None else {},
-        **own,
+        **per_rank,
     }
 
 
@@ -345,11 +347,11 @@ class Restored:
 
     Attributes:
         shared: `shared` of `save`.
-        own: `own` of `save`, of each rank that saved.
+        per_rank: `per_rank` of `save`, of each rank that saved.
     """
 
     shared: Mapping[str, Any]
-    own: Sequence[Mapping[str, Any]]
+    per_rank: Sequence[Mapping[str, Any]]
 
 
 def restore(

@@ -107,7 +107,7 @@ class Run:
             average = self.ema.model if self.ema is not None else None
             restored = checkpoint.restore(stopped, self.engine, seed=self.seed, average=average)
             self.progress = Progress.of(restored.shared["best"])
-            pending = [[Step(**step) for step in own["pending"]] for own in restored.own]
+            pending = [[Step(**step) for step in state["pending"]] for state in restored.per_rank]
             say(f"resumed {self.output} at step {start}")
         self.writers = Writers(
             self.output,
@@ -197,7 +197,7 @@ class Run:
             iteration,
             keep=self.checkpoint_keep,
             shared={"best": dataclasses.asdict(self.progress)},
-            own={"pending": [dataclasses.asdict(step) for step in steps]},
+            per_rank={"pending": [dataclasses.asdict(step) for step in steps]},
             identity=self.identity,
             average=self.ema.model if self.ema is not None else None,
         )

@@ -161,15 +161,15 @@ def gains(matching: Matching, errors: Errors, num_classes: int) -> dict[str, Gai
     """
     before = [ranking.at(0) for ranking in matching.rankings(num_classes)]
     ap_07, ap_area = _aps(before, matching.rule)
-    found = {}
+    gains = {}
     for kind in KINDS:
         mended_07, mended_area = _aps(mend(matching, errors, kind, num_classes), matching.rule)
         for mended in (mended_07, mended_area):
             mended[np.isnan(mended) & ~np.isnan(ap_07)] = 1
-        found[kind] = Gain(
+        gains[kind] = Gain(
             mean_ap(mended_07) - mean_ap(ap_07), mean_ap(mended_area) - mean_ap(ap_area)
         )
-    return found
+    return gains
 
 
 def _aps(rankings: list[Ranking], rule: str) -> tuple[np.ndarray, np.ndarray]:

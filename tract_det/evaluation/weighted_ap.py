@@ -88,11 +88,11 @@ class _Curves:
             if len(at):
                 correction = _running_sum(key.take(at, axis=1) * self.signs[threshold])
                 counted += correction.take(np.searchsorted(at, true, side="right"), axis=1)
-            found = np.cumsum(weight, axis=1, dtype=np.int32)
-            precision = found / np.maximum(counted, 1)
+            true_positives = np.cumsum(weight, axis=1, dtype=np.int32)
+            precision = true_positives / np.maximum(counted, 1)
             envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
             area[:, threshold] = np.einsum("bs,bs->b", weight, envelope) / num_objects
-            reached = _reached(found / num_objects[:, None], recalls)
+            reached = _reached(true_positives / num_objects[:, None], recalls)
             reached[:, 1:] -= reached[:, :-1].copy()
             interpolated[:, threshold] = np.einsum("bs,bs->b", reached, envelope) / len(recalls)
         return interpolated, area

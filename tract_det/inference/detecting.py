@@ -123,12 +123,12 @@ class _Job:
         """Detects in the images of a batch that are some."""
         self.unreadable += [image for _, image in batch if isinstance(image, str)]
         images = [(file, image) for file, image in batch if not isinstance(image, str)]
-        for (file, image), found in zip(
+        for (file, image), detections in zip(
             images, self._detect([image for _, image in images]), strict=True
         ):
-            self._keep(file.id, file.path, _size(image), found)
+            self._keep(file.id, file.path, _size(image), detections)
             if "images" in self.settings.formats:
-                confident = found.above(self.settings.shown)
+                confident = detections.above(self.settings.shown)
                 write_image(self.out / IMAGES, file.id, draw(shown(image), confident))
 
     def detect_video(self, file: Input) -> None:
@@ -146,8 +146,8 @@ class _Job:
         except CorruptVideoError as error:
             self.unreadable.append(str(error))
             return
-        for number, (size, found) in enumerate(frames, 1):
-            self._keep(f"{file.id}#{number:06d}", file.path, size, found)
+        for number, (size, detections) in enumerate(frames, 1):
+            self._keep(f"{file.id}#{number:06d}", file.path, size, detections)
 
     def _annotated(
         self, path: Path, frames: list[tuple[tuple[int, int], Detections]]
@@ -157,19 +157,23 @@ class _Job:
         size = self.settings.batch_size or self.detector.meta["batch_size"]
         is_drawn = "images" in self.settings.formats
         while batch := list(islice(stream, size)):
-            for frame, found in zip(batch, self._detect([f.image for f in batch]), strict=True):
-                frames.append((_size(frame.image), found))
-                confident = found.above(self.settings.shown)
+            for frame, detections in zip(
+                batch, self._detect([f.image for f in batch]), strict=True
+            ):
+                frames.append((_size(frame.image), detections))
+                confident = detections.above(self.settings.shown)
                 yield frame._replace(image=draw(frame.image, confident)) if is_drawn else frame
 
     def _detect(self, images: Sequence[Tensor]) -> list[Detections]:
         return self.detector.detect(images, self.settings.score_threshold or 0.0)
 
-    def _keep(self, image_id: str, path: Path, size: tuple[int, int], found: Detections) -> None:
+    def _keep(
+        self, image_id: str, path: Path, size: tuple[int, int], detections: Detections
+    ) -> None:
         """Notes the detections of an image or a frame; a VOC annotation is written at once."""
-        self._results.add(image_id, found)
+        self._results.add(image_id, detections)
         if "voc" in self.settings.formats:
-            confident = found.above(self.settings.shown)
+            confident = detections.above(self.settings.shown)
             write_voc(self.out / VOC, image_id, path, size, confident)
         self._done.append(
             {
@@ -177,7 +181,7 @@ class _Job:
                 "path": str(path),
                 "width": size[0],
                 "height": size[1],
-                "detections": len(found),
+                "detections": len(detections),
             }
         )
 

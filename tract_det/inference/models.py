@@ -134,8 +134,8 @@ class Detector(_Model):
         boxes, scores, labels = (output[key].cpu() for key in ("boxes", "scores", "labels"))
         labels = labels - 1  # the model counts the background as 0
         names = [self.class_names[label] for label in labels.tolist()]
-        found = Detections(boxes.float(), scores.float(), labels, names)
-        return found.above(score_threshold) if score_threshold > 0 else found
+        detections = Detections(boxes.float(), scores.float(), labels, names)
+        return detections.above(score_threshold) if score_threshold > 0 else detections
 
 
 class Classifier(_Model):

@@ -27,26 +27,26 @@ _LINE, _TEXT = 1 / 300, 1 / 45  # of the image's shorter side
 _JPEG_QUALITY = 92
 
 
-def draw(image: Tensor, found: Detections) -> Tensor:
+def draw(image: Tensor, detections: Detections) -> Tensor:
     """The image with boxes, classes and scores on it.
 
     Args:
         image: `(3, H, W)` uint8 RGB.
-        found: what is in it.
+        detections: what is in it.
     """
-    if not len(found):
+    if not len(detections):
         return image
-    colors = colormaps["tab20" if int(found.labels.max()) >= 10 else "tab10"]
-    shown = [colors(label % colors.N)[:3] for label in found.labels.tolist()]
+    colors = colormaps["tab20" if int(detections.labels.max()) >= 10 else "tab10"]
+    shown = [colors(label % colors.N)[:3] for label in detections.labels.tolist()]
     rgb: list[Any] = [tuple(round(255 * part) for part in color) for color in shown]
     texts = [
         f"{shortened(name)} {score:.2f}"
-        for name, score in zip(found.names, found.scores.tolist(), strict=True)
+        for name, score in zip(detections.names, detections.scores.tolist(), strict=True)
     ]
     side = min(image.shape[-2:])
     return draw_bounding_boxes(
         image,
-        found.boxes,
+        detections.boxes,
         labels=texts,
         colors=rgb,
         width=max(1, round(side * _LINE)),
@@ -66,7 +66,7 @@ def write_image(folder: Path, image_id: str, image: Tensor) -> None:
 
 
 def write_voc(
-    folder: Path, image_id: str, path: Path, size: tuple[int, int], found: Detections
+    folder: Path, image_id: str, path: Path, size: tuple[int, int], detections: Detections
 ) -> None:
     """Writes a VOC annotation, `<id>.xml`, with a score in each object; pixels count from 1.
 
@@ -75,7 +75,7 @@ def write_voc(
         image_id: names it.
         path: the image.
         size: width and height of the image, pixels.
-        found: its detections; a box that rounds to less than a pixel is widened to one.
+        detections: its detections; a box that rounds to less than a pixel is widened to one.
     """
     root = ET.Element("annotation")
     _add(root, "folder", path.absolute().parent.name)
@@ -84,8 +84,8 @@ def write_voc(
     for tag, value in zip(("width", "height", "depth"), (*size, 3), strict=True):
         _add(shape, tag, value)
     _add(root, "segmented", 0)
-    edges = found.boxes.round().int().tolist()
-    for name, score, box in zip(found.names, found.scores.tolist(), edges, strict=True):
+    edges = detections.boxes.round().int().tolist()
+    for name, score, box in zip(detections.names, detections.scores.tolist(), edges, strict=True):
         element = ET.SubElement(root, "object")
         _add(element, "name", name)
         _add(element, "pose", "Unspecified")
@@ -119,10 +119,10 @@ class ResultFiles:
         self.class_names = class_names
         self._images: dict[str, ImageDetections] = {}
 
-    def add(self, image_id: str, found: Detections) -> None:
+    def add(self, image_id: str, detections: Detections) -> None:
         """Adds an image, which may have no detections."""
-        boxes, scores = found.boxes.double().numpy(), found.scores.double().numpy()
-        self._images[image_id] = ImageDetections(boxes, scores, found.labels.numpy())
+        boxes, scores = detections.boxes.double().numpy(), detections.scores.double().numpy()
+        self._images[image_id] = ImageDetections(boxes, scores, detections.labels.numpy())
 
     def write_challenge(self, folder: Path, split: str) -> None:
         """Writes `comp4_det_<split>_<class>.txt` for each class."""

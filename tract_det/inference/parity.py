@@ -73,18 +73,18 @@ def _of_detector(detector: Detector, run: Run, images: Sequence[Tensor]) -> Pari
 
 
 def _compare(detector: Detector, image: Tensor, run: Run) -> Parity:
-    own, (boxes, labels, scores) = detector.detect([image])[0], run(image)
+    reference, (boxes, labels, scores) = detector.detect([image])[0], run(image)
     settings = detector.meta["box_head"]
     edge = settings["score_thresh"]
-    for side in (own.scores, scores):
+    for side in (reference.scores, scores):
         if len(side) >= settings["detections_per_image"]:
             edge = max(edge, side.min().item())
-    distance = (own.boxes[:, None] - boxes[None]).abs().amax(2)
-    difference = (own.scores[:, None] - scores[None]).abs()
+    distance = (reference.boxes[:, None] - boxes[None]).abs().amax(2)
+    difference = (reference.scores[:, None] - scores[None]).abs()
     is_match = (distance <= PIXELS) & (difference <= SCORE)
-    is_match &= own.labels[:, None] == labels[None]
+    is_match &= reference.labels[:, None] == labels[None]
     largest, taken, unmatched = [0.0, 0.0], torch.zeros(len(scores), dtype=torch.bool), 0
-    for row, score in enumerate(own.scores.tolist()):
+    for row, score in enumerate(reference.scores.tolist()):
         free = is_match[row] & ~taken
         if free.any():
             best = int(torch.where(free, distance[row] + difference[row], torch.inf).argmin())
@@ -94,15 +94,15 @@ def _compare(detector: Detector, image: Tensor, run: Run) -> Parity:
         elif score > edge + SCORE:
             unmatched += 1
     unmatched += int((~taken & (scores > edge + SCORE)).sum())
-    return Parity(1, len(own), unmatched, *largest)
+    return Parity(1, len(reference), unmatched, *largest)
 
 
 def _of_classifier(classifier: Classifier, run: Run, images: Sequence[Tensor]) -> Parity:
-    own = torch.cat([classifier.probabilities(image[None]) for image in images])
+    reference = torch.cat([classifier.probabilities(image[None]) for image in images])
     other = torch.cat([run(image[None])[0] for image in images])
-    difference = (own - other).abs().amax(1)
-    own_top, other_top = own.argmax(1), other.argmax(1)
-    rows = torch.arange(len(own))
-    is_clear = own[rows, own_top] - own[rows, other_top] > SCORE
+    difference = (reference - other).abs().amax(1)
+    own_top, other_top = reference.argmax(1), other.argmax(1)
+    rows = torch.arange(len(reference))
+    is_clear = reference[rows, own_top] - reference[rows, other_top] > SCORE
     wrong = (difference > SCORE) | ((own_top != other_top) & is_clear)
-    return Parity(len(own), len(own), int(wrong.sum()), 0.0, difference.max().item())
+    return Parity(len(reference), len(reference), int(wrong.sum()), 0.0, difference.max().item())

@@ -129,10 +129,10 @@ class ImagewiseRPN(RegionProposalNetwork):
         images = [x.flatten(0, 1)[kept].split(counts) for x in (boxes, scores, levels)]
         best_boxes, best_scores = [], []
         for image_boxes, image_scores, image_levels in zip(*images, strict=True):
-            found = batched_nms(image_boxes, image_scores, image_levels, self.nms_thresh)
-            found = found[: self.post_nms_top_n()]
-            best_boxes.append(image_boxes[found])
-            best_scores.append(image_scores[found])
+            kept = batched_nms(image_boxes, image_scores, image_levels, self.nms_thresh)
+            kept = kept[: self.post_nms_top_n()]
+            best_boxes.append(image_boxes[kept])
+            best_scores.append(image_scores[kept])
         return best_boxes, best_scores
 
     def compute_loss(

@@ -259,10 +259,10 @@ def _frozen_classifier(meta: Meta) -> nn.Module:
 
 
 def _check_tensors(model: nn.Module, weights: Weights) -> None:
-    own = {k: v.shape for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
+    shapes = {k: v.shape for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
     state = {k: v for k, v in weights.state.items() if "num_batches_tracked" not in k}
-    for key in dict.fromkeys([*own, *state]):
-        if key not in state or key not in own or state[key].shape != own[key]:
+    for key in dict.fromkeys([*shapes, *state]):
+        if key not in state or key not in shapes or state[key].shape != shapes[key]:
             raise UserError(
                 f"{weights.source}: its tensor '{shortened(key)}' is not that of the model that "
                 "its metadata describes: take the file that the training has saved"

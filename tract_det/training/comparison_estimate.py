@@ -132,7 +132,7 @@ def measure(task: Task, cfg: CfgNode, threads: int) -> Measured:
         checkpoint.save_weights(Path(scratch, "weights.pth"), built.model, {})
         output = Path(scratch, "run")
         checkpoint.save(
-            engine, output, 1, keep=1, shared={}, own={}, identity={}, average=average
+            engine, output, 1, keep=1, shared={}, per_rank={}, identity={}, average=average
         ).result()
         ds.stop()
         return Measured(
