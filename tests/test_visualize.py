@@ -13,6 +13,7 @@ from tests.names import NAMES
 from tract_det.cli import call
 from tract_det.engine.checkpoint import save_weights
 from tract_det.errors import UserError
+from tract_det.report.images import filter_sheet
 from tract_det.visualize import (
     Picture,
     beside_the_results,
@@ -212,14 +213,27 @@ def test_the_file_shows_the_filters_from_left_to_right_in_rgb(tmp_path):
     assert columns[0].max() < columns[2].min()
 
 
+@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (5, [0, 1, 2])])
+def test_filters_of_other_channels_show_the_first_three_or_the_first(
+    tmp_path, figures, channels, shown
+):
+    weight = np.random.default_rng(0).normal(size=(4, channels, 3, 3))
+    stem_filters(tmp_path / "stem.png", weight)
+    (image,) = figures[0].axes[0].images
+    kernel = weight[0, shown].transpose(1, 2, 0)
+    expected = (kernel - kernel.min()) / np.ptp(kernel)
+    np.testing.assert_allclose(np.asarray(image.get_array()), expected, atol=1e-12)
+    assert filter_sheet(weight).startswith("<img")
+
+
 # ---- Errors. ----
 
 
 def test_bad_input_is_refused_by_name_and_leaves_no_file(tmp_path):
     with pytest.raises(UserError, match=r"metrics\.jsonl is missing"):
         training_curves(tmp_path / "c.png", {"a": tmp_path / "a/metrics.jsonl"})
-    with pytest.raises(UserError, match=r"\(M, 3, kh, kw\)"):
-        stem_filters(tmp_path / "s.png", np.zeros((4, 1, 3, 3)))
+    with pytest.raises(UserError, match=r"\(M, C, kh, kw\)"):
+        stem_filters(tmp_path / "s.png", np.zeros((4, 27)))
     with pytest.raises(UserError, match=r"same folder name \(run, run\)"):
         call("visualize", [str(tmp_path / "x/run"), str(tmp_path / "y/run")])
     assert not list(tmp_path.iterdir())

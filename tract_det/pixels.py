@@ -1,4 +1,4 @@
-"""Pixel statistics: the mean and standard deviation that a model standardises its images with.
+"""Pixels of any number of channels: the statistics that standardise them, and what RGB shows.
 
 Statistics have a number for each channel, RGB if there are three, in units of [0, 255].
 """
@@ -113,3 +113,8 @@ def same_statistics(a: Sequence[float], b: Sequence[float]) -> bool:
 def rounded(values: Sequence[float]) -> list[float]:
     """Three digits, for messages."""
     return [round(float(value), 3) for value in values]
+
+
+def shown_channels(count: int) -> list[int]:
+    """Which channels a picture in RGB shows of so many: the first three, or the first in grey."""
+    return [0, 1, 2] if count >= 3 else [0, 0, 0]

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 
 from tract_det.errors import UserError, shortened
 from tract_det.files import atomically, read_metrics, steps_and_values
+from tract_det.pixels import shown_channels
 
 # The figure that a training's curve shows, and its title: a detector's, a classifier's.
 _METRICS = {"voc_area.mAP": "mAP (area, IoU 0.5)", "top1": "top-1"}
@@ -299,13 +300,14 @@ def stem_filters(path: Path, weight: np.ndarray) -> None:
 
     Args:
         path: the PNG file to write.
-        weight: `(M, 3, kh, kw)`.
+        weight: `(M, C, kh, kw)`; of other than three channels those that a picture shows.
 
     Raises:
-        UserError: the filters do not have three input channels.
+        UserError: it has another shape.
     """
-    if weight.ndim != 4 or weight.shape[1] != 3:
-        raise UserError(f"a stem's filters are (M, 3, kh, kw), not {weight.shape}")
+    if weight.ndim != 4:
+        raise UserError(f"a stem's filters are (M, C, kh, kw), not {weight.shape}")
+    weight = weight[:, shown_channels(weight.shape[1])]
     columns = min(16, len(weight))
     rows = -(-len(weight) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(columns * 0.7, rows * 0.7), squeeze=False)

@@ -14,8 +14,8 @@ from tract_det.evaluation.comparison import (
     speed_up,
     speed_up_over_lengths,
     summarize,
-    verdict,
 )
+from tract_det.evaluation.comparison_words import verdict
 
 EPOCHS = np.arange(1.0, 11.0)
 

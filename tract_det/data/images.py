@@ -38,6 +38,7 @@ from tract_det.data.bands import (
     pixels_of,
 )
 from tract_det.errors import UserError, shortened
+from tract_det.pixels import shown_channels
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg, read_file
@@ -206,8 +207,8 @@ def usual_channels(path: Path) -> int:
 
 
 def shown(image: torch.Tensor) -> torch.Tensor:
-    """`(C, H, W)` as `(3, H, W)` for a picture: the first three channels; of fewer the first."""
-    return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    """`(C, H, W)` as `(3, H, W)` for a picture; see `pixels.shown_channels`."""
+    return image[shown_channels(len(image))]
 
 
 def _read(path: Path, max_pixels: int, channels: int) -> torch.Tensor:

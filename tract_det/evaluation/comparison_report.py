@@ -17,8 +17,8 @@ from tract_det.evaluation.comparison import (
     speed_up,
     speed_up_over_lengths,
     summarize,
-    verdict,
 )
+from tract_det.evaluation.comparison_words import verdict
 from tract_det.evaluation.student_t import t_interval
 
 

@@ -4,30 +4,23 @@ Everything that comes from data (names of classes, files and keys, values) goes 
 template's escaping, or through `html.escape` where SVG is put together.
 """
 
-import base64
-import io
 import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from PIL import Image, ImageOps
 
-from tract_det.data.bands import array_pixels, array_shape, is_array
 from tract_det.files import steps_and_values, write_text
 from tract_det.report.folder import RunFolder, read_run
+from tract_det.report.images import drawn_boxes, filter_sheet, picture
 from tract_det.report.svg import Series, bar_chart, line_chart
 from tract_det.version import __version__
 
-_SIDE = 440  # pixels of a picture's longer side
-_QUALITY = 72  # of its JPEG
 _MOST_CLASSES = 10  # with a curve of their own
 _MOST_CELLS = 25  # rows of a confusion matrix that is shown as a table
-_FILTERS = 64
 _HEADLINE = {"detection": "voc_area.mAP", "classification": "top1"}
 _TITLES = {
     "voc_area.mAP": "mAP (area)",
@@ -269,7 +262,7 @@ def _details(run: RunFolder) -> dict[str, Any]:
         "confused": _confused(run),
         "worst": _worst(run),
         "filters": [
-            (title, Markup(_filters(weight)))
+            (title, Markup(filter_sheet(weight)))
             for title, weight in zip(("at the start", "now"), run.stem, strict=True)
             if weight is not None
         ],
@@ -346,81 +339,16 @@ def _worst(run: RunFolder) -> list[dict[str, Any]]:
     for number_, entry in enumerate(run.figures.get("worst", [])):
         item = dict(entry) | {"id": f"{run.folder.name}-{number_}"}
         try:
-            data, (width, height) = _picture(Path(entry["path"]))
+            data, (width, height) = picture(Path(entry["path"]))
         except (OSError, ValueError) as error:
             item |= {"missing": f"the image cannot be read: {error}"}
         else:
             item |= {"missing": "", "data": data, "width": width, "height": height}
             if "objects" in entry:
-                item["truth"] = Markup(_boxes(entry["objects"], class_names, width))
-                item["found"] = Markup(_boxes(entry["detections"], class_names, width))
+                item["truth"] = Markup(drawn_boxes(entry["objects"], class_names, width))
+                item["found"] = Markup(drawn_boxes(entry["detections"], class_names, width))
         shown.append(item)
     return shown
-
-
-def _picture(path: Path) -> tuple[str, tuple[int, int]]:
-    """An image as a data URI, upright and small, and its size as stored in the annotation."""
-    with _opened(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        size = upright.size
-        upright = upright.convert("RGB")
-        upright.thumbnail((_SIDE, _SIDE))
-        buffer = io.BytesIO()
-        upright.save(buffer, "JPEG", quality=_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), size
-
-
-def _opened(path: Path) -> Image.Image:
-    """The image; of an array its first three channels, or its first."""
-    if not is_array(path):
-        return Image.open(path)
-    array_shape(path)
-    pixels = array_pixels(path)
-    return Image.fromarray(pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0])
-
-
-def _boxes(entries: Sequence[dict[str, Any]], class_names: Sequence[str], width: int) -> str:
-    """Rectangles in the image's own pixels, with class and score."""
-    scale = width / _SIDE
-    parts = []
-    for entry in entries:
-        x1, y1, x2, y2 = entry["box"]
-        kind = entry.get("verdict", "difficult" if entry.get("difficult") else "object")
-        text = class_names[entry["label"]] if entry["label"] < len(class_names) else "?"
-        if "score" in entry:
-            text += f" {entry['score']:.2f}"
-        parts.append(
-            f'<rect class="box {kind}" x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" '
-            f'height="{y2 - y1:.1f}" stroke-width="{2 * scale:.2f}">'
-            f"<title>{escape(text)}</title></rect>"
-        )
-        if len(entries) <= 12:
-            parts.append(
-                f'<text class="name {kind}" x="{x1 + 2 * scale:.1f}" y="{y1 + 11 * scale:.1f}" '
-                f'font-size="{11 * scale:.1f}">{escape(text)}</text>'
-            )
-    return "".join(parts)
-
-
-def _filters(weight: np.ndarray) -> str:
-    """The first filters as one PNG, each scaled to its own range."""
-    filters = weight[:_FILTERS].astype(float)
-    low = filters.min(axis=(1, 2, 3), keepdims=True)
-    span = np.maximum(filters.max(axis=(1, 2, 3), keepdims=True) - low, 1e-12)
-    pixels = ((filters - low) / span * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    count, height, width, _ = pixels.shape
-    columns = min(16, count)
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 255, dtype=np.uint8)
-    for i, filter_ in enumerate(pixels):
-        y, x = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
-        sheet[y : y + height, x : x + width] = filter_
-    buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, "PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<img class="filters" alt="filters of the first layer" src="data:image/png;base64,{data}">'
-    )
 
 
 def _configs(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ class Filters(NamedTuple):
 
     Attributes:
         name: in the model's state.
-        weight: `(M, 3, kh, kw)` float32.
+        weight: `(M, C, kh, kw)` float32.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Filters(NamedTuple):
 
 
 def filters_of(model: nn.Module, stem: str = "") -> Filters | None:
-    """The stem's filters, if it is a convolution of three channels that is found.
+    """The stem's filters, if it is a convolution that is found.
 
     Args:
         model: as its training begins.
@@ -36,7 +36,7 @@ def filters_of(model: nn.Module, stem: str = "") -> Filters | None:
     except (TrActError, AttributeError):
         return None
     weight = getattr(layer, "weight", None)
-    if weight is None or weight.dim() != 4 or weight.shape[1] != 3:
+    if weight is None or weight.dim() != 4:
         return None
     return Filters(f"{name}.weight", weight.detach().float().cpu().numpy().copy())
 
