@@ -22,7 +22,7 @@ import numpy as np
 
 from tract_det.cli import run
 from tract_det.commands.bench import print_and_keep
-from tract_det.data.annotations import VOCSplit
+from tract_det.data.annotations import DetectionSplit
 from tract_det.data.voc import VOC_CLASSES, read_split
 from tract_det.evaluation.boxes import Detections
 from tract_det.evaluation.detection_files import ImageDetections, read_detections, write_detections
@@ -72,7 +72,7 @@ def make_split(root: Path, images: int, objects: int) -> None:
     (root / "ImageSets" / "Main" / "test.txt").write_text("\n".join(ids) + "\n")
 
 
-def make_detections(split: VOCSplit, count: int) -> dict[str, ImageDetections]:
+def make_detections(split: DetectionSplit, count: int) -> dict[str, ImageDetections]:
     """Found objects, their duplicates and confusions, and background with low scores.
 
     Numbers are float32, as a detector's are.

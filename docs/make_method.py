@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from tract_det.data.datasets import read_dataset
-from tract_det.data.detection import VOCDetection
+from tract_det.data.detection import DetectionDataset
 from tract_det.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 matplotlib.use("Agg")
@@ -28,7 +28,7 @@ SHOWN = (0, 2, 9, 29, 99)  # directions that are drawn as patches
 
 def patches() -> torch.Tensor:
     """Standardised 7x7 patches, `(N, K)` with `K = 3 * 7 * 7`, float64."""
-    dataset = VOCDetection(read_dataset(["shapes_train"], None, None))
+    dataset = DetectionDataset(read_dataset(["shapes_train"], None, None))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     rows = []
     for index in range(IMAGES):

@@ -26,7 +26,7 @@ from PIL import Image
 from tests.conftest import write_voc_tree
 from tests.d2.models import tract_cfg
 from tract_det.d2 import VOCEvaluator, register_voc
-from tract_det.data.detection import VOCDetection
+from tract_det.data.detection import DetectionDataset
 from tract_det.data.exif import check_headers, with_sizes
 from tract_det.data.voc import read_split
 from tract_det.errors import UserError
@@ -201,7 +201,7 @@ def turned_tree(root, orientation, *, stored_sizes=False):
 def test_both_back_ends_read_the_same_pixels_and_boxes_upright(orientation, tmp_path):
     root = turned_tree(tmp_path / "tree", orientation)
     mapper = DatasetMapper(True, augmentations=[], image_format="RGB")
-    ours = VOCDetection(read_split(root, "train", CLASSES))
+    ours = DetectionDataset(read_split(root, "train", CLASSES))
     with registered("test_turned", root, "train", CLASSES) as name:
         theirs = [mapper(record) for record in DatasetCatalog.get(name)]
     for (image, target), record in zip(ours, theirs, strict=True):
@@ -224,7 +224,7 @@ def test_sizes_that_disagree_are_refused_before_the_training(orientation, messag
     ):
         DatasetCatalog.get(name)
     with pytest.raises(UserError, match=r"a000\.png: the image is 96 x 64"):
-        VOCDetection(read_split(root, "train", CLASSES))[0]
+        DetectionDataset(read_split(root, "train", CLASSES))[0]
 
 
 def test_under_apply_both_back_ends_turn_images_whose_size_is_the_stored_one(tmp_path):
@@ -234,7 +234,7 @@ def test_under_apply_both_back_ends_turn_images_whose_size_is_the_stored_one(tmp
     mapper = DatasetMapper(True, augmentations=[], image_format="RGB")
     with registered("test_apply", root, "train", CLASSES, exif="apply") as name:
         theirs = [mapper(record) for record in DatasetCatalog.get(name)]
-    for (image, target), record in zip(VOCDetection(split), theirs, strict=True):
+    for (image, target), record in zip(DetectionDataset(split), theirs, strict=True):
         assert torch.equal(image, record["image"]) and image.shape == (3, 64, 96)
         assert torch.equal(target["boxes"], record["instances"].gt_boxes.tensor)
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.data.conftest import Tree, annotation
 from tract_det.data.datasets import read_dataset
-from tract_det.data.detection import VOCDetection
+from tract_det.data.detection import DetectionDataset
 from tract_det.data.exif import check_headers
 from tract_det.data.images import read_header, read_stored, read_upright, shown
 from tract_det.errors import UserError
@@ -128,7 +128,7 @@ def test_a_split_has_the_channels_that_it_is_given_and_names_all_files_with_othe
     split = read_dataset(["train"], tree.root, None)
     split.channels = 6
     assert check_headers(split.annotations, channels=6).oriented == 0
-    assert np.array_equal(VOCDetection(split)[1][0].permute(1, 2, 0), PIXELS)
+    assert np.array_equal(DetectionDataset(split)[1][0].permute(1, 2, 0), PIXELS)
     with pytest.raises(UserError, match=r"(?s)a\.npy: the image has 6 channels.*c\.npy"):
         check_headers(split.annotations)
 

@@ -10,7 +10,7 @@ import pytest
 from tests.data.conftest import BCCD
 from tests.data.formats import FORMS, WITHOUT_SPLITS, coco, label_img, labels, yolo_ultralytics
 from tract_det.data.datasets import Holdout, read_dataset
-from tract_det.data.detection import VOCDetection
+from tract_det.data.detection import DetectionDataset
 from tract_det.data.yolo import parse_labels
 from tract_det.errors import UserError
 
@@ -195,8 +195,8 @@ def test_two_formats_in_one_folder_ask_for_the_key(tree, out):
 def test_images_are_read_by_the_data_set_as_by_vocs(tree, out):
     splits = both(tree.root)
     FORMS["coco_official"](out, splits)
-    image, target = VOCDetection(read(out, "train"))[1]
-    expected_image, expected_target = VOCDetection(splits[0])[1]
+    image, target = DetectionDataset(read(out, "train"))[1]
+    expected_image, expected_target = DetectionDataset(splits[0])[1]
     assert (image == expected_image).all()
     assert (target["boxes"] == expected_target["boxes"]).all()
 

@@ -9,7 +9,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from tract_det.data import images
-from tract_det.data.detection import VOCDetection, aspect_groups, drop_empty
+from tract_det.data.detection import DetectionDataset, aspect_groups, drop_empty
 from tract_det.data.voc import read_split
 from tract_det.errors import UserError
 
@@ -18,7 +18,7 @@ CAT = ("cat", (2, 3, 10, 8))
 
 def read(tree, *ids, **options):
     tree.split("train", ids or ["a"])
-    return VOCDetection(read_split(tree.root, "train", ["cat", "dog"]), **options)
+    return DetectionDataset(read_split(tree.root, "train", ["cat", "dog"]), **options)
 
 
 def test_a_sample_is_an_image_and_boxes_with_labels_from_one(tree):
@@ -243,7 +243,7 @@ def test_a_dataset_can_be_sent_to_another_process(tree):
 
 
 def test_bccd_boxes_are_within_their_images(bccd):
-    dataset = VOCDetection(read_split(bccd, "test"))
+    dataset = DetectionDataset(read_split(bccd, "test"))
     for index in range(0, len(dataset), 8):
         image, target = dataset[index]
         assert image.shape == (3, 480, 640)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.noisy import Noisy
-from tract_det.data.detection import VOCDetection, aspect_groups
+from tract_det.data.detection import DetectionDataset, aspect_groups
 from tract_det.data.detection_loaders import (
     collate,
     detection_evaluation_loader,
@@ -110,7 +110,7 @@ def test_augmented_photographs_are_the_same_from_any_worker(tree):
 
     def run(workers):
         loader = detection_loader(
-            VOCDetection(split, transform),
+            DetectionDataset(split, transform),
             micro_batch=2,
             seed=0,
             groups=aspect_groups(split),

@@ -12,7 +12,7 @@ from tests.training.runs import run_here
 from tract_det.cli import call
 from tract_det.data import images
 from tract_det.data.datasets import read_dataset
-from tract_det.data.detection import VOCDetection
+from tract_det.data.detection import DetectionDataset
 from tract_det.data.exif import check_headers, with_sizes
 from tract_det.data.voc import read_split
 from tract_det.errors import UserError
@@ -90,7 +90,7 @@ def read(root, mode):
     split = read_split(root, "train", upright=mode != "ignore")
     headers = check_headers(split.annotations, mode)
     split.annotations, split.exif = with_sizes(split.annotations, headers), mode
-    return VOCDetection(split), headers
+    return DetectionDataset(split), headers
 
 
 def is_on_the_object(dataset):
@@ -173,7 +173,9 @@ def test_the_rule_is_the_same_in_every_format(tree, write_annotation, tmp_path, 
     split = read_split(tree_of(tree, write_annotation), "train")
     FORMS[form](tmp_path / form, [split])
     copy = read_dataset(["train"], tmp_path / form, None)
-    assert check_headers(copy.annotations).oriented == 1 and is_on_the_object(VOCDetection(copy))
+    assert check_headers(copy.annotations).oriented == 1 and is_on_the_object(
+        DetectionDataset(copy)
+    )
 
 
 def test_in_coco_the_size_decides_too(tree, write_annotation, tmp_path):
@@ -194,7 +196,7 @@ def test_boxes_in_yolos_fractions_are_of_the_image_as_it_is_read(tree, write_ann
     split = read_dataset(["train"], tmp_path / "out", None, upright=False)
     assert dict(check_headers(split.annotations, "ignore").sizes) == {}
     split.exif = "ignore"
-    assert is_on_the_object(VOCDetection(split))
+    assert is_on_the_object(DetectionDataset(split))
 
 
 def test_pictures_of_detections_are_drawn_as_the_boxes_mean_them(tmp_path, monkeypatch):

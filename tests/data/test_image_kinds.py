@@ -9,7 +9,7 @@ from PIL import Image
 
 from tract_det.data.classification import read_classification
 from tract_det.data.datasets import read_dataset
-from tract_det.data.detection import VOCDetection
+from tract_det.data.detection import DetectionDataset
 from tract_det.errors import UserError
 
 H, W = 12, 10
@@ -100,7 +100,7 @@ def as_detection(root, save, name):
     xml = root / "Annotations" / f"{name.partition('.')[0]}.xml"
     xml.write_text(f"<annotation>{image_object}</annotation>")
     (root / "ImageSets/Main/train.txt").write_text(xml.stem)
-    return VOCDetection(read_dataset(["train"], root, None))[0][0]
+    return DetectionDataset(read_dataset(["train"], root, None))[0][0]
 
 
 def as_classification(root, save, name):

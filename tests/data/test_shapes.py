@@ -7,7 +7,7 @@ import pytest
 
 from tract_det.data import shapes
 from tract_det.data.datasets import read_dataset
-from tract_det.data.detection import VOCDetection, aspect_groups
+from tract_det.data.detection import DetectionDataset, aspect_groups
 from tract_det.data.shapes import SHAPES_CLASSES, draw_scene, ensure_shapes
 from tract_det.data.voc import read_split
 from tract_det.errors import UserError
@@ -113,7 +113,7 @@ def test_the_tree_is_read_back_by_the_voc_reader(tmp_path, monkeypatch):
         assert a.boxes.tolist() == [list(map(float, box)) for box in expected]
         assert [SHAPES_CLASSES[k] for k in a.labels] == [o.name for o in drawn]
         assert a.difficult.tolist() == [o.difficult for o in drawn]
-    for index, (image, _) in enumerate(map(VOCDetection(train).__getitem__, range(6))):
+    for index, (image, _) in enumerate(map(DetectionDataset(train).__getitem__, range(6))):
         drawn = draw_scene(index)[0].transpose(2, 0, 1)
         assert np.abs(image.numpy().astype(int) - drawn).mean() < 6  # JPEG
     assert len(aspect_groups(train)) == 6

@@ -22,7 +22,7 @@ from tract_det.data.choices import DETECTION_FORMATS, EXIF_MODES
 from tract_det.errors import UserError
 
 if TYPE_CHECKING:
-    from tract_det.data.annotations import VOCSplit
+    from tract_det.data.annotations import DetectionSplit
     from tract_det.data.check import ImageFacts, Suspects
 
 _PICTURES = 24
@@ -103,7 +103,7 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     return 0 if can_start else 1
 
 
-def _read(args: argparse.Namespace) -> tuple[list["VOCSplit"], list[str]]:
+def _read(args: argparse.Namespace) -> tuple[list["DetectionSplit"], list[str]]:
     """The splits that can be read, and why others cannot."""
     from tract_det.data.datasets import read_whole, splits_of
 
@@ -119,7 +119,7 @@ def _read(args: argparse.Namespace) -> tuple[list["VOCSplit"], list[str]]:
     return splits, refused
 
 
-def _channels(splits: Sequence["VOCSplit"]) -> int:
+def _channels(splits: Sequence["DetectionSplit"]) -> int:
     from tract_det.data.images import usual_channels
 
     try:
@@ -156,7 +156,7 @@ def _size(numbers: dict[str, Any]) -> str:
 
 
 def _warnings(
-    splits: Sequence["VOCSplit"], suspects: dict[str, "Suspects"], facts: "ImageFacts"
+    splits: Sequence["DetectionSplit"], suspects: dict[str, "Suspects"], facts: "ImageFacts"
 ) -> list[str]:
     from tract_det.data import check
 
@@ -191,7 +191,7 @@ def _quoted(value: Any) -> str:
     return f'"{text}"' if isinstance(value, list) else text
 
 
-def _draw(path: Path, splits: Sequence["VOCSplit"], suspects: dict[str, "Suspects"]) -> None:
+def _draw(path: Path, splits: Sequence["DetectionSplit"], suspects: dict[str, "Suspects"]) -> None:
     """Draws pictures with their boxes: those with suspicious boxes, then some of each split."""
     from tract_det.data.annotations import relabel
     from tract_det.visualize import annotation_grid, beside_the_results
@@ -213,7 +213,7 @@ def _draw(path: Path, splits: Sequence["VOCSplit"], suspects: dict[str, "Suspect
         print(f"wrote {path}: {min(len(doubtful), _PICTURES)} suspicious pictures come first")
 
 
-def _reader(split: "VOCSplit") -> Callable[[Path], Any]:
+def _reader(split: "DetectionSplit") -> Callable[[Path], Any]:
     """Reads `(H, W, 3)` uint8 for a picture from an image of other channels."""
     from tract_det.data.exif import reader
     from tract_det.data.images import shown

@@ -51,7 +51,7 @@ class Annotation:
 
 
 @dataclass
-class VOCSplit:
+class DetectionSplit:
     """The annotations of a split, in the order of the split file.
 
     Attributes:
@@ -77,7 +77,7 @@ class VOCSplit:
     def __len__(self) -> int:
         return len(self.annotations)
 
-    def first(self, count: int) -> "VOCSplit":
+    def first(self, count: int) -> "DetectionSplit":
         """The first images, at most so many."""
         return replace(self, annotations=self.annotations[:count])
 
@@ -114,7 +114,7 @@ def build_split(
     *,
     need_images: bool = True,
     upright: bool = True,
-) -> VOCSplit:
+) -> DetectionSplit:
     """Makes a split of what was read. Boxes without area were dropped: a single warning says so.
 
     Args:
@@ -168,7 +168,7 @@ def build_split(
             f"{shorten(dropped, 3)}",
             stacklevel=3,
         )
-    return VOCSplit(name, names, annotations, len(dropped))
+    return DetectionSplit(name, names, annotations, len(dropped))
 
 
 def in_threads(function: Callable[[Item], Value], items: Iterable[Item]) -> list[Value]:
@@ -216,7 +216,7 @@ def class_list(
     return names
 
 
-def relabel(split: VOCSplit, class_names: tuple[str, ...]) -> list[Annotation]:
+def relabel(split: DetectionSplit, class_names: tuple[str, ...]) -> list[Annotation]:
     """The split's annotations with labels for another class list that has all of its classes."""
     if split.class_names == class_names:
         return split.annotations

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tract_det.data.annotations import Annotation, VOCSplit, in_threads
+from tract_det.data.annotations import Annotation, DetectionSplit, in_threads
 from tract_det.data.exif import check_headers, reader, with_sizes
 from tract_det.data.faults import Faults
 from tract_det.errors import UserError
@@ -53,7 +53,7 @@ class Suspects:
         }
 
 
-def counts(split: VOCSplit) -> dict[str, Any]:
+def counts(split: DetectionSplit) -> dict[str, Any]:
     """Numbers of a split.
 
     Returns:
@@ -74,7 +74,7 @@ def counts(split: VOCSplit) -> dict[str, Any]:
     }
 
 
-def summary(split: VOCSplit) -> str:
+def summary(split: DetectionSplit) -> str:
     """A split in a line, for the log of a training."""
     numbers = counts(split)
     classes = sorted(numbers["classes"].items(), key=lambda item: -item[1])
@@ -90,7 +90,7 @@ def summary(split: VOCSplit) -> str:
     return f"{split.name}: {'; '.join(parts)}{hint}"
 
 
-def find_suspects(split: VOCSplit) -> Suspects:
+def find_suspects(split: DetectionSplit) -> Suspects:
     """The boxes of a split that are likely to be wrong."""
     suspects = Suspects()
     for a in split.annotations:
@@ -134,7 +134,7 @@ def twins(class_names: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(names) for names in groups.values() if len(names) > 1]
 
 
-def only_in_one(splits: Sequence[VOCSplit]) -> dict[str, str]:
+def only_in_one(splits: Sequence[DetectionSplit]) -> dict[str, str]:
     """Classes that have objects in one of several splits alone, with its name."""
     where = defaultdict(list)
     for split in splits:
@@ -155,13 +155,15 @@ class ImageFacts(NamedTuple):
             that is part of another list, as train is of trainval, shares nothing with it.
     """
 
-    splits: list[VOCSplit]
+    splits: list[DetectionSplit]
     faults: list[str]
     oriented: int
     shared: list[list[tuple[str, str]]]
 
 
-def image_facts(splits: Sequence[VOCSplit], exif: str = "auto", channels: int = 3) -> ImageFacts:
+def image_facts(
+    splits: Sequence[DetectionSplit], exif: str = "auto", channels: int = 3
+) -> ImageFacts:
     """Reads every image's file: header, orientation, channels, and a hash of its content."""
     settled, faults, oriented = [], [], 0
     for split in splits:
@@ -200,7 +202,7 @@ def image_facts(splits: Sequence[VOCSplit], exif: str = "auto", channels: int = 
     return ImageFacts(settled, faults, oriented, shared)
 
 
-def pixel_statistics(split: VOCSplit, images: int = 500) -> tuple[list[float], list[float]]:
+def pixel_statistics(split: DetectionSplit, images: int = 500) -> tuple[list[float], list[float]]:
     """Mean and standard deviation by channel, in [0, 255], over images spread over a split."""
     step = max(1, len(split) // images)
     total, squares, count = np.zeros(split.channels), np.zeros(split.channels), 0
@@ -216,7 +218,7 @@ def pixel_statistics(split: VOCSplit, images: int = 500) -> tuple[list[float], l
     return mean.tolist(), np.sqrt(np.maximum(squares / count - mean**2, 0)).tolist()
 
 
-def fitting_settings(split: VOCSplit) -> dict[str, Any]:
+def fitting_settings(split: DetectionSplit) -> dict[str, Any]:
     """Image size and anchors that fit the objects of a split, by configuration key.
 
     The shorter side is that of the images, enlarged until nine of ten objects have a side of 16

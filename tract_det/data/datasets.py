@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from tract_det.data import coco, voc, voc_folders, yolo
 from tract_det.data.annotations import (
+    DetectionSplit,
     Record,
-    VOCSplit,
     build_split,
     check_unique,
     relabel,
@@ -65,7 +65,7 @@ def read_dataset(
     holdout: Holdout = _NOTHING,
     need_images: bool = True,
     upright: bool = True,
-) -> VOCSplit:
+) -> DetectionSplit:
     """Reads and joins the named splits.
 
     Args:
@@ -89,7 +89,7 @@ def read_dataset(
     if not names:
         raise UserError("no data set is named: name at least one split")
     root = Path(root).expanduser() if root else None
-    splits: list[VOCSplit] = []
+    splits: list[DetectionSplit] = []
     fixed_lists: set[tuple[str, ...]] = set()
     for name in names:
         located = _locate(name, root)
@@ -115,7 +115,7 @@ def read_dataset(
             )
     annotations = [a for split in splits for a in relabel(split, joined)]
     check_unique([a.image_id for a in annotations], f"data sets {' + '.join(names)}")
-    return VOCSplit(
+    return DetectionSplit(
         "+".join(names),
         joined,
         annotations,
@@ -143,7 +143,7 @@ def read_whole(
     class_names: Sequence[str] | None,
     format: str = "auto",
     upright: bool = True,
-) -> VOCSplit:
+) -> DetectionSplit:
     """One of the splits that `splits_of` names, whose name is "all" where data have none.
 
     Raises:
@@ -182,7 +182,7 @@ def _read_split(
     holdout: Holdout,
     need_images: bool,
     upright: bool = True,
-) -> VOCSplit:
+) -> DetectionSplit:
     """One split of the data at `root`."""
     if not root.exists():
         raise UserError(f"{root}: there is no such folder: correct DATASETS.ROOT")

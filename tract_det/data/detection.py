@@ -1,7 +1,8 @@
-"""The data set that a detector trains on: images and boxes of a `VOCSplit`.
+"""The data set that a detector trains on: images and boxes of a `DetectionSplit`.
 
 Two conventions meet here. `Annotation` labels classes 0..K-1, as detectron2 does; torchvision's
-detectors expect 1..K, with 0 for the background. `VOCDetection` is the only place that adds the 1.
+detectors expect 1..K, with 0 for the background. `DetectionDataset` is the only place that adds the
+1.
 """
 
 import warnings
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
-from tract_det.data.annotations import Annotation, VOCSplit
+from tract_det.data.annotations import Annotation, DetectionSplit
 from tract_det.data.exif import check_size, reader
 
 Target = dict[str, Any]
@@ -22,7 +23,7 @@ Target = dict[str, Any]
 MIN_SIDE = 1.0
 
 
-class VOCDetection(torch.utils.data.Dataset):
+class DetectionDataset(torch.utils.data.Dataset):
     """Pairs (image, target) of a split.
 
     The image is a tv_tensors.Image, uint8 (C, H, W), RGB if C is 3, turned upright by the file's
@@ -46,7 +47,7 @@ class VOCDetection(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        split: VOCSplit,
+        split: DetectionSplit,
         transform: Callable[[Any, Target], tuple[Any, Target]] | None = None,
         *,
         use_difficult: bool = True,
@@ -96,7 +97,7 @@ class VOCDetection(torch.utils.data.Dataset):
         return image, _drop_thin(target)
 
 
-def aspect_groups(split: VOCSplit) -> np.ndarray:
+def aspect_groups(split: DetectionSplit) -> np.ndarray:
     """(n,) int64: 1 for images higher than wide, 0 for all others.
 
     A batch is padded to its largest width and height, which wastes little within one group.
@@ -104,8 +105,8 @@ def aspect_groups(split: VOCSplit) -> np.ndarray:
     return np.array([int(a.width < a.height) for a in split.annotations], dtype=np.int64)
 
 
-def drop_empty(split: VOCSplit, *, use_difficult: bool = True) -> VOCSplit:
-    """The split without the images for which `VOCDetection` would have no box."""
+def drop_empty(split: DetectionSplit, *, use_difficult: bool = True) -> DetectionSplit:
+    """The split without the images for which `DetectionDataset` would have no box."""
     annotations = [
         a for a in split.annotations if (_inside(a) & (use_difficult | ~a.difficult)).any()
     ]
@@ -124,7 +125,7 @@ def _inside(annotation: Annotation) -> np.ndarray:
     return ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(axis=1)
 
 
-def _warn_outside(split: VOCSplit) -> None:
+def _warn_outside(split: DetectionSplit) -> None:
     """Warns of boxes outside their image: a sign of a wrong <size>, or of coordinates in 0..1."""
     outside = [(int((~_inside(a)).sum()), a.image_id) for a in split.annotations]
     total = sum(count for count, _ in outside)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from tract_det.data.annotations import Record, VOCSplit, build_split, check_unique, shorten
+from tract_det.data.annotations import DetectionSplit, Record, build_split, check_unique, shorten
 from tract_det.data.faults import Faults
 from tract_det.data.files import IMAGE_SUFFIXES, by_stem
 from tract_det.data.voc_xml import parse_annotation
@@ -61,7 +61,7 @@ def read_split(
     *,
     need_images: bool = True,
     upright: bool = True,
-) -> VOCSplit:
+) -> DetectionSplit:
     """Reads one split of a tree in the devkit's layout.
 
     Boxes with xmax <= xmin or ymax <= ymin have no area: they are dropped, with a single warning.

@@ -13,10 +13,10 @@ from torch import nn
 
 from tract_det import distributed
 from tract_det.config.detection import get_cfg
-from tract_det.data.annotations import VOCSplit
+from tract_det.data.annotations import DetectionSplit
 from tract_det.data.check import summary
 from tract_det.data.datasets import Holdout, read_dataset
-from tract_det.data.detection import VOCDetection, aspect_groups, drop_empty
+from tract_det.data.detection import DetectionDataset, aspect_groups, drop_empty
 from tract_det.data.detection_loaders import detection_evaluation_loader, detection_loader
 from tract_det.data.detection_transforms import detection_train
 from tract_det.data.exif import check_headers, with_sizes
@@ -46,7 +46,7 @@ _PICTURES = 16  # in detections.png
 Results = dict[str, Any]
 
 
-def _read(cfg: CfgNode, names: Sequence[str], class_names: Sequence[str] | None) -> VOCSplit:
+def _read(cfg: CfgNode, names: Sequence[str], class_names: Sequence[str] | None) -> DetectionSplit:
     root = Path(cfg.DATASETS.ROOT) if cfg.DATASETS.ROOT else None
     data = cfg.DATASETS
     holdout = Holdout(data.HOLDOUT, data.HOLDOUT_SEED)
@@ -75,7 +75,7 @@ def _read(cfg: CfgNode, names: Sequence[str], class_names: Sequence[str] | None)
     return replace(split, annotations=annotations, **read_as)
 
 
-def read_data(cfg: CfgNode) -> tuple[VOCSplit, VOCSplit]:
+def read_data(cfg: CfgNode) -> tuple[DetectionSplit, DetectionSplit]:
     """The training split and the evaluation split, with the same classes."""
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a split to train on")
@@ -85,7 +85,7 @@ def read_data(cfg: CfgNode) -> tuple[VOCSplit, VOCSplit]:
     return training, _read(cfg, cfg.DATASETS.TEST, training.class_names)
 
 
-def read_evaluation_data(cfg: CfgNode, known_classes: Sequence[str] | None) -> VOCSplit:
+def read_evaluation_data(cfg: CfgNode, known_classes: Sequence[str] | None) -> DetectionSplit:
     """The evaluation split: with the config's classes, else with those that the weights know."""
     return _read(cfg, cfg.DATASETS.TEST, cfg.DATASETS.CLASSES or known_classes)
 
@@ -119,7 +119,7 @@ def length_keys(cfg: CfgNode, images: int, epochs: float, period: float) -> dict
     return keys | assembly.scaled_stop(cfg, factor)
 
 
-def build_loader(cfg: CfgNode, split: VOCSplit, meta: Meta, start: int) -> Iterable[Any]:
+def build_loader(cfg: CfgNode, split: DetectionSplit, meta: Meta, start: int) -> Iterable[Any]:
     """This rank's micro-batches from step `start` on."""
     transform = detection_train(
         min_size=cfg.INPUT.MIN_SIZE_TRAIN,
@@ -129,7 +129,7 @@ def build_loader(cfg: CfgNode, split: VOCSplit, meta: Meta, start: int) -> Itera
     )
     parts = cfg.SOLVER.ACCUMULATION * distributed.world_size()
     return detection_loader(
-        VOCDetection(split, transform, use_difficult=cfg.DATALOADER.USE_DIFFICULT),
+        DetectionDataset(split, transform, use_difficult=cfg.DATALOADER.USE_DIFFICULT),
         micro_batch=cfg.SOLVER.IMS_PER_BATCH // parts,
         accumulation=cfg.SOLVER.ACCUMULATION,
         rank=distributed.rank(),
@@ -142,10 +142,10 @@ def build_loader(cfg: CfgNode, split: VOCSplit, meta: Meta, start: int) -> Itera
 
 
 def plain_images(
-    cfg: CfgNode, split: VOCSplit, meta: Meta, indices: Sequence[int]
+    cfg: CfgNode, split: DetectionSplit, meta: Meta, indices: Sequence[int]
 ) -> Iterator[list[torch.Tensor]]:
     """The images at these positions in the size of evaluation, a list of one `(C, H, W)` each."""
-    dataset = VOCDetection(split)
+    dataset = DetectionDataset(split)
     for index in indices:
         image = dataset[index][0].as_subclass(torch.Tensor)
         yield [resize_shorter_side(image, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
@@ -170,9 +170,11 @@ def _figures(of_model: Results, of_average: Results | None = None) -> dict[str, 
 class DetectionEvaluation:
     """Evaluates a detector on a split; see `task.Evaluation`."""
 
-    def __init__(self, cfg: CfgNode, split: VOCSplit, meta: Meta, device: torch.device) -> None:
+    def __init__(
+        self, cfg: CfgNode, split: DetectionSplit, meta: Meta, device: torch.device
+    ) -> None:
         self.cfg, self.split, self.device = cfg, split, device
-        self.dataset = VOCDetection(split)
+        self.dataset = DetectionDataset(split)
 
     def __call__(self, model: nn.Module, average: nn.Module | None) -> dict[str, float]:
         """The figures over all classes."""
