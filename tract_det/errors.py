@@ -1,6 +1,7 @@
 """The errors that a tool prints as a single line, without a traceback."""
 
 from collections.abc import Mapping
+from reprlib import Repr
 from typing import Any
 
 _LONGEST = 2_000
@@ -44,3 +45,16 @@ def shortened(text: str, length: int = 40) -> str:
     """A text of the user's in one line of at most so many characters: for messages and tables."""
     line = "".join(c if c.isprintable() else " " for c in text)
     return line if len(line) <= length else line[: length - 1] + _ELLIPSIS
+
+
+_BRIEF = Repr()
+_BRIEF.maxlevel = 2  # YAML's aliases make trees that are endless when written out
+_BRIEF.maxstring = _BRIEF.maxother = 80
+
+
+def brief(value: Any) -> str:
+    """A value from a file as Python writes it, on a line: long and deep ones lose their middle."""
+    try:
+        return shortened(_BRIEF.repr(value), 100)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__} too long to be shown"

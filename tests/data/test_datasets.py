@@ -188,7 +188,7 @@ def test_two_formats_in_one_folder_ask_for_the_key(tree, out):
         read(out, "train")
     for format in ("coco", "yolo"):
         assert_same(read(out, "train", format=format), splits[0])
-    with pytest.raises(UserError, match=r"no folder Annotations here"):
+    with pytest.raises(UserError, match=r"nothing here is in the format voc .*: VOC: XML files"):
         read(out, "train", format="voc")
 
 
@@ -325,10 +325,80 @@ def test_an_image_that_another_xml_names_is_not_taken(tree, out):
 
 
 def test_a_folder_with_nothing_that_is_known_shows_what_is_expected(out):
-    with pytest.raises(UserError, match=r"no folder Annotations here\nexpected:"):
+    with pytest.raises(UserError, match=r"is recognised: VOC: .* or COCO: .* or YOLO: .*README$"):
         read(out, "train")
+    (out / "Annotations").mkdir()
+    with pytest.raises(UserError, match=r"no folder ImageSets/Main here\nexpected:"):
+        read(out, "train")
+    (out / "Annotations").rmdir()
     with pytest.raises(UserError, match="there is no such folder"):
         read(out / "x", "train")
     for format in ("coco", "yolo"):
         with pytest.raises(UserError, match=rf"nothing here is in the format {format}"):
             read(out, "train", format=format)
+
+
+# ---- Trees as people have them ----
+
+
+def test_hidden_files_of_archives_from_macos_are_no_data(tree, out):
+    splits = both(tree.root)
+    for form, folder, suffix in (("voc_roboflow", "train", "xml"), ("yolo_darknet", "", "txt")):
+        root = out / form
+        FORMS[form](root, splits)
+        for a in splits[0].annotations:
+            for name in (f"._{a.image_id}.{suffix}", f"._{a.path.name}"):
+                (root / folder / name).write_bytes(b"\0\5\26\7")
+                (root / "__MACOSX" / folder).mkdir(parents=True, exist_ok=True)
+                (root / "__MACOSX" / folder / name).write_bytes(b"\0\5\26\7")
+        assert_same(read(root, "train"), splits[0])
+
+
+def test_a_yaml_file_is_a_root_as_a_json_file_is(tree, out):
+    splits = both(tree.root)
+    FORMS["yolo_ultralytics"](out, splits)
+    assert_same(read(out / "data.yaml", "train"), splits[0])
+
+
+def test_a_class_number_may_be_written_as_a_float(tree, out):
+    splits = both(tree.root)
+    FORMS["yolo_ultralytics"](out, splits)
+    for path in (out / "labels/train").iterdir():
+        lines = [line.partition(" ") for line in path.read_text().splitlines()]
+        path.write_text("".join(f"{number}.0 {box}\n" for number, _, box in lines))
+    assert_same(read(out, "train"), splits[0])
+
+
+def test_data_below_the_root_are_pointed_to(tree, out):
+    FORMS["yolo_ultralytics"](out / "inner", both(tree.root))
+    with pytest.raises(
+        UserError, match=r"no data set is recognised here, but in .*/inner: set DATASETS"
+    ):
+        read(out, "train")
+    shutil.copytree(tree.root, out / "devkit/VOC2012")
+    shutil.rmtree(out / "inner")
+    with pytest.raises(UserError, match=r"but in .*/devkit/VOC2012: set DATASETS\.ROOT to that"):
+        read(out, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("labels/a.txt", "0 0.5 0.5 0.1 0.1\n", r"labels/a\.txt looks like .*classes\.txt"),
+        ("data.yaml", "train: images\n", r"data\.yaml has no names"),
+        ("train.json", '{"images": []}', r"train\.json has no lists 'images' and 'categories'"),
+    ],
+)
+def test_what_is_nearly_a_format_is_told_what_it_lacks(out, name, text, message):
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read(out, "train")
+
+
+def test_a_split_of_yolos_is_not_sought_above_the_data(tree, out):
+    FORMS["yolo_ultralytics"](out, both(tree.root))
+    path = out / "data.yaml"
+    path.write_text(path.read_text().replace("train: images/train", "train: /"))
+    with pytest.raises(UserError, match=r"data\.yaml: train: '/' lies above the data"):
+        read(out, "train")

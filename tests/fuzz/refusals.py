@@ -15,6 +15,6 @@ def refusal(read, *args):
     try:
         read(*args)
     except UserError as error:
-        assert 10 < len(str(error)) < 2_100 and "\n" not in str(error)
+        assert 10 < len(str(error)) < 2_100 and "\n" not in str(error), repr(str(error))
         return str(error)
     return ""

@@ -1,30 +1,23 @@
-"""Damaged images and annotations are read or refused in a line, by a process with limits.
+"""Damaged images are read or refused in a line, by a process with limits.
 
-A decoder that crashes takes its process with it: so each kind of file has one of its own, which
-says where it is. More cases than the suite has: `FUZZ_CASES=10000 python -m pytest -n0 tests/fuzz`.
+A decoder that crashes takes its process with it: so they have one of their own, which says where it
+is. More cases than the suite has: `FUZZ_CASES=10000 python -m pytest -n0 tests/fuzz`.
 """
 
 import base64
 import random
-import resource
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import REPO, write_voc_tree
+from tests.fuzz.limits import SECONDS, assert_survives, run_limited
 from tests.fuzz.mutations import damaged
 from tests.fuzz.refusals import cases, refusal
 from tract_det.data.images import CorruptImageError, read_rgb, read_upright, upright_size
-from tract_det.data.voc import read_split
 
 CASES = cases(50)
 SUFFIXES = (".jpg", ".png", ".webp", ".bmp", ".tiff", ".gif")
-SECONDS = 5  # that a case may take
-MEMORY = 2**30  # bytes that it may add
 
 # One pixel; a bit of its compressed data is flipped. libpng's error handler ends the process.
 BROKEN = (
@@ -46,26 +39,8 @@ def images(folder):
                 refusal(read, path)
 
 
-def trees(folder):
-    """Damages an XML file and an image set; called in a process of its own."""
-    rng, root = random.Random(1), write_voc_tree(folder / "tree")
-    for path in (min((root / "Annotations").iterdir()), root / "ImageSets/Main/train.txt"):
-        whole = path.read_bytes()
-        for case in range(CASES):
-            print(path.name, case, flush=True)
-            path.write_bytes(damaged(whole, rng))
-            refusal(read_split, root, "train")
-        path.write_bytes(whole)
-
-
-@pytest.mark.parametrize("kind", ["images", "trees"])
-def test_a_damaged_file_is_read_or_refused_in_a_line(kind, tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz.test_images", kind, tmp_path]
-    done = subprocess.run(
-        [*map(str, command)], cwd=REPO, capture_output=True, text=True, check=False
-    )
-    last = done.stdout[-60:].splitlines()[-1:]
-    assert done.returncode == 0, f"{last}: exit code {done.returncode}: {done.stderr[-2000:]}"
+def test_a_damaged_image_is_read_or_refused_in_a_line(tmp_path):
+    assert_survives("test_images", "images", tmp_path)
 
 
 def test_a_flipped_bit_in_a_png_is_a_line(tmp_path):
@@ -85,8 +60,4 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, s
 
 
 if __name__ == "__main__":
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    limit = 20 + SECONDS * CASES // 10
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-    {"images": images, "trees": trees}[sys.argv[1]](Path(sys.argv[2]))
+    run_limited({"images": images}, 20 + SECONDS * CASES // 10)

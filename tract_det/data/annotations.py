@@ -19,6 +19,7 @@ from tract_det.data.faults import Faults
 from tract_det.data.images import MAX_PIXELS, stored_size, upright_size
 from tract_det.errors import UserError
 
+LARGEST = 1e9  # of a coordinate or a side, in pixels
 READERS = 8  # threads that read files, which on a network's disk wait most of the time
 
 Item = TypeVar("Item")

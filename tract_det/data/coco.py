@@ -19,15 +19,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tract_det.data.annotations import Record
+from tract_det.data.annotations import LARGEST, Record
 from tract_det.data.faults import Faults
 from tract_det.data.files import Listing, Source
-from tract_det.errors import UserError
+from tract_det.errors import UserError, brief, shortened
 
-EXPECTED = "a JSON file with images, annotations and categories for each split"
+EXPECTED = "COCO: a JSON file with images, annotations and categories for each split"
 
 _LISTS = ("images", "annotations", "categories")
-_LARGEST = 1e9  # of a coordinate
 
 
 def find_splits(root: Path) -> dict[str, Source]:
@@ -61,6 +60,12 @@ def find_splits(root: Path) -> dict[str, Source]:
         )
         splits[split] = Source(path, tuple(dict.fromkeys(folders)))
     return splits
+
+
+def near_miss(root: Path) -> str:
+    """A JSON file of the root, or of `annotations`, that lacks what annotations of boxes have."""
+    files = sorted([*root.glob("*.json"), *root.glob("annotations/*.json")])
+    return f"{files[0]} has no lists 'images' and 'categories', as COCO's has" if files else ""
 
 
 def _is_ground_truth(path: Path) -> bool:
@@ -131,7 +136,7 @@ def _read(path: Path) -> dict[str, list[Any]]:
         content = {}
     for key in _LISTS:
         if not isinstance(content.get(key), list):
-            raise UserError(f"{path}: has no list {key!r}: {EXPECTED} is expected")
+            raise UserError(f"{path}: has no list {key!r}, which COCO's format has")
     return content
 
 
@@ -142,7 +147,7 @@ def _category_names(path: Path, categories: list[Any], faults: Faults) -> dict[A
         with faults.noted():
             name = entry.get("name") if isinstance(entry, dict) else None
             if not isinstance(name, str) or not name.strip() or not _is_id(entry.get("id")):
-                raise UserError(f"{path}: category {entry!r:.80} has no id and name: write them")
+                raise UserError(f"{path}: category {brief(entry)} has no id and name: write them")
             if entry["id"] in names:
                 raise UserError(
                     f"{path}: category id {entry['id']} occurs twice: give each its own"
@@ -157,14 +162,16 @@ def _images(path: Path, images: list[Any], faults: Faults) -> Iterator[tuple[Any
     for entry in images:
         with faults.noted():
             if not isinstance(entry, dict) or not _is_id(entry.get("id")):
-                raise UserError(f"{path}: image {entry!r:.80} has no id: write one")
+                raise UserError(f"{path}: image {brief(entry)} has no id: write one")
             file = entry.get("file_name")
             if not isinstance(file, str) or not file.strip():
-                raise UserError(f"{path}: image {entry['id']} has no file_name: write it")
+                raise UserError(f"{path}: image {brief(entry['id'])} has no file_name: write it")
+            if PurePosixPath(file.strip().replace("\\", "/")).name in ("", ".."):
+                raise UserError(f"{path}: file_name {brief(file)} names no file: correct it")
             if entry["id"] in ids:
                 raise UserError(f"{path}: image id {entry['id']} occurs twice: give each its own")
             if file in files:
-                raise UserError(f"{path}: file_name {file!r} occurs twice: remove one of them")
+                raise UserError(f"{path}: file_name {brief(file)} occurs twice: remove one of them")
             ids.add(entry["id"])
             files.add(file)
             yield entry["id"], entry
@@ -175,7 +182,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _where(path: Path, entry: Mapping[str, Any]) -> str:
-    return f"{path}: image {entry['id']} ({entry['file_name']})"
+    return f"{path}: image {entry['id']} ({shortened(entry['file_name'], 200)})"
 
 
 def _empty() -> tuple[list, list, list, list, list]:
@@ -185,7 +192,7 @@ def _empty() -> tuple[list, list, list, list, list]:
 def _size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
     """Width and height; None if they are missing or, as some tools write them, 0."""
     sides = [entry.get("width"), entry.get("height")]
-    if not all(isinstance(side, int | float) and 1 <= side < _LARGEST for side in sides):
+    if not all(isinstance(side, int | float) and 1 <= side < LARGEST for side in sides):
         return None
     return int(sides[0]), int(sides[1])  # type: ignore[arg-type]
 
@@ -195,25 +202,26 @@ def _add(
 ) -> None:
     """Adds an object to the record of its image."""
     if not isinstance(annotation, dict):
-        raise UserError(f"{path}: annotation {annotation!r:.80} is no object: export it again")
-    where = f"{path}: annotation {annotation.get('id', 'without id')}"
+        raise UserError(f"{path}: annotation {brief(annotation)} is no object: export it again")
     try:
         record = records[annotation["image_id"]]
     except (KeyError, TypeError):
         raise UserError(
-            f"{where}: image_id {annotation.get('image_id')!r} is no image's id: correct it"
+            f"{_place(path, annotation)}: image_id {brief(annotation.get('image_id'))} is no "
+            "image's id: correct it"
         ) from None
     try:
         name = names[annotation["category_id"]]
     except (KeyError, TypeError):
         raise UserError(
-            f"{where}: category_id {annotation.get('category_id')!r} is no category's id: correct "
-            "it, or add the category"
+            f"{_place(path, annotation)}: category_id {brief(annotation.get('category_id'))} is no "
+            "category's id: correct it, or add the category"
         ) from None
-    x, y, width, height = _box(annotation, where)
+    x, y, width, height = _box(path, annotation)
     record.classes.append(name)
     if width <= 0 or height <= 0:
-        record.dropped.append(f"annotation {annotation.get('id')} ({name}) of {record.filename}")
+        number = brief(annotation.get("id"))
+        record.dropped.append(f"annotation {number} ({name}) of {shortened(record.filename)}")
         return
     record.labelled.append(name)
     record.boxes.append((x, y, x + width, y + height))
@@ -221,7 +229,12 @@ def _add(
     record.difficult.append(any(bool(annotation.get(key)) for key in keys))
 
 
-def _box(annotation: Mapping[str, Any], where: str) -> tuple[float, float, float, float]:
+def _place(path: Path, annotation: Mapping[str, Any]) -> str:
+    number = brief(annotation["id"]) if "id" in annotation else "without id"
+    return f"{path}: annotation {number}"
+
+
+def _box(path: Path, annotation: Mapping[str, Any]) -> tuple[float, float, float, float]:
     """x, y, width and height; of the polygons where there is no box."""
     box = annotation.get("bbox")
     if not box and isinstance(annotation.get("segmentation"), list):
@@ -231,7 +244,10 @@ def _box(annotation: Mapping[str, Any], where: str) -> tuple[float, float, float
             ys = [y for part in numbers for y in part[1::2]]
             return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
     if not isinstance(box, list) or len(box) != 4 or not _are_numbers(box):
-        raise UserError(f"{where}: bbox is {box!r:.80}: write [x, y, width, height], in pixels")
+        raise UserError(
+            f"{_place(path, annotation)}: bbox is {brief(box)}: write [x, y, width, height], in "
+            "pixels"
+        )
     x, y, width, height = box
     return x, y, width, height
 
@@ -241,7 +257,7 @@ def _are_numbers(values: list[Any]) -> bool:
         isinstance(value, int | float)
         and not isinstance(value, bool)
         and math.isfinite(value)
-        and abs(value) < _LARGEST
+        and abs(value) < LARGEST
         for value in values
     )
 

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -32,11 +33,12 @@ from tract_det.data.files import Source
 from tract_det.data.shapes import SHAPES_CLASSES, ensure_shapes
 from tract_det.errors import UserError
 
-_READERS: dict[str, ModuleType] = {"coco": coco, "yolo": yolo, "voc": voc_folders}
+_READERS: dict[str, ModuleType] = {"voc": voc_folders, "coco": coco, "yolo": yolo}
 _TITLES = {"coco": "COCO", "yolo": "YOLO", "voc": "VOC"}
 # Names of the two parts of a data set that has no splits of its own.
 _TRAINING = ("train", "trainval")
 _HELD_OUT = ("val", "valid", "test")
+_LOOKED_AT = 50  # folders below one that holds no data set
 # Two names that people give to one split.
 _ALIASES = {"val": "valid", "valid": "val"}
 
@@ -213,13 +215,49 @@ def _sources(root: Path, format: str) -> tuple[str, Mapping[str, Source]]:
         titles = " and ".join(_TITLES[name] for name in recognised)
         raise UserError(f"{root} holds {titles}: set DATASETS.FORMAT to {' or '.join(recognised)}")
     if not recognised:
-        if format in ("auto", "voc"):
-            voc.check_tree(root)
-        raise UserError(
-            f"{root}: nothing here is in the format {format} (DATASETS.FORMAT): "
-            f"{_READERS[format].EXPECTED}"
-        )
+        raise _unrecognised(root, format, candidates)
     return next(iter(recognised.items()))
+
+
+def _unrecognised(root: Path, format: str, candidates: Sequence[str]) -> UserError:
+    """Says what is missing, as far as what lies there lets it be guessed."""
+    if "voc" in candidates and any((root / name).is_dir() for name in voc.FOLDERS):
+        voc.check_tree(root)
+    misses = [_READERS[name].near_miss(root) for name in candidates if name != "voc"]
+    if reasons := "; ".join(filter(None, misses)):
+        return UserError(f"{root}: no data set is recognised: {reasons}")
+    if format != "auto":
+        expected = _READERS[format].EXPECTED
+        return UserError(
+            f"{root}: nothing here is in the format {format} (DATASETS.FORMAT): {expected}"
+        )
+    if below := _folders_below(root, candidates):
+        return UserError(
+            f"{root}: no data set is recognised here, but in {shorten(below, 3)}: set "
+            "DATASETS.ROOT to that"
+        )
+    return UserError(
+        f"{root}: no data set is recognised: {'; or '.join(r.EXPECTED for r in _READERS.values())}"
+        ". `datum convert` brings other formats into COCO's, see the README"
+    )
+
+
+def _folders_below(root: Path, candidates: Sequence[str]) -> list[str]:
+    """Folders up to two levels below that hold a data set; a devkit's tree goes before others."""
+    below = [sorted(root.glob(pattern))[:_LOOKED_AT] for pattern in ("*", "*/*")]
+    levels = [[path for path in paths if path.is_dir()] for paths in below]
+    for holds_data in (voc.is_tree, partial(_is_any, candidates)):
+        for folders in levels:
+            if names := [str(folder) for folder in folders if holds_data(folder)]:
+                return names
+    return []
+
+
+def _is_any(candidates: Sequence[str], folder: Path) -> bool:
+    try:
+        return any(_READERS[name].find_splits(folder) for name in candidates)
+    except UserError:  # of a format, but with a fault
+        return True
 
 
 def _choose(
@@ -234,10 +272,10 @@ def _choose(
         if holdout.fraction:
             part = "kept" if name in _TRAINING else "held out"
             return next(iter(sources.values())), part
-        known = f"only {names[0]!r}" if names else "no splits"
+        known = f"there is only {names[0]!r}" if names else "the data have no splits"
         raise UserError(
-            f"{root}: no split {name!r} here, there is {known}: set DATASETS.HOLDOUT to the "
-            "share of the images to evaluate on, such as 0.2"
+            f"{root}: no split {name!r} here, {known}: set DATASETS.HOLDOUT to the share of the "
+            "images to evaluate on, such as 0.2"
         )
     raise UserError(f"{root}: no split {name!r} here; there is: {shorten(names, 8) or 'none'}")
 

@@ -1,5 +1,6 @@
 """Finds the image files that annotations name."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -11,14 +12,31 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ARR
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file is an image by its name; an array beside a picture of its name is its cache.
+    """Whether a file is an image by its name, and neither hidden nor a picture's cache.
 
-    Ultralytics' trainers leave such ones.
+    Ultralytics' trainers leave an array beside a picture, of its name.
     """
+    if is_hidden(path):
+        return False
     suffix = path.suffix.lower()
     if suffix != ARRAY_SUFFIX:
         return suffix in IMAGE_SUFFIXES
     return not any(path.with_suffix(other).exists() for other in IMAGE_SUFFIXES[:-1])
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether no user means a file or folder: `._x.jpg` and `__MACOSX`, of archives from macOS."""
+    return path.name.startswith(".") or "__MACOSX" in path.parts
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder; pathlib raises where a name from data is too long."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file; see `exists`."""
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 class Source(NamedTuple):
@@ -38,12 +56,15 @@ class Source(NamedTuple):
 
 
 def by_stem(files: Iterable[Path], suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Files with one of the suffixes by their stem: sorted, the same on every machine."""
+    """Files with one of the suffixes by their stem, but for hidden ones.
+
+    They are sorted, the same on every machine.
+    """
     first: dict[str, Path] = {}
     ranked = sorted(
         (suffixes.index(suffix), file.name, file)
         for file in files
-        if (suffix := file.suffix.lower()) in suffixes
+        if (suffix := file.suffix.lower()) in suffixes and not is_hidden(file)
     )
     for _, _, file in ranked:
         first.setdefault(file.stem, file)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tract_det.data.annotations import DetectionSplit, Record, build_split, check_unique, shorten
 from tract_det.data.faults import Faults
-from tract_det.data.files import IMAGE_SUFFIXES, by_stem
+from tract_det.data.files import IMAGE_SUFFIXES, by_stem, is_file
 from tract_det.data.voc_xml import parse_annotation
 from tract_det.errors import UserError
 
@@ -129,6 +129,9 @@ def _expected_tree(name: str) -> str:
     return "\n".join(lines)
 
 
+FOLDERS = ("Annotations", "ImageSets/Main", "JPEGImages")  # of a devkit
+
+
 def is_tree(root: Path) -> bool:
     """Whether a folder has a devkit's layout, as far as its splits go."""
     return (root / "Annotations").is_dir() and (root / "ImageSets" / "Main").is_dir()
@@ -146,8 +149,7 @@ def check_tree(root: Path, need_images: bool = True) -> None:
     Raises:
         UserError: Names the folder that is missing, and shows the layout.
     """
-    folders = ["Annotations", "ImageSets/Main"] + ["JPEGImages"] * need_images
-    for folder in folders:
+    for folder in FOLDERS if need_images else FOLDERS[:2]:
         if not (root / folder).is_dir():
             raise UserError(f"{root}: no folder {folder} here\n{_expected_tree(root.name)}")
 
@@ -162,7 +164,7 @@ def _find_annotation(root: Path, split_file: Path, image_id: str, xmls: dict[str
     if image_id in xmls:
         return xmls[image_id]
     path = root / "Annotations" / f"{image_id}.xml"
-    if "/" in image_id and ".." not in image_id.split("/") and path.is_file():
+    if "/" in image_id and ".." not in image_id.split("/") and is_file(path):
         return path
     stem, dot, ending = image_id.rpartition(".")
     if dot and stem in xmls:
@@ -187,7 +189,7 @@ def _find_image(
     usual = root / "JPEGImages" / f"{image_id}.jpg"
     if "/" in image_id:
         for suffix in IMAGE_SUFFIXES:
-            if (path := usual.with_suffix(suffix)).is_file():
+            if is_file(path := usual.with_suffix(suffix)):
                 return path
     # <filename> may be a path on the annotator's machine, even a Windows path, or have no suffix.
     name = re.split(r"[\\/]", record.filename.strip())[-1]
@@ -204,7 +206,7 @@ def _find_image(
 
 def _split_file(root: Path, split: str) -> Path:
     path = root / "ImageSets" / "Main" / f"{split}.txt"
-    if not path.is_file():
+    if not is_file(path):
         # Names with "_" last: a devkit has 60 files for single classes, such as cat_train.
         splits = sorted((p.stem for p in path.parent.glob("*.txt")), key=lambda s: ("_" in s, s))
         raise UserError(f"{path}: no such split; there is: {shorten(splits, 8) or 'none'}")

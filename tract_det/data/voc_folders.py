@@ -10,11 +10,11 @@ from pathlib import Path
 
 from tract_det.data.annotations import Record
 from tract_det.data.faults import Faults
-from tract_det.data.files import IMAGE_SUFFIXES, Source, by_stem
+from tract_det.data.files import IMAGE_SUFFIXES, Source, by_stem, is_hidden
 from tract_det.data.voc_xml import parse_annotation
 from tract_det.errors import UserError
 
-EXPECTED = "XML files of VOC's annotations beside images, or in Annotations/, are expected"
+EXPECTED = "VOC: XML files of its annotations beside images, or in Annotations/"
 
 _ANNOTATIONS = ("Annotations", "annotations", "labels", "xml")
 _IMAGES = ("JPEGImages", "images", "Images", "img")
@@ -37,7 +37,7 @@ def find_splits(root: Path) -> dict[str, Source]:
 
 
 def _has_xml(folder: Path) -> bool:
-    return next(folder.glob("*.[xX][mM][lL]"), None) is not None
+    return any(not is_hidden(path) for path in folder.glob("*.[xX][mM][lL]"))
 
 
 def _source(folder: Path, above: Path) -> Source:

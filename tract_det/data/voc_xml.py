@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tract_det.data.annotations import Record
-from tract_det.errors import UserError
+from tract_det.data.annotations import LARGEST, Record
+from tract_det.errors import UserError, brief, shortened
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -27,7 +27,9 @@ def parse_annotation(xml: Path) -> Record:
     except (OSError, LookupError, ValueError) as error:  # unreadable, or an unknown encoding
         raise UserError(f"{xml}: cannot be read ({error}): save it again as UTF-8") from None
     if tree.tag != "annotation":
-        raise UserError(f"{xml}: starts with <{tree.tag}>, not <annotation>: not a VOC annotation")
+        raise UserError(
+            f"{xml}: starts with <{shortened(tree.tag)}>, not <annotation>: not a VOC annotation"
+        )
     record = Record(xml, tree.findtext("filename") or "", _size(tree, xml), [], [], [], [], [])
     # Thousands of files are read: what only a message needs is put together for the message.
     for number, element in enumerate(tree.findall("object"), 1):
@@ -66,7 +68,7 @@ def _number(text: str | None, tag: str, where: Callable[[], str]) -> float:
         value = float(text or "")
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        shown = "missing" if text is None else repr(text.strip())
+    if not abs(value) < LARGEST:  # also of NaN
+        shown = "missing" if text is None else brief(text.strip())
         raise UserError(f"{where()}: <{tag}> is {shown}: write a number")
     return value

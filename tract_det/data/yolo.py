@@ -17,6 +17,7 @@ is taken to be that pixel: so boxes that were whole pixels come back as they wer
 Format: https://docs.ultralytics.com/datasets/detect.
 """
 
+import glob
 import math
 import re
 import warnings
@@ -27,13 +28,12 @@ from typing import Any
 import yaml
 
 from tract_det.data.annotations import Record, check_unique, in_threads
-from tract_det.data.files import Source, is_image
+from tract_det.data.files import Source, exists, is_file, is_hidden, is_image
 from tract_det.data.images import stored_size, upright_size
-from tract_det.errors import UserError
+from tract_det.errors import UserError, brief, shortened
 
 EXPECTED = (
-    "data.yaml with names and train, or classes.txt (obj.names) with images and their label files, "
-    "is expected"
+    "YOLO: data.yaml with names and train, or classes.txt (obj.names) with images and label files"
 )
 
 _SPLITS = ("train", "val", "valid", "test")
@@ -48,6 +48,8 @@ def find_splits(root: Path) -> dict[str, Source]:
     Raises:
         UserError: The file that names the classes is malformed.
     """
+    if root.suffix in (".yaml", ".yml") and root.is_file():
+        return _described_splits(root.parent, root)
     if not root.is_dir():
         return {}
     description = _description(root)
@@ -57,6 +59,27 @@ def find_splits(root: Path) -> dict[str, Source]:
         if (root / name).is_file():
             return _listed_splits(root, _read_names(root / name))
     return {}
+
+
+def near_miss(root: Path) -> str:
+    """A description without classes, or label files without a list of them."""
+    files = sorted([*root.glob("*.yaml"), *root.glob("*.yml")], key=lambda p: p.stem != "data")
+    if files:
+        return f"{files[0]} has no names, as YOLO's description has"
+    labels = next((path for path in root.glob("labels/**/*.txt") if not is_hidden(path)), None)
+    if labels is None:
+        labels = next((p for p in root.glob("*.txt") if any(map(is_image, _beside(p)))), None)
+    if labels is None:
+        return ""
+    return (
+        f"{labels} looks like YOLO's labels, but no list says which classes they number: write "
+        f"{root / 'classes.txt'} with a class in each line, in their order"
+    )
+
+
+def _beside(path: Path) -> list[Path]:
+    """Files of the same stem."""
+    return list(path.parent.glob(f"{glob.escape(path.stem)}.*"))
 
 
 def _description(root: Path) -> Path | None:
@@ -74,13 +97,15 @@ def _described_splits(root: Path, path: Path) -> dict[str, Source]:
             _text(path), yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
         )
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no YAML ({' '.join(str(error).split())}): repair it") from None
+        raise UserError(f"{path}: is no YAML ({shortened(str(error), 200)}): repair it") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: is no description of a data set: {EXPECTED}")
     names = _numbered(path, content.get("names"))
     count = content.get("nc", len(names))
     if count != len(names):
-        raise UserError(f"{path}: nc is {count}, but names has {len(names)} classes: correct one")
+        raise UserError(
+            f"{path}: nc is {brief(count)}, but names has {len(names)} classes: correct one"
+        )
     base = Path(str(content.get("path") or "."))
     bases = [root / base, root, root.parent] if not base.is_absolute() else [base, root]
     splits = {}
@@ -102,11 +127,14 @@ def _entry_files(path: Path, split: str, entries: Any, bases: list[Path]) -> lis
         # Exports write ../train/images where train/images beside the file is meant.
         names = [name, *([name.lstrip("./")] if name.startswith("..") else [])]
         places = [base / name for base in bases for name in names]
-        place = next((place for place in places if place.exists()), None)
+        place = next((place for place in places if exists(place)), None)
         if place is None:
             raise UserError(
-                f"{path}: {split}: there is no {name!r} in {bases[0]} or {bases[1]}: correct it"
+                f"{path}: {split}: there is no {brief(name)} in {bases[0]} or {bases[1]}: correct "
+                "it"
             )
+        if place.resolve() in path.resolve().parent.parents:
+            raise UserError(f"{path}: {split}: {brief(name)} lies above the data: correct it")
         files += _in_folder(place) if place.is_dir() else _in_list(place)
     return files
 
@@ -125,9 +153,9 @@ def _in_list(path: Path) -> list[Path]:
             continue
         # CVAT and Darknet write data/obj_train_data/x.jpg for obj_train_data/x.jpg beside the list.
         names = [name, name.removeprefix("data/"), name.removeprefix("./")]
-        file = next((path.parent / n for n in names if (path.parent / n).is_file()), None)
+        file = next((path.parent / n for n in names if is_file(path.parent / n)), None)
         if file is None:
-            raise UserError(f"{path}, line {number}: there is no image {name!r}: correct it")
+            raise UserError(f"{path}, line {number}: there is no image {brief(name)}: correct it")
         files.append(file)
     return files
 
@@ -167,7 +195,7 @@ def _numbered(path: Path, names: Any) -> dict[int, str]:
         )
     )
     if not is_good:
-        raise UserError(f"{path}: names is {names!r:.80}: write a list of classes, in their order")
+        raise UserError(f"{path}: names is {brief(names)}: write a list of classes, in their order")
     numbered = {number: " ".join(str(name).split()) for number, name in names.items()}
     if len(set(numbered.values())) < len(numbered) or "" in numbered.values():
         raise UserError(f"{path}: two classes have the same name, or one has none: correct names")
@@ -281,10 +309,11 @@ def parse_labels(
 
 def _class_name(word: str, class_names: Mapping[int, str], where: str) -> str:
     try:
-        return class_names[int(word)]
-    except (ValueError, KeyError):
+        number = float(word)  # some exporters write 0.0
+        return class_names[int(number) if number.is_integer() else -1]
+    except (ValueError, OverflowError, KeyError):
         raise UserError(
-            f"{where}: class {word!r:.40} is none of the {len(class_names)} classes "
+            f"{where}: class {brief(word)} is none of the {len(class_names)} classes "
             f"({min(class_names)} to {max(class_names)}): correct it, or the list of classes"
         ) from None
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tract_det.config.files import flat
+from tract_det.config.files import check_values, flat
 from tract_det.config.tasks import MODULES
-from tract_det.errors import UserError
+from tract_det.errors import UserError, shortened
 from tract_det.files import read_metrics
 from tract_det.modeling.weight_files import read_weights
 
@@ -99,8 +99,10 @@ def _config(folder: Path) -> dict[str, Any]:
         return {}
     try:
         content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: is no YAML ({error}): it is damaged, remove it") from None
+        check_values(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        why = shortened(str(error), 200)
+        raise UserError(f"{path}: is no configuration ({why}): it is damaged, remove it") from None
     return flat(content) if isinstance(content, dict) else {}
 
 
