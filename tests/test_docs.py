@@ -8,27 +8,25 @@ import pytest
 
 from docs import make_keys
 from tests.conftest import REPO
+from tests.pages import PAGES, blocks, python_blocks, without_blocks
 from tract_det import cli
 from tract_det.config import tasks
 from tract_det.config.files import find_config
 
-PAGES = [
-    REPO / name
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tract_det/d2/README.md")
-] + sorted([*REPO.glob("docs/*.md"), *REPO.glob("benchmarks/*.md")])
-TEXTS = {str(page.relative_to(REPO)): page.read_text() for page in PAGES}
+LINKING = [*PAGES, "CHANGELOG.md"]
+LINKING += sorted(str(page.relative_to(REPO)) for page in REPO.glob("benchmarks/*.md"))
 
 
 def anchors(text):
     """Those of a page's headings, as code hosts make them."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    headings = re.findall(r"^#+ (.+)$", without_blocks(text), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("name", LINKING)
 def test_every_link_within_the_repository_leads_somewhere(name):
     page = REPO / name
-    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", TEXTS[name], flags=re.S)):
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page.read_text())):
         if link.startswith(("http://", "https://")):
             continue
         path, _, anchor = link.partition("#")
@@ -37,21 +35,13 @@ def test_every_link_within_the_repository_leads_somewhere(name):
         assert not anchor or anchor in anchors(target.read_text()), link
 
 
-def blocks(text, language):
-    """The code blocks of a language, which stands behind their opening fence."""
-    fenced = re.findall(r"^```(\S*)\n(.*?)^```$", text, re.M | re.S)
-    return [code for word, code in fenced if word == language]
-
-
 def commands():
-    """The lines of shell blocks that call this project's programs, as (page, words)."""
-    for name, text in TEXTS.items():
-        if name.startswith(("benchmarks/", "CHANGELOG")):
-            continue  # they show what was run at their time
-        for block in blocks(text, ""):
-            for line in block.replace("\\\n", " ").splitlines():
-                if re.search(r"tools/\w+\.py|\btract-det \w", line):
-                    yield name, shlex.split(line, comments=True)
+    """The words of the commands that call this project's programs."""
+    for page in PAGES:
+        for block in blocks(page):
+            for command in block.commands() if block.language in ("", "inline") else ():
+                if re.search(r"tools/\w+\.py|\btract-det [a-z]", command):
+                    yield shlex.split(command)
 
 
 COMMANDS = list(commands())
@@ -78,9 +68,7 @@ def test_the_pages_show_commands():
     assert len(COMMANDS) > 15
 
 
-@pytest.mark.parametrize(
-    "words", [words for _, words in COMMANDS], ids=[" ".join(words)[:60] for _, words in COMMANDS]
-)
+@pytest.mark.parametrize("words", COMMANDS, ids=[" ".join(words)[:60] for words in COMMANDS])
 def test_every_command_names_a_verb_and_configurations_and_keys_that_exist(words):
     verb, arguments = split(words)
     assert verb in cli.VERBS
@@ -100,13 +88,11 @@ def is_key(word):
     return re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Za-z0-9_]+)*", word) is not None and word != "FILE"
 
 
-@pytest.mark.parametrize("name", ["README.md"])
-def test_the_python_blocks_run_one_after_the_other(name):
+def test_the_blocks_for_the_library_run_one_after_the_other():
     scope = {}
-    for block in blocks(TEXTS[name], "python"):
-        # tests/d2/test_readme.py runs those for detectron2, tests/inference those with weights.
-        if "tract_det.d2" not in block and "load_detector" not in block:
-            exec(block, scope)
+    for block in python_blocks("README.md"):
+        if block.heading == "As a library":
+            exec(block.code, scope)
     assert "TrActConv2d" in repr(scope["model"].conv1)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import detectron2
 import pytest
 
-from tests.conftest import REPO, run_python, write_voc_tree
+from tests.conftest import run_python, write_voc_tree
+from tests.pages import python_blocks
 from tract_det.d2 import config_file
 
 SOURCE = Path(os.environ.get("DETECTRON2_SOURCE") or Path(detectron2.__file__).parents[1])
@@ -22,8 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not (SOURCE / "tools/plain_train_net.py").is_file(), reason=REASON),
 ]
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (REPO / "tract_det/d2/README.md").read_text(), re.S)
-TOP, IN_SETUP, EVALUATORS, LAZY = BLOCKS[:4]
+TOP, IN_SETUP, EVALUATORS, LAZY = (block.code for block in python_blocks("tract_det/d2/README.md"))
 SMALL = [
     *("MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2),
     *("INPUT.MIN_SIZE_TRAIN", "[96]", "INPUT.MIN_SIZE_TEST", 96, "MODEL.FPN.OUT_CHANNELS", 16),

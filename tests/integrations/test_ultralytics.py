@@ -37,21 +37,25 @@ head:
 """
 
 
-@pytest.fixture
-def data(tmp_path):
+def write_data(folder):
     """Eight images with a bright box each, the same for training and validation."""
     rng = np.random.default_rng(0)
-    for folder in ("images", "labels"):
-        (tmp_path / folder).mkdir()
+    for name in ("images", "labels"):
+        (folder / name).mkdir()
     for index in range(8):
         image = rng.integers(0, 100, (SIDE, SIDE, 3), dtype=np.uint8)
         image[16:48, 16:48] += 100
-        Image.fromarray(image).save(tmp_path / "images" / f"{index}.png")
-        (tmp_path / "labels" / f"{index}.txt").write_text(f"{index % 2} 0.5 0.5 0.5 0.5\n")
-    (tmp_path / "network.yaml").write_text(NETWORK)
-    path = tmp_path / "data.yaml"
-    path.write_text(f"path: {tmp_path}\ntrain: images\nval: images\nnames: [disc, box]\n")
+        Image.fromarray(image).save(folder / "images" / f"{index}.png")
+        (folder / "labels" / f"{index}.txt").write_text(f"{index % 2} 0.5 0.5 0.5 0.5\n")
+    path = folder / "data.yaml"
+    path.write_text(f"path: {folder}\ntrain: images\nval: images\nnames: [disc, box]\n")
     return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "network.yaml").write_text(NETWORK)
+    return write_data(tmp_path)
 
 
 def make(data):
