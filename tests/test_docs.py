@@ -8,10 +8,11 @@ import pytest
 
 from docs import make_keys
 from tests.conftest import REPO
-from tests.pages import PAGES, blocks, python_blocks, without_blocks
+from tests.pages import PAGES, blocks, python_blocks, read, without_blocks
 from tract_det import cli
 from tract_det.config import tasks
 from tract_det.config.files import find_config
+from tract_det.errors import UserError
 
 LINKING = [*PAGES, "CHANGELOG.md"]
 LINKING += sorted(str(page.relative_to(REPO)) for page in REPO.glob("benchmarks/*.md"))
@@ -86,6 +87,24 @@ def test_every_command_names_a_verb_and_configurations_and_keys_that_exist(words
 
 def is_key(word):
     return re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Za-z0-9_]+)*", word) is not None and word != "FILE"
+
+
+def settings():
+    """The `KEY VALUE` pairs in the text, as words; detectron2's page has that library's keys."""
+    for page in PAGES:
+        for text in re.findall(r"`([A-Z][A-Z_]*\.[^`]+ [^`]+)`", without_blocks(read(page))):
+            words = shlex.split(text)
+            if is_key(words[0]) and page != "tract_det/d2/README.md":
+                yield words
+
+
+@pytest.mark.parametrize("words", [*settings()], ids=" ".join)
+def test_every_setting_in_the_text_is_one_of_a_detector_or_a_classifier(words):
+    averaged = ["MODEL.EMA.ENABLED", "True", *words]
+    try:
+        tasks.loader_of("detection")("quickstart/shapes.yaml", averaged)
+    except UserError:
+        tasks.loader_of("classification")("CIFAR/cpu_small.yaml", averaged)
 
 
 def test_the_blocks_for_the_library_run_one_after_the_other():
