@@ -177,6 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--add", nargs=2, metavar=("FOLDER", "NAME"), help="keep a comparison")
     args = parser.parse_args(argv)
+    if not PAGE.is_file():
+        raise UserError(f"{PAGE} is not there: the page is one of a checkout, run this in one")
     if args.add:
         add(Path(args.add[0]), args.add[1])
     rows = RESULTS / ROWS

@@ -34,8 +34,7 @@ NOT_RUN = {
     "bash .ci/": "CI itself",
     "jupyter execute ": "tests/test_tour.py executes the notebook",
     "tract-det bench paper": "writes a page of the checkout; tests/test_paper_page.py compares it",
-    "tract-det bench gpu": "needs a GPU",
-    "tract-det bench train": "measures for minutes",
+    "tract-det bench train": "needs detectron2",
     "python benchmarks/train.py ": "needs detectron2",
     "deepspeed tools/train_net.py --config-file configs/detectron2/": "needs detectron2",
     "python tools/train_net.py --config-file configs/detectron2/": "needs detectron2",
@@ -67,6 +66,7 @@ STAND_INS = {
     "--nnodes 2": "--nnodes 1",
     "node1": "127.0.0.1",
     "--arms plain,tract --seeds 5": "--arms plain,tract --seeds 1",
+    "bench gpu": "bench gpu --device cpu --small --minutes 0",
     "bench stem": "bench stem --repeats 1 --stems 3x3-cifar --no-memory",
 }
 SHORT = {

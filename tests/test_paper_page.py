@@ -86,6 +86,13 @@ def test_a_folder_without_a_comparison_is_refused(tmp_path):
         paper.add(tmp_path, "x")
 
 
+def test_an_installed_package_that_has_no_page_says_where_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "PAGE", tmp_path / "paper.md")
+    with pytest.raises(UserError, match=r"paper\.md is not there: the page is one of a checkout"):
+        paper.main([])
+    assert not [*tmp_path.iterdir()]
+
+
 def test_an_experiment_shows_the_verdict_of_its_reduced_run():
     text = paper.page({}, {"cifar10-cpu_small": {"verdicts": ["tract is better."]}})
     link = "[cifar10-cpu_small](results/cifar10-cpu_small/comparison.md)"
