@@ -40,7 +40,8 @@ NOT_RUN = {
     "python tools/train_net.py --config-file configs/detectron2/": "needs detectron2",
     "python plain_train_net.py ": "needs detectron2: tests/d2/test_readme.py",
     "python lazyconfig_train_net.py ": "needs detectron2: tests/d2/test_readme.py",
-    "from tract_det.d2 import ": "needs detectron2: tests/d2/test_readme.py",
+    "from tract_det.d2 import add_tract_config\n": "needs detectron2, and is on its page as well",
+    "from tract_det.d2 import VOCEvaluator, ": "needs detectron2: tests/d2/test_readme.py",
     "add_tract_config(cfg)": "needs detectron2: tests/d2/test_readme.py",
     "def get_evaluator(cfg, ": "needs detectron2: tests/d2/test_readme.py",
     "from detectron2.config import ": "needs detectron2: tests/d2/test_readme.py",
@@ -141,6 +142,10 @@ def data(tmp_path_factory):
     (root / "hosts").write_text("localhost slots=1\n")
     for name in ("tools", "configs"):
         (root / name).symlink_to(REPO / name)
+    (root / "bin").mkdir()
+    for name, script in STARTERS.items():
+        (root / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (root / "bin" / name).chmod(0o755)
     return root
 
 
@@ -163,12 +168,13 @@ def folder(data, tmp_path):
     return tmp_path
 
 
-# Slurm's programs, for a job on this machine alone.
-SLURM = """
-export SLURM_JOB_ID=7 SLURM_JOB_NODELIST=localhost SLURM_NNODES=1
-scontrol() { echo 127.0.0.1; }
-srun() { "$@"; }
-"""
+# What starts programs on other machines, here on this one.
+STARTERS = {
+    "ssh": 'while [ "${1#-}" != "$1" ]; do shift 2; done; shift; exec "$@"',
+    "srun": 'exec "$@"',
+    "scontrol": "echo 127.0.0.1",
+}
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1"}
 
 
 def as_run(script, number):
@@ -196,13 +202,13 @@ def shortened(command, number, is_general):
 
 
 def run(script, folder):
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    programs = str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]
     environment = {
-        **os.environ, "PATH": path, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu", "DETECTRON2_DATASETS": "datasets",
+        **os.environ, **SLURM, "PATH": os.pathsep.join(programs), "PYTHONPATH": str(REPO),
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DETECTRON2_DATASETS": "datasets",
     }  # fmt: skip
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", SLURM + script],
+        ["bash", "-euo", "pipefail", "-c", script],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
