@@ -106,6 +106,14 @@ def test_what_is_not_run_is_on_a_page():
         assert any(one.startswith(beginning) for one in code), beginning
 
 
+def test_what_commands_name_of_the_checkout_is_there():
+    commands = [c for page in PAGES for block in blocks(page) for c in block.commands()]
+    words = {word for command in commands for word in command.split()}
+    places = ("tests/", "tools/", "benchmarks/", "docs/", ".ci/", "configs/")
+    named = {word for word in words if word.startswith(places) and "FILE" not in word}
+    assert len(named) > 10 and not [name for name in named if not (REPO / name).exists()]
+
+
 def test_the_tests_of_trainers_and_of_detectron2_take_their_blocks_from_the_pages():
     for page, test in ELSEWHERE.items():
         assert f'python_blocks("{page}")' in read(test)
