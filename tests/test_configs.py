@@ -29,6 +29,7 @@ def files(folders):
 CONFIGS = files(DETECTORS)
 RECIPES = files(CLASSIFIERS)
 ARMS = sorted((REPO / "configs/arms").glob("*.yaml"))
+GREY = ["MODEL.PIXEL_MEAN", "[100]", "MODEL.PIXEL_STD", "[50]", "DATASETS.NAME", "imagefolder"]
 QUICK = REPO / "configs/quickstart/shapes.yaml"
 
 
@@ -243,9 +244,11 @@ SMALL = REPO / "configs/CIFAR/cpu_small.yaml"
         (["INPUT.ERASING", "2"], "INPUT.ERASING is 2.0: it takes 0 to 1"),
         (["INPUT.ERASING", "-0.1"], "INPUT.ERASING is -0.1: it takes 0 to 1"),
         (
-            ["MODEL.PIXEL_MEAN", "[0]", "MODEL.PIXEL_STD", "[1]"],
-            "MODEL.PIXEL_MEAN takes three numbers",
+            [*GREY, "INPUT.AUTO_AUGMENT", "randaugment"],
+            r"INPUT\.AUTO_AUGMENT randaugment changes colours.*for 1 channels: set",
         ),
+        ([*GREY, "INPUT.COLOR_JITTER", "0.1"], r"INPUT\.COLOR_JITTER changes.*for 1 channels: set"),
+        ([*GREY, "DATASETS.NAME", "cifar10"], r"DATASETS\.NAME cifar10 has RGB.*for 1 channels"),
         (
             ["MODEL.PIXEL_MEAN", "[1, 1, 1]", "MODEL.PIXEL_STD", "[1, 0, 1]"],
             "MODEL.PIXEL_STD must be positive",

@@ -1,5 +1,7 @@
 """Images of other channels than three: what a file has is taken as it is, or refused in a line."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,51 @@ def test_what_is_not_read_is_refused_in_a_line_that_names_the_file(tmp_path, nam
     with pytest.raises(UserError, match=message) as refusal:
         read_upright(tmp_path / name, channels=channels)
     assert str(refusal.value).startswith(f"{tmp_path / name}: ") and "\n" not in str(refusal.value)
+
+
+def interleaved(pixels, photometric):
+    """The bytes of a TIFF whose samples lie side by side; Pillow writes four at most."""
+    height, width, count = pixels.shape
+    extra = count - (3 if photometric == 2 else 1)
+    shorts = {
+        256: [width], 257: [height], 258: [8] * count, 259: [1], 262: [photometric],
+        277: [count], 278: [height], 284: [1], 338: [0] * extra,
+    }  # fmt: skip
+    far = 8 + 2 + 12 * (len(shorts) + 2) + 4  # behind the directory: what does not fit into it
+    entries, behind = [], b""
+    for tag, values in shorts.items():
+        data = struct.pack(f"<{len(values)}H", *values)
+        if len(data) > 4:
+            place, behind = struct.pack("<I", far + len(behind)), behind + data
+        entries.append((tag, 3, len(values), place if len(data) > 4 else data.ljust(4, b"\0")))
+    entries.append((273, 4, 1, struct.pack("<I", far + len(behind))))
+    entries.append((279, 4, 1, struct.pack("<I", pixels.size)))
+    directory = b"".join(struct.pack("<HHI4s", *entry) for entry in sorted(entries))
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    return head + directory + bytes(4) + behind + pixels.tobytes()
+
+
+@pytest.mark.parametrize(("count", "photometric"), [(3, 1), (4, 1), (8, 1), (5, 2), (6, 2), (7, 2)])
+def test_a_tiff_of_more_samples_than_pillow_reads_is_refused_with_the_way_out(
+    tmp_path, count, photometric
+):
+    pixels = RNG.integers(0, 256, (H, W, count), dtype=np.uint8)
+    path = tmp_path / "bands.tif"
+    path.write_bytes(interleaved(pixels, photometric))
+    for look in (read_header, lambda path, n: read_upright(path, channels=n)):
+        with pytest.raises(UserError) as refusal:
+            look(path, count if count != 3 else 4)
+        assert str(refusal.value) == (
+            f"{path}: a TIFF with {count} samples in each pixel cannot be read: save it as .npy of "
+            f"shape (H, W, {count}) and 8 or 16 bits, or as TIFF with a grey page for each channel"
+        )
+
+
+def test_a_damaged_tiff_of_few_samples_is_refused_as_an_image_that_is_damaged(tmp_path):
+    path = tmp_path / "bands.tif"
+    path.write_bytes(interleaved(PIXELS[..., :3], 2)[:100])
+    with pytest.raises(UserError, match=r"bands\.tif: the image cannot be read .*: replace it"):
+        read_upright(path)
 
 
 def test_an_array_has_a_bound_of_pixels_too(tmp_path):

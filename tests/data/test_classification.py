@@ -1,5 +1,6 @@
 """Image folders: splits, labels, decoding and error messages."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,30 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, suffix, mode):
     image = read_rgb(path)
     assert image.dtype == torch.uint8
     assert np.abs(image.numpy().astype(int) - expected).max() <= 2
+
+
+def test_arrays_are_images_but_not_beside_a_picture_of_their_name(root):
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 20, 3), dtype=np.uint8)
+    np.save(root / "train/cat/000.npy", pixels)  # as Ultralytics leaves its caches
+    np.save(root / "train/cat/new.npy", pixels)
+    split = read(root)
+    assert ids(split) == sorted([*ALL, "train/cat/new.npy"])
+    image = split.read(ids(split).index("train/cat/new.npy"))
+    assert np.array_equal(image.permute(1, 2, 0), pixels)
+
+
+def test_a_split_reads_the_channels_that_it_is_told_and_refuses_others(root):
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 20, 5), dtype=np.uint8)
+    np.save(root / "train/cat/a.npy", pixels)
+    Image.fromarray(pixels[..., :4]).save(root / "train/cat/b.tif")
+    split = read(root)
+    place = ids(split).index
+    for name, count in (("a.npy", 5), ("b.tif", 4)):
+        index = place(f"train/cat/{name}")
+        image = replace(split, channels=count).read(index)
+        assert np.array_equal(image.permute(1, 2, 0), pixels[..., :count])
+        with pytest.raises(CorruptImageError, match=rf"{name}: the image has {count} channels"):
+            replace(split, channels=2).read(index)
 
 
 def test_exif_rotation_is_not_applied(tmp_path):

@@ -368,3 +368,25 @@ def test_nothing_to_mix_leaves_one_hot_targets_and_the_images():
     same, targets = Mix(4)(images, labels)
     assert same is images
     assert torch.equal(targets, one_hot(labels))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+@pytest.mark.parametrize("crop", ["random_resized", "pad", "simple", "none"])
+def test_geometric_steps_treat_channels_of_any_number_alike(channels, crop):
+    image = pixels()[:1]
+    options = {"rotation": 20, "erasing": 1.0, "crop": crop}
+    out = []
+    for count in (3, channels):
+        transform = classification_transforms.classification_train(
+            32, mean=[100.0] * count, std=[50.0] * count, **options
+        )
+        out.append(draw(transform, image.expand(count, -1, -1)))
+    rgb, many = out
+    assert many.shape == (channels, 32, 32)
+    torch.testing.assert_close(many, rgb[:1].expand(channels, -1, -1), rtol=0, atol=1e-6)
+    test = classification_transforms.classification_test(
+        32, resize=36, mean=range(channels), std=[2.0] * channels
+    )
+    means = torch.arange(channels)[:, None, None] / 2
+    both = test(image.expand(channels, -1, -1)) + means
+    assert torch.equal(both, both[:1].expand_as(both))

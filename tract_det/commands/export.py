@@ -8,8 +8,8 @@ r"""Writes a model for other runtimes, and compares it there with the model itse
 A detector takes one image, `image`: uint8 (3, H, W), RGB, 0 to 255, as it is, or as many channels
 as it was trained on; resizing and standardisation are within. It gives `boxes` (n, 4) float32, xyxy
 in pixels of that image, `labels` (n,) int64, from 0, and `scores` (n,) float32. A classifier takes
-`images`: uint8 (B, 3, S, S), RGB, 0 to 255, resized and cut to its size S, and gives
-`probabilities` (B, K).
+`images`: uint8 (B, 3, S, S), RGB, 0 to 255, or of as many channels as it was trained on, resized
+and cut to its size S, and gives `probabilities` (B, K).
 
 A detector in onnx or pt2 takes images of any size, or of the one that --size gives; in torchscript
 of that one alone. pt2 refuses images whose shorter side has, once resized, no more than 64 pixels.

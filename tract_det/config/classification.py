@@ -50,11 +50,13 @@ def _model() -> CfgNode:
             "DEVICE": "",  # cuda or cpu; "" = cuda if there is a GPU, else cpu
             # Mean and standard deviation of the pixels, RGB, in units of [0, 255]. [] = those that
             # the weights were trained with, or ImageNet's if the weights are random. Set them for a
-            # file that does not state them; values that contradict the weights are refused.
+            # file that does not state them; values that contradict the weights are refused. Another
+            # number of values than three is the number of channels of the images.
             "PIXEL_MEAN": [],
             "PIXEL_STD": [],
             # True: the model sees (pixels - PIXEL_MEAN) / PIXEL_STD. False: it sees pixels in
-            # [0, VALUE_RANGE].
+            # [0, VALUE_RANGE], which for other channels than three is True with PIXEL_MEAN of zeros
+            # and PIXEL_STD of 255 / VALUE_RANGE.
             "STANDARDIZE": True,
             "VALUE_RANGE": 1.0,  # what 255 becomes if STANDARDIZE is False, usually 1.0 or 255.0
             # BN = the norms that the model comes with; SyncBN (needs cuda) or GN replaces its batch
@@ -132,8 +134,9 @@ def _data() -> dict[str, Any]:
             "SMOOTHING": 0.0,  # label smoothing, also of batches that are not mixed
         },
         "DATASETS": {
-            # imagefolder = train/<class>/*.jpg and val/<class>/*.jpg (or test/<class>/*.jpg); or
-            # one of torchvision's data sets: cifar10, cifar100, flowers102, stanford_cars.
+            # imagefolder = train/<class>/*.jpg and val/<class>/*.jpg (or test/<class>/*.jpg), or
+            # other images, also of other channels in .npy; or one of torchvision's data sets:
+            # cifar10, cifar100, flowers102, stanford_cars.
             "NAME": "imagefolder",
             "ROOT": "",  # folder of the data set; must be set
             # Fraction of the training images of each class to evaluate on, if an imagefolder has
@@ -243,10 +246,7 @@ def validate(cfg: CfgNode) -> None:
         model.STANDARDIZE or not model.PIXEL_MEAN,
         "MODEL.PIXEL_MEAN is set, but MODEL.STANDARDIZE False does not use it: leave one out",
     )
-    require(
-        len(model.PIXEL_MEAN) in (0, 3),
-        "MODEL.PIXEL_MEAN takes three numbers (RGB), or []: classifiers have no other channels",
-    )
+    _check_channels(cfg)
     require(
         not (model.COMPILE and model.CHECKPOINTING),
         "MODEL.COMPILE and MODEL.CHECKPOINTING do not work together: set one of them False",
@@ -265,6 +265,23 @@ def validate(cfg: CfgNode) -> None:
         "and below 1) or epochs",
     )
     _check_zero(cfg)
+
+
+def _check_channels(cfg: CfgNode) -> None:
+    """With other images than RGB, refuses what is for RGB alone; colour jitter is shared."""
+    channels = len(cfg.MODEL.PIXEL_MEAN)
+    if channels in (0, 3):
+        return
+    require(
+        not cfg.INPUT.AUTO_AUGMENT,
+        f"INPUT.AUTO_AUGMENT {cfg.INPUT.AUTO_AUGMENT} changes colours, and MODEL.PIXEL_MEAN is for "
+        f"{channels} channels: set INPUT.AUTO_AUGMENT ''",
+    )
+    require(
+        cfg.DATASETS.NAME == "imagefolder",
+        f"DATASETS.NAME {cfg.DATASETS.NAME} has RGB images, and MODEL.PIXEL_MEAN is for {channels} "
+        "channels: give three numbers, or take imagefolder",
+    )
 
 
 def _check_data(cfg: CfgNode) -> None:

@@ -284,15 +284,8 @@ def validate(cfg: CfgNode) -> None:
 def _check_channels(cfg: CfgNode) -> None:
     """With other images than RGB, refuses what is for RGB alone."""
     channels = len(cfg.MODEL.PIXEL_MEAN)
-    if channels in (0, 3):
-        return
     require(
-        not cfg.INPUT.COLOR_JITTER,
-        f"INPUT.COLOR_JITTER changes colours, and MODEL.PIXEL_MEAN is for {channels} channels: set "
-        "INPUT.COLOR_JITTER 0.0",
-    )
-    require(
-        not cfg.MODEL.DETECTRON2.CONFIG_FILE,
+        channels in (0, 3) or not cfg.MODEL.DETECTRON2.CONFIG_FILE,
         f"MODEL.PIXEL_MEAN is for {channels} channels, and models of MODEL.DETECTRON2.CONFIG_FILE "
         "take three: use torchvision's model, or give three numbers",
     )

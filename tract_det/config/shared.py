@@ -206,6 +206,11 @@ def check_common(cfg: CfgNode) -> None:
         "each channel of the images",
     )
     require(all(std > 0 for std in model.PIXEL_STD), "MODEL.PIXEL_STD must be positive")
+    require(
+        mean in (0, 3) or not cfg.INPUT.COLOR_JITTER,
+        f"INPUT.COLOR_JITTER changes colours, and MODEL.PIXEL_MEAN is for {mean} channels: set "
+        "INPUT.COLOR_JITTER 0.0",
+    )
     for key, source in DERIVED_DEEPSPEED_KEYS.items():
         require(key not in cfg.DEEPSPEED, f"DEEPSPEED.{key} is derived: set {source} instead")
     metric = cfg.TEST.BEST_METRIC

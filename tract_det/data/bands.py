@@ -8,24 +8,40 @@ What a file has, and which of its kinds are read:
 | grey, one bit; grey with alpha, which is left out | 1 |
 | TIFF of several grey pages of one size, all upright | one a page |
 | RGB with alpha; RGB with a fourth sample in TIFF | 4 |
-| TIFF of RGB with more samples | as many; refused: Pillow does not read them |
+| TIFF of RGB with more samples | refused, but for a model of RGB, which takes the first three |
 | all others: RGB, palette, CMYK, ... | 3 |
 
 Floating-point and signed numbers are refused, since their range is not known. TIFF in other
-layouts, such as grey with more samples, does not open in Pillow: `.npy` takes all of it.
+layouts, such as more samples than four, does not open in Pillow: `.npy` takes all of it.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from PIL.TiffImagePlugin import SAMPLESPERPIXEL, TiffImageFile
+from PIL.TiffImagePlugin import (
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLESPERPIXEL,
+    ImageFileDirectory_v2,
+    TiffImageFile,
+)
 
 ARRAY_SUFFIX = ".npy"
 
 _GREY = ("1", "L", "LA", "La", "F")
 _RGB_AND_ONE = "RGBX"
 ORIENTATION = 0x0112  # EXIF's tag
+
+
+class SamplesError(ValueError):
+    """A TIFF has more samples in a pixel than Pillow reads."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(
+            f"a TIFF with {count} samples in each pixel cannot be read: save it as .npy of shape "
+            f"(H, W, {count}) and 8 or 16 bits, or as TIFF with a grey page for each channel"
+        )
 
 
 def is_array(path: Path) -> bool:
@@ -75,14 +91,33 @@ def eight_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 def channels_of(image: Image.Image) -> int:
-    """How many channels an opened file has, by its header."""
+    """How many channels an opened file has, by its header.
+
+    Raises:
+        SamplesError: Pillow would leave some of them out.
+    """
     if image.mode in _GREY or image.mode.startswith("I"):
         return _page_count(image)
     if image.mode in ("RGBA", _RGB_AND_ONE):
         return 4
     if isinstance(image, TiffImageFile) and image.mode == "RGB":
-        return image.tag_v2.get(SAMPLESPERPIXEL, 3)
+        count = image.tag_v2.get(SAMPLESPERPIXEL, 3)
+        if count > 4:
+            raise SamplesError(count)
+        return count
     return 3
+
+
+def unread_samples(path: Path) -> int:
+    """Samples in each pixel of a TIFF in a layout that Pillow does not open; 0 = it is none."""
+    with suppress(Exception), path.open("rb") as file:  # of many kinds, on broken files
+        directory = ImageFileDirectory_v2(file.read(8))
+        file.seek(directory.next)
+        directory.load(file)
+        count = int(directory.get(SAMPLESPERPIXEL, 1))
+        is_grey = directory.get(PHOTOMETRIC_INTERPRETATION) in (0, 1)
+        return count if count > (1 if is_grey else 4) else 0
+    return 0
 
 
 def _page_count(image: Image.Image) -> int:

@@ -16,7 +16,9 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import datasets
 
-from tract_det.data.images import MAX_PIXELS, CorruptImageError, read_rgb
+from tract_det.data.bands import ARRAY_SUFFIX
+from tract_det.data.files import is_image
+from tract_det.data.images import MAX_PIXELS, CorruptImageError, read_as_decoded
 from tract_det.errors import UserError
 
 Target = dict[str, Any]
@@ -24,6 +26,8 @@ Target = dict[str, Any]
 _LAYOUT = "expected train/<class>/*.jpg and val/<class>/*.jpg (or test/<class>/*.jpg)"
 _CIFARS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 _FILE_SETS = {"flowers102": datasets.Flowers102, "stanford_cars": datasets.StanfordCars}
+
+_SUFFIXES = (*datasets.folder.IMG_EXTENSIONS, ARRAY_SUFFIX)
 
 # Replacements drawn for a corrupt image before the data set is given up.
 _MAX_REPLACEMENTS = 100
@@ -43,6 +47,7 @@ class ClassificationSplit:
             copied into every worker process, page by page, as reference counts change.
         pixels: (m, H, W, 3) uint8 RGB, for data sets held in memory.
         max_pixels: An image file with more is refused.
+        channels: C, of the image files, as in `images.read_upright`.
     """
 
     name: str
@@ -53,6 +58,7 @@ class ClassificationSplit:
     files: np.ndarray | None = None
     pixels: np.ndarray | None = None
     max_pixels: int = MAX_PIXELS
+    channels: int = 3
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,13 +75,14 @@ class ClassificationSplit:
         return os.fsdecode(self.files[number].item())
 
     def read(self, index: int) -> torch.Tensor:
-        """(3, H, W) uint8 RGB. It may share the split's memory: do not write to it.
+        """(C, H, W) uint8. It may share the split's memory: do not write to it.
 
         Raises:
-            UserError: As `read_rgb`.
+            UserError: As `read_as_decoded`.
         """
         if self.pixels is None:
-            return read_rgb(self.root / self.image_id(index), self.max_pixels)
+            path = self.root / self.image_id(index)
+            return read_as_decoded(path, self.max_pixels, self.channels)
         return torch.from_numpy(self.pixels[self.numbers[index]]).permute(2, 0, 1)
 
     def subset(self, keep: np.ndarray) -> "ClassificationSplit":
@@ -95,10 +102,10 @@ def read_classification(
     """The images to train on or to evaluate on.
 
     Args:
-        name: `imagefolder`: root/train/<class>/* and root/val/<class>/* (or root/test), with the
-            sorted folder names as classes. `cifar10`, `cifar100`, `flowers102`, `stanford_cars`:
-            torchvision's data set at root. Flowers-102 is trained on its parts train and val and
-            evaluated on test, as published fine-tuning results are.
+        name: `imagefolder`: root/train/<class>/* and root/val/<class>/* (or root/test), pictures or
+            `.npy` arrays, with the sorted folder names as classes. `cifar10`, `cifar100`,
+            `flowers102`, `stanford_cars`: torchvision's data set at root. Flowers-102 is trained on
+            its parts train and val and evaluated on test, as published fine-tuning results are.
         root: The folder of the data set.
         train: True: the images to train on; False: those to evaluate on.
         holdout: For an image folder without val: the share of each class in train that is kept for
@@ -131,7 +138,7 @@ def read_classification(
 class ClassificationDataset(Dataset):
     """Pairs (image, target) of a split.
 
-    image: What the transform makes of a uint8 (3, H, W) RGB tensor: (3, S, S) float32.
+    image: What the transform makes of a uint8 (C, H, W) tensor: (C, S, S) float32.
 
     target:
         label: int, 0..K-1.
@@ -262,7 +269,7 @@ def _check_same_classes(root: Path, test_part: str) -> None:
 def _read_part(root: Path, part: str) -> ClassificationSplit:
     """The split of root/part, a folder of class folders."""
     try:
-        folder = datasets.ImageFolder(str(root / part), allow_empty=True)
+        folder = datasets.ImageFolder(str(root / part), is_valid_file=_is_image, allow_empty=True)
     except FileNotFoundError:
         raise UserError(f"{root / part}: no class folders here; {_LAYOUT}") from None
     labels = np.array([label for _, label in folder.samples], dtype=np.int64)
@@ -270,11 +277,18 @@ def _read_part(root: Path, part: str) -> ClassificationSplit:
     if not counts.all():
         empty = folder.classes[int(counts.argmin())]
         raise UserError(
-            f"{root / part / empty}: no images here ({', '.join(datasets.folder.IMG_EXTENSIONS)}): "
-            "add some, or remove the folder"
+            f"{root / part / empty}: no images here ({', '.join(_SUFFIXES)}): add some, or remove "
+            "the folder"
         )
     paths = [path for path, _ in folder.samples]
     return _file_split(part, folder.classes, labels, root, paths)
+
+
+def _is_image(path: str) -> bool:
+    """Whether a file is an image by its name, or an array that is no picture's cache."""
+    name = path.lower()
+    is_picture = name.endswith(datasets.folder.IMG_EXTENSIONS)
+    return is_picture or (name.endswith(ARRAY_SUFFIX) and is_image(Path(path)))
 
 
 def _file_split(

@@ -72,7 +72,7 @@ def classification_loader(
         repeats: As in `training_stream`.
 
     Returns:
-        An iterable of (images (B, 3, H, W) float32, targets): (B,) int64 labels, or (B, C) float32
+        An iterable of (images (B, C, H, W) float32, targets): (B,) int64 labels, or (B, C) float32
         with `mix`.
     """
     batches = MicroBatches(
@@ -104,7 +104,7 @@ def classification_evaluation_loader(
     `dataset.skip_corrupt`, left out of its batch and counted.
 
     Returns:
-        An iterable of (images (B, 3, H, W), labels (B,) int64, ids: list of B str).
+        An iterable of (images (B, C, H, W), labels (B,) int64, ids: list of B str).
     """
     batches = evaluation_batches(len(dataset), batch_size, rank, world_size)
     loader = data_loader(

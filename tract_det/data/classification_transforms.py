@@ -1,8 +1,10 @@
-"""Transforms of images to classify: uint8 (3, H, W) in, float32 (3, S, S) out.
+"""Transforms of images to classify: uint8 (C, H, W) in, float32 (C, S, S) out.
 
 These are torchvision.transforms.v2 pipelines on tensors, which resize faster than Pillow images.
 `PadCrop`, `Blur` and `ToModel` replace steps of v2 that are slow: on 32 x 32 pixels v2 spends most
 of its time in Python. Measurements: benchmarks/data_design_notes.md.
+
+Automatic augmentations and colour jitter are for RGB, C = 3; all else is for any C.
 
 All random numbers come from torch's generator. No step writes to its input.
 """
@@ -60,7 +62,7 @@ def classification_train(
             with `three_augment` means DeiT-III's 0.3.
         erasing: Probability of filling a rectangle of 2 to 33 % of the area with the mean colour.
         interpolation: `bilinear` or `bicubic`, with antialiasing.
-        mean: Mean of each channel, RGB in [0, 255].
+        mean: Mean of each channel in [0, 255].
         std: Standard deviation of each channel in the same unit; unused without `standardize`.
         value_range: Without `standardize`, pixels are scaled from [0, 255] to [0, value_range].
         standardize: Whether the result is (pixels - mean) / std.
@@ -97,7 +99,7 @@ def classification_test(
         size: S, side of the result in pixels.
         resize: The shorter side is resized to this before the crop, at least `size`; 0: not at all.
         interpolation: This and the rest as in `classification_train`.
-        mean: RGB in [0, 255].
+        mean: Of each channel in [0, 255].
         std: In the same unit.
         value_range: Used without `standardize`.
         standardize: Whether mean and std are used.
@@ -183,9 +185,10 @@ class ToModel(nn.Module):
     ) -> None:
         super().__init__()
         unit = value_range / 255
-        self.mean_colour = [0.0] * 3 if standardize else [m * unit for m in mean]
+        self.mean_colour = [0.0] * len(mean) if standardize else [m * unit for m in mean]
         self.mean = torch.tensor(mean, dtype=torch.float32)[:, None, None] if standardize else None
-        self.std = torch.tensor(std if standardize else [1 / unit] * 3)[:, None, None].float()
+        scale = std if standardize else [1 / unit] * len(mean)
+        self.std = torch.tensor(scale)[:, None, None].float()
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:  # noqa: D102
         out = image.to(torch.float32)
@@ -263,7 +266,7 @@ class Mix:
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mixes (B, 3, H, W) float images with (B,) int64 labels.
+        """Mixes (B, C, H, W) float images with (B,) int64 labels.
 
         Returns:
             Images of the same shape and (B, C) float32 targets.

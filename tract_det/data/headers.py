@@ -49,18 +49,20 @@ class Headers(NamedTuple):
         return Header((width, height), orientation)
 
 
-def check_headers(root: Path, names: Sequence[str], max_pixels: int) -> None:
+def check_headers(root: Path, names: Sequence[str], max_pixels: int, channels: int = 3) -> None:
     """Refuses image files that cannot be read, before any of them is decoded.
 
     Args:
         root: The folder of the data set.
         names: Of the files, below root.
         max_pixels: A file with more is refused.
+        channels: As in `images.read_upright`.
 
     Raises:
-        UserError: A file cannot be read, or has too many pixels; says so of all of them at once.
+        UserError: A file cannot be read, or has other channels or too many pixels; says so of all
+            of them at once.
     """
-    headers = read_headers(root, names)
+    headers = read_headers(root, names, channels)
     pixels = headers.records["width"].astype(np.int64) * headers.records["height"]
     faults = Faults()
     for index in sorted({*headers.errors, *np.flatnonzero(pixels > max_pixels).tolist()}):

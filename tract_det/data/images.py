@@ -15,6 +15,7 @@ a file must have just as many, which are taken as they are: see `bands.py`. What
 | `.npy` | its three channels; one with another number of them is refused |
 """
 
+import logging
 import os
 import struct
 from collections.abc import Iterator
@@ -24,18 +25,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from tract_det.data.bands import (
     ORIENTATION,
+    SamplesError,
     array_pixels,
     array_shape,
     channels_of,
     eight_bits,
     is_array,
     pixels_of,
+    unread_samples,
 )
 from tract_det.errors import UserError, shortened
 from tract_det.pixels import shown_channels
@@ -44,6 +47,9 @@ try:
     from torchvision.io import ImageReadMode, decode_jpeg, read_file
 except ImportError:  # deprecated in torchvision 0.29 and to be removed
     decode_jpeg = None
+
+# Pillow also logs what it cannot read; to stderr, where nobody has set logging up.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # By default an image with more is refused: a file of a few bytes can ask for any amount of memory.
 MAX_PIXELS = 100_000_000
@@ -186,14 +192,14 @@ def read_upright(path: Path, max_pixels: int = MAX_PIXELS, channels: int = 3) ->
         channels: 3 = RGB, of whatever Pillow reads. Any other number = `(channels, H, W)` of a file
             that has as many; see `bands.py`.
     """
-    image = _read(path, max_pixels, channels)
+    image = read_as_decoded(path, max_pixels, channels)
     orientation, is_applied = _turn_of(path)
     return image if is_applied else _turned(image, orientation)
 
 
 def read_stored(path: Path, max_pixels: int = MAX_PIXELS, channels: int = 3) -> torch.Tensor:
     """As `read_upright`, but never turned."""
-    image = _read(path, max_pixels, channels)
+    image = read_as_decoded(path, max_pixels, channels)
     orientation, is_applied = _turn_of(path)
     return _turned(image, _INVERSE.get(orientation, orientation)) if is_applied else image
 
@@ -211,8 +217,18 @@ def shown(image: torch.Tensor) -> torch.Tensor:
     return image[shown_channels(len(image))]
 
 
-def _read(path: Path, max_pixels: int, channels: int) -> torch.Tensor:
-    """`(channels, H, W)` uint8, turned by EXIF where `_turn_of` says so."""
+def read_as_decoded(path: Path, max_pixels: int = MAX_PIXELS, channels: int = 3) -> torch.Tensor:
+    """`(channels, H, W)` uint8: `read_rgb`, and of other channels and arrays the same.
+
+    Args:
+        path: The file.
+        max_pixels: An image with more is refused.
+        channels: As in `read_upright`.
+
+    Raises:
+        CorruptImageError: As `read_rgb`, or it has other channels.
+        UserError: The file cannot be opened.
+    """
     if is_array(path):
         with _readable(path):
             height, width, count = array_shape(path)
@@ -235,8 +251,8 @@ def _refuse_channels(path: Path, count: int, channels: int) -> None:
     if count != channels:
         raise CorruptImageError(
             f"{path}: the image has {count} channels, and MODEL.PIXEL_MEAN is for {channels}: give "
-            "it and MODEL.PIXEL_STD a number for each channel of the images, as `tract-det check "
-            f"--channels {count} --statistics` measures them"
+            "it and MODEL.PIXEL_STD a number for each channel of the images, which of a detector's "
+            f"data `tract-det check --channels {count} --statistics` measures"
         )
 
 
@@ -342,8 +358,15 @@ def _rgb_pixels(image: Image.Image) -> np.ndarray:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    with _readable(path), Image.open(path) as file:
-        yield file
+    with _readable(path):
+        try:
+            file = Image.open(path)
+        except UnidentifiedImageError:
+            if count := unread_samples(path):
+                raise SamplesError(count) from None
+            raise
+        with file:
+            yield file
 
 
 @contextmanager
@@ -353,6 +376,8 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except CorruptImageError:
         raise
+    except SamplesError as error:
+        raise CorruptImageError(f"{path}: {error}") from None
     # Pillow's plug-ins and NumPy raise almost anything on broken files.
     except Exception as error:
         # errno is set by the system: a file that is missing or not readable is not corrupt.

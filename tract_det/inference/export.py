@@ -84,12 +84,11 @@ def _of_detector(detector: Detector, size: Size | None) -> Export:
     image = torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=generator)
     detector.detect([image])  # its pooling learns the scales of its levels
     graph = DetectorGraph(detector.network, size)  # type: ignore[arg-type]
-    order = "RGB, " if channels == 3 else ""
     in_words = "of any size" if size is None else f"of {height} x {width} pixels (height x width)"
     metadata = {
         "task": "detection",
-        "input": f"image: uint8 ({channels}, H, W), {order}0 to 255, one image {in_words}, as it "
-        "is: it is resized and standardised within",
+        "input": f"image: uint8 ({channels}, H, W), {_order(channels)}0 to 255, one image "
+        f"{in_words}, as it is: it is resized and standardised within",
         "output": "boxes: float32 (n, 4), xyxy in pixels of the image; labels: int64 (n,), from 0, "
         "of class_names; scores: float32 (n,), falling",
         "size": "any" if size is None else [height, width],
@@ -106,6 +105,7 @@ def _of_detector(detector: Detector, size: Size | None) -> Export:
 
 def _of_classifier(classifier: Classifier, form: str) -> Export:
     side, is_batched = classifier.meta["image_size"], form != "torchscript"
+    channels = classifier.channels
     to_input = classifier.to_input
     graph = ClassifierGraph(
         classifier.network,
@@ -113,12 +113,12 @@ def _of_classifier(classifier: Classifier, form: str) -> Export:
         to_input.std,
         has_sigmoid=classifier.meta["loss"] == "bce",
     )
-    images = torch.zeros(2 if is_batched else 1, 3, side, side, dtype=torch.uint8)
+    images = torch.zeros(2 if is_batched else 1, channels, side, side, dtype=torch.uint8)
     batch = "any number of them" if is_batched else "one of them, B = 1"
     metadata = {
         "task": "classification",
-        "input": f"images: uint8 (B, 3, {side}, {side}), RGB, 0 to 255, {batch}: the shorter side "
-        f"resized to {classifier.meta['resize'] or 'no other size'} "
+        "input": f"images: uint8 (B, {channels}, {side}, {side}), {_order(channels)}0 to 255, "
+        f"{batch}: the shorter side resized to {classifier.meta['resize'] or 'no other size'} "
         f"({classifier.meta['interpolation']}, antialiased), then the center of {side} x {side}; "
         "standardised within",
         "output": "probabilities: float32 (B, K), in the order of class_names",
@@ -132,6 +132,10 @@ def _of_classifier(classifier: Classifier, form: str) -> Export:
         {0: 1} if is_batched else {},
         {**metadata, **_common(classifier)},
     )
+
+
+def _order(channels: int) -> str:
+    return "RGB, " if channels == 3 else ""
 
 
 def _common(model: Detector | Classifier) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from tract_det.data.classification_transforms import classification_test
-from tract_det.data.images import read_rgb, read_upright
+from tract_det.data.images import read_as_decoded, read_upright
 from tract_det.errors import UserError
 from tract_det.inference.images import Images, as_list, as_tensor
 from tract_det.modeling.detectron2_files import Meta
@@ -176,9 +176,10 @@ class Classifier(_Model):
         return results[0] if is_single else results
 
     def pixels(self, image: Any) -> Tensor:
-        """An image resized and cut to `(3, S, S)`, in [0, 255]: uint8, or float if it was."""
-        read = partial(read_rgb, max_pixels=self.meta["max_pixels"])
-        tensor = as_tensor(image, read)
+        """An image resized and cut to `(C, S, S)`, in [0, 255]: uint8, or float if it was."""
+        max_pixels = self.meta["max_pixels"]
+        read = partial(read_as_decoded, max_pixels=max_pixels, channels=self.channels)
+        tensor = as_tensor(image, read, self.channels)
         try:
             return self.to_size(tensor * 255 if tensor.is_floating_point() else tensor)
         except UserError as error:
@@ -186,7 +187,7 @@ class Classifier(_Model):
 
     @torch.inference_mode()
     def probabilities(self, batch: Tensor) -> Tensor:
-        """`(B, 3, S, S)` pixels, as `pixels` gives them, to `(B, K)` on the CPU."""
+        """`(B, C, S, S)` pixels, as `pixels` gives them, to `(B, K)` on the CPU."""
         inputs = self.to_input(batch).to(self.device, memory_format=self._memory_format)
         with self._autocast():
             logits = self.network(inputs).float()

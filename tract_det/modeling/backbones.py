@@ -74,37 +74,6 @@ def build_vgg(name: str, norm: str) -> VGGBackbone:
     return VGGBackbone(features)
 
 
-def stem_of(backbone: nn.Module) -> tuple[str, nn.Conv2d]:
-    """The first convolution of a backbone of this module, and its name."""
-    for name, module in backbone.named_modules():
-        if isinstance(module, nn.Conv2d):
-            return name, module
-    raise ValueError("the backbone has no convolution")
-
-
-def set_channels(backbone: nn.Module, channels: int) -> None:
-    """Makes the stem one for images of so many channels, in place, if it is not.
-
-    The new stem is random, by the rule of torchvision's ResNets and VGGs.
-    """
-    name, old = stem_of(backbone)
-    if channels == old.in_channels:
-        return
-    new = nn.Conv2d(
-        channels,
-        old.out_channels,
-        old.kernel_size,  # type: ignore[arg-type]
-        old.stride,  # type: ignore[arg-type]
-        old.padding,  # type: ignore[arg-type]
-        bias=old.bias is not None,
-    )
-    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-    if new.bias is not None:
-        nn.init.zeros_(new.bias)
-    parent, _, child = name.rpartition(".")
-    setattr(backbone.get_submodule(parent), child, new)
-
-
 def batch_in_channels_last(backbone: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A hook for a detector's backbone: the batch in that memory format.
 

@@ -24,7 +24,7 @@ class ClassifierWithLoss(nn.Module):
         """`{"loss_cls": loss}` in training, the logits `(B, C)` in evaluation.
 
         Args:
-            images: `(B, 3, H, W)`, standardised.
+            images: a batch, standardised.
             targets: labels `(B,)`, or each class's share `(B, C)`; needed in training.
         """
         logits = self.model(images)

@@ -6,6 +6,7 @@ detector, or into that library, without a conversion.
 
 import difflib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -16,6 +17,7 @@ from torch import nn
 from torchvision.models import ResNet
 
 from tract_det.errors import UserError, shortened
+from tract_det.modeling.channels import set_channels
 from tract_det.modeling.checkpointing import checkpoint_activations, checkpoint_timm
 from tract_det.modeling.choices import CLASSIFIER_NORMS
 from tract_det.modeling.cifar_models import CIFAR_MODELS, build_cifar_model
@@ -37,10 +39,11 @@ def build_classifier(
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
     image_size: int = 224,
+    channels: int = 3,
     width: int = STEM_WIDTH,
     checkpointing: bool = False,
 ) -> nn.Module:
-    """A classifier with random weights: images `(B, 3, H, W)` to logits `(B, num_classes)`.
+    """A classifier with random weights: images `(B, C, H, W)` to logits `(B, num_classes)`.
 
     Args:
         name: one of torchvision's classifiers ("vgg16_bn", "resnet18", "vit_b_16", ...);
@@ -60,6 +63,7 @@ def build_classifier(
             of 0: ask for the 0.5 that a VGG was published with.
         drop_path_rate: stochastic depth, in timm's models.
         image_size: height and width of the images in pixels, for models whose shape depends on it.
+        channels: C, of the images; with 3 the model is its library's to the last bit.
         width: channels of a ResNet's stem.
         checkpointing: compute the activations of each stage again in the backward pass. The batch
             norms of timm's models then count every batch twice.
@@ -70,7 +74,9 @@ def build_classifier(
     is_timm = name.startswith(_TIMM)
     if is_timm:
         _refuse_width(name, width)
-        model = _timm_model(name, num_classes, small_images, drop_rate, drop_path_rate, image_size)
+        options: dict[str, Any] = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+        options |= {"in_chans": channels} if channels != 3 else {}
+        model = _timm_model(name, num_classes, small_images, image_size, options)
     else:
         if drop_path_rate:
             raise UserError(
@@ -86,6 +92,7 @@ def build_classifier(
             model = _torchvision_model(name, num_classes, image_size, width)
             if small_images:
                 make_small(model, name, num_classes, small_pool=small_pool)
+        set_channels(model, channels)
         _set_dropout(model, name, drop_rate)
     if small_pool and not (small_images and isinstance(model, ResNet)):
         raise UserError(
@@ -102,13 +109,14 @@ def build_classifier(
     return model
 
 
-def check_image_size(model: nn.Module, name: str, image_size: int) -> None:
+def check_image_size(model: nn.Module, name: str, image_size: int, channels: int = 3) -> None:
     """Runs one image through the model, which stays as it was.
 
     Args:
         model: on the CPU.
         name: as the user wrote it, for the message.
         image_size: height and width of the image in pixels.
+        channels: of the image.
 
     Raises:
         UserError: the model does not take images of that size.
@@ -116,7 +124,7 @@ def check_image_size(model: nn.Module, name: str, image_size: int) -> None:
     was_training = model.training
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, image_size, image_size))
+            model.eval()(torch.zeros(1, channels, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise _refused(name, image_size, error) from error
     finally:
@@ -147,20 +155,17 @@ def _timm_model(
     name: str,
     num_classes: int,
     small_images: bool,
-    drop_rate: float,
-    drop_path_rate: float,
     image_size: int,
+    more: Mapping[str, Any],
 ) -> nn.Module:
+    """One of timm's models; of `more`, options of timm's, it is given those that are not 0."""
     key = name.removeprefix(_TIMM)
     if not timm.is_model(key):
         raise _unknown(key, timm.list_models(), _TIMM)
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": image_size}
+    options |= {option: value for option, value in more.items() if value}
     if small_images:
         options["patch_size"] = small_patch(image_size)
-    if drop_rate:
-        options["drop_rate"] = drop_rate
-    if drop_path_rate:
-        options["drop_path_rate"] = drop_path_rate
     try:
         try:
             return timm.create_model(key, pretrained=False, **options)

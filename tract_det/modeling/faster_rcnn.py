@@ -30,8 +30,8 @@ from tract_det.modeling.backbones import (
     build_resnet_fpn,
     build_vgg,
     freeze,
-    set_channels,
 )
+from tract_det.modeling.channels import set_channels
 from tract_det.modeling.heads import (
     POOLED_SIZE,
     BoxHeadOptions,

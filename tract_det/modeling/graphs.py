@@ -46,7 +46,7 @@ class DetectorGraph(nn.Module):
         """Boxes `(n, 4)`, labels `(n,)` and scores `(n,)`.
 
         Args:
-            image: `(3, H, W)` uint8 RGB.
+            image: `(C, H, W)` uint8.
 
         Returns:
             Boxes in pixels of the image, xyxy; labels 0..K-1; scores, which fall.
@@ -126,7 +126,7 @@ class ClassifierGraph(nn.Module):
 
     Args:
         classifier: gives logits.
-        mean: `(3, 1, 1)`, of RGB in [0, 255]; None = zero.
+        mean: `(C, 1, 1)`, in [0, 255]; None = zero.
         std: likewise.
         has_sigmoid: one sigmoid for each class instead of a softmax.
     """
@@ -143,7 +143,7 @@ class ClassifierGraph(nn.Module):
         self.register_buffer("std", std)
 
     def forward(self, images: Tensor) -> Tensor:
-        """`(B, 3, S, S)` uint8 RGB to `(B, K)`."""
+        """`(B, C, S, S)` uint8 to `(B, K)`."""
         logits = self.classifier((images.float() - self.mean) / self.std)
         return logits.sigmoid() if self.has_sigmoid else logits.softmax(1)
 

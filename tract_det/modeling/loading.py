@@ -9,13 +9,13 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from tract_det.errors import UserError
 from tract_det.modeling.backbones import VGGBackbone
+from tract_det.modeling.channels import fit_channels
 from tract_det.modeling.forms import State, to_timm, to_torchvision
 from tract_det.modeling.weight_files import Weights
 
@@ -56,7 +56,7 @@ def load_into(
 ) -> LoadReport:
     """Copies weights into a detector, in place: a classifier's into its backbone, or a detector's.
 
-    A stem for RGB is widened for a detector of other channels, by `widened_stem`.
+    A stem for RGB is widened for a detector of other channels, by `channels.widened_stem`.
 
     Args:
         detector: as `build_faster_rcnn` makes it.
@@ -81,7 +81,7 @@ def load_into(
     model_state = detector.state_dict()
     _check_norm(model_state, state, weights, "MODEL.BACKBONE.NORM to BN, FrozenBN or SyncBN")
     _check_stem(model_state, state, weights)
-    state, widened = _fit_channels(model_state, state, strict)
+    state, widened = (state, "") if strict else fit_channels(model_state, state)
     body = ("backbone.body.", "backbone.features.")
     needed = [key for key in model_state if strict or key.startswith(body)]
     _check_fit(
@@ -95,53 +95,13 @@ def load_into(
     return replace(load_matching(detector, model_state, state), widened=widened)
 
 
-# The names of the stem's weight, in detectors and in classifiers of torchvision's form.
-_STEMS = ("backbone.body.conv1.weight", "backbone.features.0.weight")
-_CLASSIFIERS_STEMS = ("conv1.weight", "features.0.weight")
-
-
-def widens(weights: Weights, channels: int) -> bool:
-    """Whether `load_into` makes a stem for so many channels of the weights' stem for RGB."""
-    state = weights.state if weights.is_detector else to_torchvision(weights.state)
-    stems = [state[key] for key in (*_STEMS, *_CLASSIFIERS_STEMS) if key in state]
-    return channels != 3 and any(stem.dim() == 4 and stem.shape[1] == 3 for stem in stems)
-
-
-def widened_stem(weight: Tensor, channels: int) -> Tensor:
-    """Filters for RGB, `(M, 3, kh, kw)`, as filters for other channels, `(M, channels, kh, kw)`.
-
-    One channel has the sum over RGB, so that a grey image gives what its three equal channels gave.
-    Two have half of it each. Of more, the first three are R, G and B as they are, and each further
-    one has the mean over RGB: a first guess that leaves RGB's share of the output as it was.
-    """
-    if channels < 3:
-        return (weight.sum(1, keepdim=True) / channels).repeat(1, channels, 1, 1)
-    mean = weight.mean(1, keepdim=True)
-    return torch.cat([weight, mean.repeat(1, channels - 3, 1, 1)], dim=1)
-
-
-def _fit_channels(model_state: State, state: State, strict: bool) -> tuple[State, str]:
-    """The weights with a widened stem, and what was done to it in words, if it is for RGB alone."""
-    for key in _STEMS:
-        old, new = state.get(key), model_state.get(key)
-        if strict or old is None or new is None or old.dim() != 4:
-            continue
-        channels = new.shape[1]
-        if old.shape[1] == 3 != channels:
-            rule = "RGB kept, further channels the mean of RGB"
-            if channels < 3:
-                rule = "the sum of RGB" + (", a half each" if channels == 2 else "")
-            words = f"'{key}' widened from 3 to {channels} channels ({rule})"
-            return {**state, key: widened_stem(old, channels)}, words
-    return state, ""
-
-
 def load_into_classifier(
     model: nn.Module, weights: Weights, class_names: Sequence[str] = (), *, strict: bool = False
 ) -> LoadReport:
     """Copies a classifier's weights into a classifier, in place.
 
-    Position embeddings for another image size are resampled, as timm and torchvision do it.
+    Position embeddings for another image size are resampled, as timm and torchvision do it. A stem
+    for RGB is widened for a classifier of other channels, by `channels.widened_stem`.
 
     Args:
         model: as `build_classifier` makes it.
@@ -168,11 +128,12 @@ def load_into_classifier(
         state = {key: tensor for key, tensor in state.items() if not key.startswith(in_head)}
     _check_norm(model_state, state, weights, "MODEL.NORM to BN or SyncBN")
     state, resampled = _fit_positions(model, model_state, state)
+    state, widened = (state, "") if strict else fit_channels(model_state, state)
     tops = tuple(f"{head.split('.')[0]}." for head in heads)  # a VGG's fc6 and fc7 are in it
     needed = [key for key in model_state if strict or not key.startswith(tops)]
     keys = "MODEL.NAME, SMALL_IMAGES, NORM, PATCH_NORM and WIDTH"
     _check_fit(model_state, state, weights, needed, missing=keys, shape=f"{keys}, and INPUT.SIZE")
-    return load_matching(model, model_state, state, resampled)
+    return replace(load_matching(model, model_state, state, resampled), widened=widened)
 
 
 def load_matching(

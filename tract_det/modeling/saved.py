@@ -197,7 +197,7 @@ def classifier_of(meta: Meta, **training: Any) -> nn.Module:
     """A classifier with random weights, nothing of it frozen.
 
     Args:
-        meta: `training.saved.classifier_settings` with `class_names`.
+        meta: `training.saved.classifier_settings` with `class_names` and `pixel_mean`.
         **training: options of `build_classifier` that only a training needs.
 
     Raises:
@@ -213,6 +213,7 @@ def classifier_of(meta: Meta, **training: Any) -> nn.Module:
         norm=meta["norm"],
         patch_norm=meta["patch_norm"],
         image_size=meta["image_size"],
+        channels=len(meta["pixel_mean"]),
         width=meta["width"],
         **training,
     )

@@ -36,6 +36,11 @@ from tract_det.training.task import BuiltModel, Plan
 LambdaAt = Callable[[int], float | None]
 
 
+def channels_in(cfg: CfgNode) -> int:
+    """The number of channels of the images: of MODEL.PIXEL_MEAN, and three where it is empty."""
+    return len(cfg.MODEL.PIXEL_MEAN) or 3
+
+
 def place(cfg: CfgNode, network: nn.Module, device: torch.device) -> nn.Module:
     """The network on its device, in the config's precision."""
     if cfg.SOLVER.AMP.ENABLED:

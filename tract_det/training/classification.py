@@ -68,10 +68,11 @@ def _read(cfg: CfgNode, *, train: bool) -> ClassificationSplit:
         seed=data.HOLDOUT_SEED,
         limit=data.LIMIT if train else 0,
     )
+    max_pixels, channels = cfg.INPUT.MAX_PIXELS, assembly.channels_in(cfg)
     if split.files is not None and not data.SKIP_CORRUPT:
         names = [split.image_id(index) for index in range(len(split))]
-        distributed.on_main(lambda: check_headers(split.root, names, cfg.INPUT.MAX_PIXELS))
-    return replace(split, max_pixels=cfg.INPUT.MAX_PIXELS)
+        distributed.on_main(lambda: check_headers(split.root, names, max_pixels, channels))
+    return replace(split, max_pixels=max_pixels, channels=channels)
 
 
 def read_data(cfg: CfgNode) -> tuple[ClassificationSplit, ClassificationSplit]:
@@ -195,7 +196,7 @@ def _test_dataset(cfg: CfgNode, split: ClassificationSplit, meta: Meta) -> Class
 def plain_images(
     cfg: CfgNode, split: ClassificationSplit, meta: Meta, indices: Sequence[int]
 ) -> Iterator[Tensor]:
-    """The images at these positions as in evaluation, `(1, 3, H, W)` each."""
+    """The images at these positions as in evaluation, `(1, C, H, W)` each."""
     dataset = _test_dataset(cfg, split, meta)
     return (dataset[index][0][None] for index in indices)
 
@@ -212,7 +213,7 @@ def say_skipped(loader: ImageBatches) -> None:
 
 
 def _pixel_statistics(cfg: CfgNode, weights: Weights | None) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of RGB in [0, 255] that take the pixels to what the model sees.
+    """Mean and standard deviation in [0, 255] that take the pixels to what the model sees.
 
     Without standardisation, those that take them to [0, VALUE_RANGE].
     """
@@ -240,12 +241,12 @@ def build_model(
     if strict and weights is not None:
         refuse_another_model(weights, said)
     model = classifier_of(
-        said | {"class_names": class_names},
+        said | {"class_names": class_names, "pixel_mean": mean},
         drop_rate=settings.DROP_RATE,
         drop_path_rate=settings.DROP_PATH_RATE,
         checkpointing=settings.CHECKPOINTING,
     )
-    check_image_size(model, settings.NAME, cfg.INPUT.SIZE)
+    check_image_size(model, settings.NAME, cfg.INPUT.SIZE, len(mean))
     stages = max(0, assembly.freeze_at(cfg, weights, strict=strict, default=0))
     freeze_stages(model, stages, settings.NAME)
     report = load_into_classifier(model, weights, class_names, strict=strict) if weights else None

@@ -32,12 +32,7 @@ from tract_det.files import write_json
 from tract_det.modeling.faster_rcnn import resize_shorter_side
 from tract_det.report.folder import FIGURES
 from tract_det.training import assembly
-from tract_det.training.detectors import (
-    build_detector,
-    channels_in,
-    check_backend,
-    read_detector_weights,
-)
+from tract_det.training.detectors import build_detector, check_backend, read_detector_weights
 from tract_det.training.task import Meta, Plan, Task
 from tract_det.visualize import Picture, beside_the_results, detection_grid
 
@@ -50,7 +45,8 @@ def _read(cfg: CfgNode, names: Sequence[str], class_names: Sequence[str] | None)
     root = Path(cfg.DATASETS.ROOT) if cfg.DATASETS.ROOT else None
     data = cfg.DATASETS
     holdout = Holdout(data.HOLDOUT, data.HOLDOUT_SEED)
-    exif, max_pixels, channels = cfg.INPUT.EXIF, cfg.INPUT.MAX_PIXELS, channels_in(cfg)
+    exif, max_pixels = cfg.INPUT.EXIF, cfg.INPUT.MAX_PIXELS
+    channels = assembly.channels_in(cfg)
     split = read_dataset(
         names,
         root,

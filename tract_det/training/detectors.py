@@ -14,7 +14,8 @@ from torch import nn
 from tract_det.config.machinery import plain
 from tract_det.errors import UserError
 from tract_det.modeling.backbones import batch_in_channels_last
-from tract_det.modeling.loading import load_into, widens
+from tract_det.modeling.channels import widens
+from tract_det.modeling.loading import load_into
 from tract_det.modeling.saved import detector_of
 from tract_det.modeling.weight_files import Weights, read_weights
 from tract_det.pixels import input_variance, pixel_statistics
@@ -94,11 +95,6 @@ def _compile_backbone(backbone: nn.Module) -> None:
         if isinstance(module, TrActLayer):
             module.forward = torch.compiler.disable(module.forward)
     backbone.compile()
-
-
-def channels_in(cfg: CfgNode) -> int:
-    """The number of channels of the images: of MODEL.PIXEL_MEAN, and three where it is empty."""
-    return len(cfg.MODEL.PIXEL_MEAN) or 3
 
 
 def _build_torchvision(
