@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -151,6 +152,39 @@ def generator_of_boxes(out):
         height=height,
     )  # fmt: skip
     return (width, height), annotation
+
+
+THIN = {
+    "a line": ((3, 2, 4, 8), True),
+    "a line across": ((0, 9, 20, 10), True),
+    "two pixels": ((6, 4, 8, 5), True),
+    "a pixel": ((5, 5, 6, 6), False),
+    "no width": ((7, 7, 7, 9), False),
+    "no height": ((2, 4, 9, 4), False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*boxes have no area, or that of a pixel")
+@pytest.mark.parametrize("form", ["voc", "coco_roboflow", "yolo_ultralytics"])
+def test_a_line_of_pixels_is_an_object_and_a_pixel_is_none_in_every_format(new_tree, out, form):
+    tree = new_tree("thin")
+    edges = [box for box, _ in THIN.values()]
+    corners = [("cat", (x1 + 1, y1 + 1, x2, y2)) for x1, y1, x2, y2 in edges]
+    tree.add("a", ("cat", (1, 1, 20, 10)), *corners)
+    tree.split("train", ["a"])
+    split = read(tree.root, "train")
+    if form != "voc":
+        boxes = np.array([(0, 0, 20, 10), *edges], dtype=float)
+        flags = {"labels": np.zeros(len(boxes), int), "difficult": np.zeros(len(boxes), bool)}
+        FORMS[form](out, [replace(split, annotations=[
+            replace(split.annotations[0], boxes=boxes, **flags)
+        ])])  # fmt: skip
+        split = read(out, "train")
+    kept = [(0, 0, 20, 10), *(box for box, is_kept in THIN.values() if is_kept)]
+    np.testing.assert_allclose(split.annotations[0].boxes, kept, rtol=0, atol=1e-9)
+    assert split.dropped == 3
+    _, target = DetectionDataset(split)[0]
+    assert len(target["boxes"]) == len(kept)  # all of them are trained on
 
 
 def test_an_edge_between_pixels_stays_there(out):

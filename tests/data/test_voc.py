@@ -152,9 +152,9 @@ def test_split_files_of_all_kinds_are_read(tree, text):
     assert ids[1:] in ([], ["b c"], ["b"])
 
 
-def test_boxes_without_area_are_dropped_with_one_counted_warning(tree):
+def test_boxes_of_a_pixel_or_less_are_dropped_with_one_counted_warning(tree):
     for k in range(5):
-        tree.add(f"a{k}", CAT, ("cat", (4, 3, 4, 8)), ("cat", (4, 8, 6, 3)))
+        tree.add(f"a{k}", CAT, ("cat", (4, 3, 4, 3)), ("cat", (4, 8, 6, 3)))
     tree.split("train", [f"a{k}" for k in range(5)])
     with pytest.warns(UserWarning, match="10 of 15 boxes have no area") as caught:
         split = read_split(tree.root, "train")
@@ -342,7 +342,7 @@ def test_a_custom_split_without_root_names_the_key():
         read_dataset([], None, None)
 
 
-def test_bccd_has_4888_boxes_of_which_two_have_no_area(bccd):
+def test_bccd_has_4888_boxes_of_which_two_are_a_pixel(bccd):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         split = read_dataset(["trainval", "test"], bccd, None)

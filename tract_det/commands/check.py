@@ -167,7 +167,10 @@ def _warnings(
                 first = ", ".join(f"{image} ({name})" for image, name in boxes[:3])
                 lines.append(f"{split.name}: {len(boxes):,} boxes are {kind}: {first}")
         if split.dropped:
-            lines.append(f"{split.name}: {split.dropped:,} boxes have no area and are left out")
+            lines.append(
+                f"{split.name}: {split.dropped:,} boxes have no area, or that of a pixel, and are "
+                "left out"
+            )
     names = list(dict.fromkeys(name for split in splits for name in split.class_names))
     lines += [
         f"classes {' and '.join(map(repr, group))} look like one" for group in check.twins(names)

@@ -22,6 +22,8 @@ from tract_det.errors import UserError
 LARGEST = 1e9  # of a coordinate or a side, in pixels
 READERS = 8  # threads that read files, which on a network's disk wait most of the time
 
+_ROUNDING = 1e-6  # pixels: of a side that is a difference of coordinates
+
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
@@ -59,7 +61,7 @@ class DetectionSplit:
         name: The split's name; several names are joined by "+".
         class_names: K names; label k is class_names[k].
         annotations: One per image, including images without objects.
-        dropped: Number of boxes without area, which were left out.
+        dropped: Number of boxes that are no object (`is_object`), which were left out.
         max_pixels: An image with more is refused.
         exif: What EXIF's orientation does to an image, one of `choices.EXIF_MODES`: see `exif.py`.
         channels: Of the images, as in `images.read_upright`.
@@ -91,10 +93,11 @@ class Record(NamedTuple):
         filename: Of the image, as the file has it; empty if missing.
         size: (width, height) in pixels; None if missing.
         classes: Classes of all objects, in file order.
-        labelled: Classes of the objects whose box has an area; parallel to `boxes` and `difficult`.
+        labelled: Classes of the boxes that are objects (`is_object`); parallel to `boxes` and
+            `difficult`.
         boxes: Pixel edges x1, y1, x2, y2.
         difficult: Whether the evaluation ignores the object.
-        dropped: A description of each object whose box has no area.
+        dropped: A description of each of the others.
     """
 
     source: Path | str
@@ -107,6 +110,16 @@ class Record(NamedTuple):
     dropped: list[str]
 
 
+def is_object(box: tuple[float, float, float, float]) -> bool:
+    """Whether a box of pixel edges, as a file has it, can be an object: it is more than a pixel.
+
+    A click without a drawn box leaves a single pixel in VOC, whose corners are pixels, and by the
+    converter one or none in COCO and YOLO. All of them are left out. A line of pixels is kept.
+    """
+    width, height = box[2] - box[0], box[3] - box[1]
+    return min(width, height) > 0 and max(width, height) > 1 + _ROUNDING
+
+
 def build_split(
     name: str,
     where: Path,
@@ -116,7 +129,7 @@ def build_split(
     need_images: bool = True,
     upright: bool = True,
 ) -> DetectionSplit:
-    """Makes a split of what was read. Boxes without area were dropped: a single warning says so.
+    """Makes a split of what was read. Of boxes that were dropped a single warning speaks.
 
     Args:
         name: Of the split.
@@ -165,8 +178,8 @@ def build_split(
     if dropped:
         total = sum(len(record.classes) for record in records)
         warnings.warn(
-            f"{where}: {len(dropped)} of {total} boxes have no area and were dropped: "
-            f"{shorten(dropped, 3)}",
+            f"{where}: {len(dropped)} of {total} boxes have no area, or that of a pixel, and were "
+            f"dropped: {shorten(dropped, 3)}",
             stacklevel=3,
         )
     return DetectionSplit(name, names, annotations, len(dropped))

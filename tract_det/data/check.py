@@ -57,8 +57,8 @@ def counts(split: DetectionSplit) -> dict[str, Any]:
     """Numbers of a split.
 
     Returns:
-        `images`, `without_objects`, `objects`, `difficult`, `dropped` (boxes without area), and by
-        class `classes`; `sizes`, the five most frequent (width, height) with their numbers.
+        `images`, `without_objects`, `objects`, `difficult`, `dropped` (boxes of a pixel or less),
+        and by class `classes`; `sizes`, the five most frequent (width, height) with their numbers.
     """
     labels = np.concatenate([a.labels for a in split.annotations]).astype(int)
     per_class = np.bincount(labels, minlength=len(split.class_names))

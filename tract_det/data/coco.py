@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tract_det.data.annotations import LARGEST, Record
+from tract_det.data.annotations import LARGEST, Record, is_object
 from tract_det.data.faults import Faults
 from tract_det.data.files import Listing, Source
 from tract_det.errors import UserError, brief, shortened
@@ -219,12 +219,13 @@ def _add(
         ) from None
     x, y, width, height = _box(path, annotation)
     record.classes.append(name)
-    if width <= 0 or height <= 0:
+    box = (x, y, x + width, y + height)
+    if not is_object(box):
         number = brief(annotation.get("id"))
         record.dropped.append(f"annotation {number} ({name}) of {shortened(record.filename)}")
         return
     record.labelled.append(name)
-    record.boxes.append((x, y, x + width, y + height))
+    record.boxes.append(box)
     keys = ("iscrowd", "difficult", "ignore")
     record.difficult.append(any(bool(annotation.get(key)) for key in keys))
 

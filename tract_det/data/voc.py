@@ -64,7 +64,7 @@ def read_split(
 ) -> DetectionSplit:
     """Reads one split of a tree in the devkit's layout.
 
-    Boxes with xmax <= xmin or ymax <= ymin have no area: they are dropped, with a single warning.
+    Boxes of a single pixel (xmax = xmin and ymax = ymin) or less are dropped, with a warning.
 
     Args:
         root: The folder that holds Annotations/, ImageSets/ and JPEGImages/.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tract_det.data.annotations import LARGEST, Record
+from tract_det.data.annotations import LARGEST, Record, is_object
 from tract_det.errors import UserError, brief, shortened
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -43,11 +43,12 @@ def parse_annotation(xml: Path) -> Record:
         x1, y1, x2, y2 = [_number(bndbox.findtext(tag), tag, where) for tag in _CORNERS]
         difficult = (element.findtext("difficult") or "").strip() or "0"
         record.classes.append(name)
-        if x2 <= x1 or y2 <= y1:
+        box = (x1 - 1, y1 - 1, x2, y2)
+        if not is_object(box):
             record.dropped.append(f"{xml.name} object {number} ({name})")
             continue
         record.labelled.append(name)
-        record.boxes.append((x1 - 1, y1 - 1, x2, y2))
+        record.boxes.append(box)
         record.difficult.append(_number(difficult, "difficult", where) != 0)
     return record
 

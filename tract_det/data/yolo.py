@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from tract_det.data.annotations import Record, check_unique, in_threads
+from tract_det.data.annotations import Record, check_unique, in_threads, is_object
 from tract_det.data.files import Source, exists, is_file, is_hidden, is_image
 from tract_det.data.images import stored_size, upright_size
 from tract_det.errors import UserError, brief, shortened
@@ -298,7 +298,7 @@ def parse_labels(
             _snapped(y2 * height, decimals, height),
         )
         record.classes.append(name)
-        if box[2] <= box[0] or box[3] <= box[1]:
+        if not is_object(box):
             record.dropped.append(f"{path.name} line {number} ({name})")
             continue
         record.labelled.append(name)
