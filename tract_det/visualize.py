@@ -124,7 +124,7 @@ def annotation_grid(
     path: Path,
     annotations: Sequence[tuple[Path, np.ndarray, np.ndarray]],
     class_names: Sequence[str],
-    read: Callable[[Path], np.ndarray] | None = None,
+    read: Callable[[Path], np.ndarray],
 ) -> None:
     """Draws annotated boxes with their classes.
 
@@ -132,11 +132,11 @@ def annotation_grid(
         path: the PNG file to write.
         annotations: of each image its file, its boxes `(n, 4)` and their labels `(n,)`.
         class_names: the K names that the labels index.
-        read: gives `(H, W, 3)` uint8 of a file that is no common picture; None = Pillow reads it.
+        read: gives `(H, W, 3)` uint8 of an image file, as its boxes mean it.
     """
     nothing = np.zeros((0, 4))
     pictures = [
-        Picture(image, nothing, boxes, labels, np.full(len(labels), np.inf), read and read(image))
+        Picture(image, nothing, boxes, labels, np.full(len(labels), np.inf), read(image))
         for image, boxes, labels in annotations
     ]
     detection_grid(path, pictures, class_names)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.conftest import Tree
+from tests.data.conftest import Tree, annotation
 from tests.data.formats import label_studio, yolo_ultralytics
 from tract_det.cli import call
 from tract_det.data.check import fitting_settings, only_in_one, pixel_statistics, summary, twins
@@ -97,6 +97,44 @@ def test_suspicious_pictures_are_drawn(tree, tmp_path):
     assert code == 0
     with Image.open(tmp_path / "pictures/check.png") as picture:
         assert picture.width > 300
+
+
+@pytest.mark.parametrize(("mode", "is_upright"), [("ignore", False), ("apply", True)])
+def test_pictures_are_drawn_as_their_boxes_mean_them(tree, tmp_path, monkeypatch, mode, is_upright):
+    """The stored image is black and white from left to right, upright from above."""
+    pixels = np.zeros((40, 60, 3), dtype=np.uint8)
+    pixels[:, 30:] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right
+    for suffix in (".png", ".tif"):
+        name = suffix[1:]
+        Image.fromarray(pixels).save(tree.root / f"JPEGImages/{name}{suffix}", exif=exif)
+        tree.xml(
+            name, annotation(("cell", (1, 1, 20, 20)), size=(40, 60) if is_upright else (60, 40))
+        )
+    tree.split("turned", ["png", "tif"])
+    drawn = []
+    monkeypatch.setattr("tract_det.visualize.detection_grid", lambda *args: drawn.extend(args[1]))
+    code, _ = check(tree.root, "--splits", "turned", "--exif", mode, "--out", str(tmp_path / "out"))
+    assert code == 0
+    expected = np.rot90(pixels, -1) if is_upright else pixels
+    assert [picture.path.stem for picture in drawn] == ["png", "tif"]
+    assert all(np.array_equal(picture.pixels, expected) for picture in drawn)
+
+
+def test_aspect_ratios_are_quantiles_of_height_by_width_and_none_without_boxes(tree, capsys):
+    for k in range(1, 11):
+        tree.add(f"ratio{k}", ("cell", (1, 1, 10, 4 * k)), size=(60, 40))
+    tree.split("ratios", [f"ratio{k}" for k in range(1, 11)])
+    tree.split("none", ["empty"])
+    _, found = check(tree.root, "--splits", "ratios", "none", "--classes", "cell")
+    quantiles = found["splits"]["ratios"]["aspect_ratios"]
+    assert quantiles == pytest.approx(
+        {"min": 0.4, "5%": 0.58, "50%": 2.2, "95%": 3.82, "max": 4.0}, abs=1e-3
+    )
+    assert found["splits"]["none"]["aspect_ratios"] == {}
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if "height / width" in text]
+    assert line.split()[-3:] == ["0.58", "2.20", "3.82"]
 
 
 def test_data_in_other_formats_are_checked_alike(tree, tmp_path):

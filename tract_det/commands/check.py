@@ -5,11 +5,12 @@
     tract-det check path/to/cells --statistics
     tract-det check path/to/multispectral --channels 5 --statistics
 
-It counts images, objects and classes by split; finds boxes outside their image, thin ones, double
-ones and those as large as their image, images that cannot be read or are in two splits, sizes that
-disagree, classes that only one split has, and names that look like twins. It proposes an image size
-and anchors that fit, as text to paste behind a command. --out draws a sheet of pictures with their
-boxes, suspicious ones first. The exit code is 0 if a training can start, 1 if not.
+It counts images, objects and classes by split, and says the images' sizes and the boxes' aspect
+ratios; finds boxes outside their image, thin ones, double ones and those as large as their image,
+images that cannot be read or are in two splits, sizes that disagree, classes that only one split
+has, and names that look like twins. It proposes an image size and anchors that fit, as text to
+paste behind a command. --out draws a sheet of pictures with their boxes, suspicious ones first. The
+exit code is 0 if a training can start, 1 if not.
 """
 
 import argparse
@@ -138,6 +139,7 @@ def _table(numbers: dict[str, dict[str, Any]]) -> str:
         ("objects", [f"{n['objects']:,}" for n in numbers.values()]),
         ("  difficult", [f"{n['difficult']:,}" for n in numbers.values()]),
         ("most frequent size", [_size(n) for n in numbers.values()]),
+        ("height / width, 5 to 95 %", [_ratios(n) for n in numbers.values()]),
     ]
     classes = dict.fromkeys(name for n in numbers.values() for name in n["classes"])
     for name in classes:
@@ -153,6 +155,12 @@ def _table(numbers: dict[str, dict[str, Any]]) -> str:
 def _size(numbers: dict[str, Any]) -> str:
     (width, height), count = numbers["sizes"][0]
     return f"{width} x {height} ({100 * count / numbers['images']:.0f} %)"
+
+
+def _ratios(numbers: dict[str, Any]) -> str:
+    """Quantiles of the boxes' aspect ratios, the median in the middle."""
+    quantiles = numbers["aspect_ratios"]
+    return " ".join(f"{quantiles[q]:.2f}" for q in ("5%", "50%", "95%")) if quantiles else ""
 
 
 def _warnings(
@@ -211,13 +219,13 @@ def _draw(path: Path, splits: Sequence["DetectionSplit"], suspects: dict[str, "S
         others += [a for a in annotations[::step] if a.image_id not in suspicious]
     chosen = (doubtful + others)[:_PICTURES]
     with beside_the_results(path):
-        read = None if splits[0].channels == 3 else _reader(splits[0])
-        annotation_grid(path, [(a.path, a.boxes, a.labels) for a in chosen], names, read)
+        objects = [(a.path, a.boxes, a.labels) for a in chosen]
+        annotation_grid(path, objects, names, _reader(splits[0]))
         print(f"wrote {path}: {min(len(doubtful), _PICTURES)} suspicious pictures come first")
 
 
 def _reader(split: "DetectionSplit") -> Callable[[Path], Any]:
-    """Reads `(H, W, 3)` uint8 for a picture from an image of other channels."""
+    """Reads `(H, W, 3)` uint8 for a picture, turned and of the channels as a training reads it."""
     from tract_det.data.exif import reader
     from tract_det.data.images import shown
 

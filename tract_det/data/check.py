@@ -26,6 +26,8 @@ _SMALL = 16.0  # pixels: an object's side that a feature pyramid finds well
 _LARGEST_SIDE = 800  # pixels: beyond it, COCO's own recipes do not go
 _LEVELS = 5  # of a feature pyramid
 
+RATIO_QUANTILES = {"min": 0.0, "5%": 0.05, "50%": 0.5, "95%": 0.95, "max": 1.0}
+
 
 @dataclass
 class Suspects:
@@ -58,8 +60,12 @@ def counts(split: DetectionSplit) -> dict[str, Any]:
 
     Returns:
         `images`, `without_objects`, `objects`, `difficult`, `dropped` (boxes of a pixel or less),
-        and by class `classes`; `sizes`, the five most frequent (width, height) with their numbers.
+        and by class `classes`; `sizes`, the five most frequent (width, height) with their numbers;
+        `aspect_ratios`, height / width of the boxes by `RATIO_QUANTILES`, {} without boxes.
     """
+    boxes = np.concatenate([a.boxes for a in split.annotations])
+    ratios = (boxes[:, 3] - boxes[:, 1]) / (boxes[:, 2] - boxes[:, 0])
+    quantiles = RATIO_QUANTILES if len(ratios) else {}
     labels = np.concatenate([a.labels for a in split.annotations]).astype(int)
     per_class = np.bincount(labels, minlength=len(split.class_names))
     sizes = Counter((a.width, a.height) for a in split.annotations)
@@ -71,6 +77,9 @@ def counts(split: DetectionSplit) -> dict[str, Any]:
         "dropped": split.dropped,
         "classes": dict(zip(split.class_names, per_class.tolist(), strict=True)),
         "sizes": sizes.most_common(5),
+        "aspect_ratios": {
+            name: round(float(np.quantile(ratios, q)), 3) for name, q in quantiles.items()
+        },
     }
 
 
