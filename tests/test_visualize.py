@@ -177,6 +177,21 @@ def test_curves_and_filters_through_the_tool(tmp_path, figures, capsys):
     assert sum(len(axis.images) for axis in stem.axes) == 20
 
 
+@pytest.mark.parametrize(("channels", "drawn"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (5, [0, 1, 2])])
+def test_filters_of_other_channels_are_drawn_by_the_first_three_or_the_first_in_grey(
+    tmp_path, figures, channels, drawn
+):
+    write_run(tmp_path / "run", [(1, 3.0)], [])
+    layer = torch.nn.Conv2d(channels, 4, 5)
+    save_weights(tmp_path / "run/model_final.pth", layer, {})
+    call("visualize", [str(tmp_path / "run"), "--out", str(tmp_path / "pictures")])
+    for axis, kernel in zip(figures[1].axes, layer.weight.detach().numpy(), strict=False):
+        (image,) = axis.images
+        restored = kernel[drawn] - kernel[drawn].min()
+        expected = (restored / restored.max()).transpose(1, 2, 0)
+        np.testing.assert_allclose(np.asarray(image.get_array()), expected, atol=1e-6)
+
+
 def test_a_run_without_evaluations_has_a_loss_and_no_map(tmp_path, figures):
     write_run(tmp_path / "run", [(1, 3.0), (2, 2.0)], [])
     training_curves(tmp_path / "curves.png", {"new": tmp_path / "run/metrics.jsonl"})

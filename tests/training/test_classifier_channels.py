@@ -1,5 +1,9 @@
 """Classifiers of images of other channels than three: trained, used, and loaded into a detector."""
 
+import base64
+import io
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -137,6 +141,12 @@ def test_a_resumed_run_of_four_channels_goes_on_to_the_same_bits(folder, tmp_pat
     assert_same_bits(tmp_path / "cut", tmp_path / "whole")
 
 
+def filters_in(report):
+    """The pictures of filters on a page, (H, W, 3) each."""
+    found = re.findall(r'class="filters"[^>]*base64,([^"]*)"', report.read_text())
+    return [np.array(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
+
+
 FORMS = {
     "grey": (1, ".png", {"MODEL__STEM_INIT": "whitened"}),
     "two": (2, ".npy", {"INPUT__CROP": "simple"}),
@@ -163,6 +173,9 @@ def test_models_files_and_geometric_augmentations_go_with_any_number_of_channels
     filters = [value for value in weights(output).values() if value.dim() == 4]
     assert filters[0].shape[1] == channels
     assert ("is initialised by whitening filters" in printed) == (form == "grey")
+    shown = filters_in(output / "report.html")
+    assert len(shown) == 2  # at the start and now
+    assert all((pixels == pixels[..., :1]).all() == (channels < 3) for pixels in shown)
 
 
 def test_weights_of_four_channels_begin_a_detector_of_four_channels(folder, tmp_path):

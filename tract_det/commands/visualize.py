@@ -3,8 +3,9 @@
     tract-det visualize output/plain output/tract --out pictures
 
 writes `pictures/curves.png` (loss and mAP, or a classifier's top-1, over the steps, a line for each
-run) and, for each run that has finished, `pictures/<run>-stem.png` (the first layer's filters). In
-a checkout, `tools/visualize.py` is the same program.
+run) and, for each run that has finished, `pictures/<run>-stem.png` (the first layer's filters; of
+other channels than RGB the first three, or the first in grey). In a checkout, `tools/visualize.py`
+is the same program.
 """
 
 import argparse

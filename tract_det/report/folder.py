@@ -32,7 +32,7 @@ class RunFolder:
         results: results.json; {} where the run is not finished.
         figures: report.json; {} likewise.
         starts: provenance.json.
-        stem: the first layer's filters, `(M, 3, kh, kw)`, at the start and now; None where unknown.
+        stem: the first layer's filters, `(M, C, kh, kw)`, at the start and now; None where unknown.
     """
 
     folder: Path

@@ -23,12 +23,13 @@ class Filters(NamedTuple):
     weight: np.ndarray
 
 
-def filters_of(model: nn.Module, stem: str = "") -> Filters | None:
-    """The stem's filters, if it is a convolution that is found.
+def filters_of(model: nn.Module, stem: str = "", channels: int = 3) -> Filters | None:
+    """The stem's filters, if it is a convolution of the images' channels that is found.
 
     Args:
         model: as its training begins.
         stem: the layer's name; "" = find it.
+        channels: C, of the images.
     """
     try:
         name = stem or find_stem(model)
@@ -36,7 +37,7 @@ def filters_of(model: nn.Module, stem: str = "") -> Filters | None:
     except (TrActError, AttributeError):
         return None
     weight = getattr(layer, "weight", None)
-    if weight is None or weight.dim() != 4:
+    if weight is None or weight.dim() != 4 or weight.shape[1] != channels:
         return None
     return Filters(f"{name}.weight", weight.detach().float().cpu().numpy().copy())
 

@@ -97,7 +97,8 @@ def _train(task: Task, cfg: CfgNode, device: torch.device, *, resume: bool, over
         _write_load_report(output, weights.source, built)
     if stopped is not None:
         built.network.load_state_dict(stopped.shared()["model"])
-    filters = filters_of(built.model, assembly.named_stem(cfg)) if stopped is None else None
+    stem, channels = assembly.named_stem(cfg), len(built.meta["pixel_mean"])
+    filters = filters_of(built.model, stem, channels) if stopped is None else None
     engine, ema = prepare(cfg, built, device)
     evaluation = task.evaluation(cfg, test, built.meta, device)
     this_run = build_run(task, cfg, plan, built, engine, ema, evaluation, training)
