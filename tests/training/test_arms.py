@@ -13,7 +13,7 @@ from tract_det.cli import call
 from tract_det.config import classification as classification_config
 from tract_det.errors import UserError
 from tract_det.modeling.whitening import patch_covariance, whitening_weight
-from tract_det.training import assembly, classification
+from tract_det.training import assembly, classification, classifiers
 
 
 def without_arm_keys(pairs):
@@ -38,7 +38,7 @@ def built(cfg):
     """The model as a run has it before its first step, and the random state at that time."""
     split, _ = classification.read_data(cfg)
     torch.manual_seed(cfg.SEED)
-    model = classification.build_model(cfg, None, split.class_names, False)
+    model = classifiers.build_classifier(cfg, None, split.class_names, False)
     if cfg.MODEL.STEM_INIT:
         sample = assembly.sample_of(len(split), cfg.SEED)
         images = classification.plain_images(cfg, split, model.meta, sample)

@@ -12,7 +12,8 @@ from tests.training.runs import log, results, run_here, weights
 from tract_det.cli import call
 from tract_det.config.classification import load_cfg
 from tract_det.errors import UserError
-from tract_det.training.classification import build_model, make_plan
+from tract_det.training.classification import make_plan
+from tract_det.training.classifiers import build_classifier
 
 
 def train(root, output, *flags, **changes):
@@ -138,7 +139,7 @@ def test_a_frozen_stem_stays_and_its_weights_evaluate_to_the_same_counts(folder,
     frozen = weights(tmp_path / "out")
     cfg = load_cfg(tmp_path / "out/config.yaml")
     torch.manual_seed(0)
-    start = build_model(cfg, None, ("ant", "bee", "cat", "dog"), False).model.state_dict()
+    start = build_classifier(cfg, None, ("ant", "bee", "cat", "dog"), False).model.state_dict()
     is_still = {key: torch.equal(value, start[key]) for key, value in frozen.items()}
     assert all(is_still[key] == key.startswith(("conv1", "bn1", "layer1")) for key in is_still)
     train(

@@ -16,7 +16,7 @@ from tract_det.config.detection import load_cfg as detection_cfg
 from tract_det.config.paper import read_rows
 from tract_det.engine import ds
 from tract_det.engine.loop import StopSignal, train
-from tract_det.training import assembly, classification, session
+from tract_det.training import assembly, classification, classifiers, session
 from tract_det.training.detectors import build_detector
 
 pytestmark = pytest.mark.slow
@@ -71,7 +71,7 @@ def _two_steps(cfg):
     """The losses, the parameters that have moved, the stem's name, and what TrAct did."""
     split, _ = classification.read_data(cfg)
     torch.manual_seed(0)
-    built = classification.build_model(cfg, None, split.class_names, False)
+    built = classifiers.build_classifier(cfg, None, split.class_names, False)
     assembly.put_tract(cfg, built.model, built.input_variance)
     before = {name: p.detach().clone() for name, p in built.model.named_parameters()}
     engine, _ = session.prepare(cfg, built, torch.device("cpu"))
