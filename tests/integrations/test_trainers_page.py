@@ -57,11 +57,11 @@ for images, labels in loader:
 
 
 def mmengine(code):
-    from mmengine.config import Config
-
     from tests.integrations.test_mmengine import Classifier, runner
 
     if "custom_imports" in code:
+        from mmengine.config import Config
+
         hooks = Config.fromstring(code, ".py").custom_hooks
         runner("work", BATCH, tract=list(hooks))[0].train()
     else:
