@@ -129,8 +129,8 @@ def test_only_the_stem_of_a_classifier_depends_on_the_channels(name, options, st
 def test_the_size_of_images_is_tried_with_their_channels():
     model = build_classifier("resnet10", 2, small_images=True, width=8, channels=5)
     check_image_size(model, "resnet10", 32, 5)
-    with pytest.raises(UserError, match=r"expected input.* to have 5 channels, but got 3"):
-        check_image_size(model, "resnet10", 32)
+    with pytest.raises(UserError, match=r"PIXEL_MEAN for 4 channels, .*5 channels, but got 4"):
+        check_image_size(model, "resnet10", 32, 4)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_32"])

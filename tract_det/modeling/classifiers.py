@@ -126,16 +126,17 @@ def check_image_size(model: nn.Module, name: str, image_size: int, channels: int
         with torch.no_grad():
             model.eval()(torch.zeros(1, channels, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise _refused(name, image_size, error) from error
+        raise _refused(name, image_size, error, channels) from error
     finally:
         model.train(was_training)
 
 
-def _refused(name: str, image_size: int, error: Exception) -> UserError:
+def _refused(name: str, image_size: int, error: Exception, channels: int = 3) -> UserError:
     reason = str(error).partition("\n")[0]
+    others = f", and MODEL.PIXEL_MEAN for {channels} channels" if channels != 3 else ""
     return UserError(
-        f"INPUT.SIZE is {image_size}, which MODEL.NAME {name} refuses ({reason}): take another "
-        "size or model, or MODEL.SMALL_IMAGES True where the model has that form"
+        f"INPUT.SIZE is {image_size}{others}, which MODEL.NAME {name} refuses ({reason}): take "
+        "another size or model, or MODEL.SMALL_IMAGES True where the model has that form"
     )
 
 
