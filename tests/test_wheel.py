@@ -26,14 +26,15 @@ def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
     source = folder / "checkout"
     source.mkdir()
-    for name in ("LICENSE", "README.md", "pyproject.toml", "setup.cfg"):
+    for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.cfg"):
         shutil.copy(REPO / name, source)
-    for name in ("tract_det", "configs", "benchmarks"):
+    for name in ("tract_det", "configs", "benchmarks", "tests"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(REPO / name, source / name, symlinks=True, ignore=ignored)
     with tarfile.open(build("sdist", source, folder)) as archive:
         archive.extractall(folder / "unpacked", filter="data")
     (unpacked,) = (folder / "unpacked").iterdir()
+    assert not (unpacked / "tests").exists()
     with zipfile.ZipFile(build("wheel", unpacked, folder)) as archive:
         archive.extractall(folder / "installed")
     return folder / "installed"
