@@ -33,7 +33,7 @@ class Tree:
 
     def xml(self, image_id, text):
         path = self.root / "Annotations" / f"{image_id}.xml"
-        path.write_text(text)
+        path.write_bytes(text.encode(errors="surrogateescape"))
         return path
 
     def add(self, image_id, *objects, size=(20, 10)):

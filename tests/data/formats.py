@@ -101,21 +101,126 @@ def yolo_darknet(root, splits):
     (root / "obj.names").write_text("\n".join(splits[0].class_names) + "\n")
 
 
+def _xml(split, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for a in split.annotations:
+        shutil.copy(a.path.parents[1] / "Annotations" / f"{a.image_id}.xml", folder)
+
+
+def _list(split, path, place, end="\n"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{place}{a.path.name}{end}" for a in split.annotations), newline="")
+
+
+def coco_datumaro(root, splits):
+    """Beside the boxes, files of the other tasks, without images."""
+    for split in splits:
+        _dump(root / f"annotations/instances_{split.name}.json", split)
+        nothing = {"images": [], "annotations": [], "categories": []}
+        (root / f"annotations/labels_{split.name}.json").write_text(json.dumps(nothing))
+        _copy(split, root / "images" / split.name)
+
+
+def yolo_roboflow_darknet(root, splits):
+    """All files of a split in its folder, with the classes in each."""
+    for split in splits:
+        _copy(split, root / split.name)
+        _label(split, root / split.name)
+        names = "\n".join(splits[0].class_names)
+        (root / split.name / "_darknet.labels").write_text(names)
+
+
+def yolo_cvat(root, splits):
+    """CVAT's subsets are Train, Validation and Test."""
+    for split in splits:
+        folder = root / f"obj_{split.name.title()}_data"
+        _copy(split, folder)
+        _label(split, folder)
+        _list(split, root / f"{split.name.title()}.txt", f"data/{folder.name}/")
+    (root / "obj.names").write_text("\n".join(splits[0].class_names) + "\n")
+
+
+def yolo_colab(root, splits):
+    """The paths are those of another machine, and of a split that was not exported."""
+    content = {"names": list(splits[0].class_names), "test": "/content/cells/test/images"}
+    for split in splits:
+        content[split.name] = f"/content/cells/images/{split.name}"
+        _copy(split, root / "images" / split.name)
+        _label(split, root / "labels" / split.name)
+    (root / "data.yaml").write_text(yaml.safe_dump(content))
+
+
+def yolo_windows(root, splits):
+    """Backslashes, a byte order mark and carriage returns."""
+    lines = [f"names: [{', '.join(splits[0].class_names)}]"]
+    for split in splits:
+        lines.append(f"{split.name}: C:\\cells\\{split.name}.txt")
+        _copy(split, root / "images" / split.name)
+        _label(split, root / "labels" / split.name)
+        place = f"C:\\cells\\images\\{split.name}\\"
+        _list(split, root / f"{split.name}.txt", place, end="\r\n")
+    (root / "data.yaml").write_text("\ufeff" + "\r\n".join(lines), newline="")
+
+
 def voc_roboflow(root, splits):
     for split in splits:
         _copy(split, root / split.name)
-        for a in split.annotations:
-            shutil.copy(a.path.parents[1] / "Annotations" / f"{a.image_id}.xml", root / split.name)
+        _xml(split, root / split.name)
+
+
+def voc_tensorflow(root, splits):
+    """As in the tutorials of TensorFlow's object detection."""
+    for split in splits:
+        _copy(split, root / "images" / split.name)
+        _xml(split, root / "images" / split.name)
+
+
+def voc_kaggle(root, splits):
+    """Annotations by split, images together."""
+    for split in splits:
+        _copy(split, root / "images")
+        _xml(split, root / "annotations" / split.name)
+
+
+def voc_open_images(root, splits):
+    for split in splits:
+        _copy(split, root / split.name / "images")
+        _xml(split, root / split.name / "pascal")
+
+
+def voc_lower_case(root, splits):
+    """A devkit's lists with the folders' names that people prefer."""
+    for split in splits:
+        _copy(split, root / "images")
+        _xml(split, root / "annotations")
+        ids = "".join(f"{a.image_id}\n" for a in split.annotations)
+        path = root / f"ImageSets/Main/{split.name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(ids)
 
 
 FORMS = {
     form.__name__: form
     for form in (
-        coco_official, coco_roboflow, coco_beside,
-        yolo_ultralytics, yolo_roboflow, yolo_darknet,
-        voc_roboflow,
+        coco_official, coco_roboflow, coco_beside, coco_datumaro,
+        yolo_ultralytics, yolo_roboflow, yolo_darknet, yolo_roboflow_darknet, yolo_cvat,
+        yolo_colab, yolo_windows,
+        voc_roboflow, voc_tensorflow, voc_kaggle, voc_open_images, voc_lower_case,
     )
 }  # fmt: skip
+
+
+def litter(root):
+    """What macOS, Windows and Jupyter leave in folders and archives."""
+    for path in [path for path in root.rglob("*") if path.is_file()]:
+        for place in (path.parent, root / "__MACOSX" / path.parent.relative_to(root)):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"._{path.name}").write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X  \xb0\xff")
+        copies = path.parent / ".ipynb_checkpoints"
+        copies.mkdir(exist_ok=True)
+        shutil.copy(path, copies / f"{path.stem}-checkpoint{path.suffix}")
+        (path.parent / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+        (path.parent / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
 
 
 def label_studio(root, splits):
@@ -143,6 +248,14 @@ def voc_beside(root, splits):
             shutil.copy(a.path.parents[1] / "Annotations" / f"{a.image_id}.xml", root)
 
 
+def voc_pets(root, splits):
+    """As the Oxford-IIIT Pet data, of whose own lists nothing is read."""
+    for split in splits:
+        _copy(split, root / "images")
+        _xml(split, root / "annotations/xmls")
+    (root / "annotations/trainval.txt").write_text("a 1 1 1\n")
+
+
 def coco_single(root, splits):
     """One file for all images, as Label Studio's result.json."""
     (split,) = splits
@@ -151,5 +264,5 @@ def coco_single(root, splits):
 
 
 WITHOUT_SPLITS = {
-    form.__name__: form for form in (label_studio, label_img, voc_beside, coco_single)
+    form.__name__: form for form in (label_studio, label_img, voc_beside, voc_pets, coco_single)
 }

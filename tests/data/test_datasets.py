@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import BCCD
-from tests.data.formats import FORMS, WITHOUT_SPLITS, coco, label_img, labels, yolo_ultralytics
-from tract_det.data.datasets import Holdout, read_dataset
+from tests.data.formats import (
+    FORMS,
+    WITHOUT_SPLITS,
+    coco,
+    label_img,
+    labels,
+    litter,
+    yolo_ultralytics,
+)
+from tract_det.data.datasets import Holdout, read_dataset, splits_of
 from tract_det.data.detection import DetectionDataset
 from tract_det.data.yolo import parse_labels
 from tract_det.errors import UserError
@@ -66,6 +74,17 @@ def test_every_form_of_a_data_set_gives_the_same_boxes_labels_and_sizes(tree, ou
         assert_same(copy, split)
         assert copy.origin.startswith(form.partition("_")[0].upper())
     assert read(out / form, "train").class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_systems_leave_behind_is_no_part_of_the_data(tree, out, form):
+    splits = both(tree.root)
+    FORMS[form](out / form, splits)
+    names = splits_of(out / form)
+    litter(out / form)
+    assert splits_of(out / form) == names
+    for split in splits:
+        assert_same(read(out / form, split.name, class_names=splits[0].class_names), split)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -332,6 +351,11 @@ def test_a_fault_in_a_label_file_is_named_with_file_and_line(tree, out, line, me
         ("names: [a, b]\ntrain: nowhere", "train: there is no 'nowhere' in"),
         ("names: [a, b]", "has none of train, val"),
         ("names: [a, b\ntrain: images/train", "is no YAML"),
+        ("names: [yes, no]\ntrain: images/train", "write a list of classes, .* in quotes where"),
+        ("names: [a, b]\ntrain: /content/images", "train: there is no '/content/images' in"),
+        ("names: [a, b]\ntrain: ..", r"train: there is no '\.\.' in"),
+        ("names: [a, b]\ntrain: 5", r"path is '\.', and train \[5\]: write folders"),
+        ("names: [a, b]\nkpt_shape: [2, 3]\ntrain: images/train", "keep the first five columns"),
     ],
 )
 def test_a_fault_in_a_description_is_named(tree, out, text, message):
@@ -340,6 +364,52 @@ def test_a_fault_in_a_description_is_named(tree, out, text, message):
     with pytest.raises(UserError, match=message) as error:
         read(out, "train")
     assert str(out / "data.yaml") in str(error.value)
+
+
+def test_a_named_test_split_without_files_is_no_split_and_others_are_refused(tree, out):
+    yolo_ultralytics(out, both(tree.root)[:1])
+    text = (out / "data.yaml").read_text()
+    (out / "data.yaml").write_text(f"{text}\ntest: ../test/images\n")
+    assert splits_of(out) == ["train"]
+    (out / "data.yaml").write_text(f"{text}\nval: ../valid/images\n")
+    with pytest.raises(UserError, match=r"val: there is no '\.\./valid/images' in"):
+        splits_of(out)
+
+
+def test_class_lists_of_split_folders_must_agree(tree, out):
+    FORMS["yolo_roboflow_darknet"](out, both(tree.root))
+    (out / "test/_darknet.labels").write_text("dog\ncat\n")
+    with pytest.raises(UserError, match=r"train/_darknet.labels and .*test/_darknet.labels have"):
+        splits_of(out)
+
+
+def test_splits_of_one_name_in_two_folders_are_refused(tree, out):
+    FORMS["voc_tensorflow"](out, both(tree.root))
+    shutil.copytree(out / "images/train", out / "more/train")
+    with pytest.raises(UserError, match=r"images/train and .*more/train are both the split"):
+        splits_of(out)
+
+
+def test_a_split_is_found_by_another_name_and_case(tree, out):
+    FORMS["yolo_cvat"](out, both(tree.root))
+    (out / "Test.txt").rename(out / "Validation.txt")
+    assert splits_of(out) == ["Train", "Validation"]
+    assert len(read(out, "train")) == 3 and len(read(out, "val")) == 1
+
+
+@pytest.mark.parametrize("place", ["VOC2007", "VOCdevkit/VOC2007"])
+def test_a_devkit_in_a_folder_below_is_pointed_at(new_tree, tmp_path, place):
+    tree = new_tree(f"above/{place}")
+    tree.add("a", CAT)
+    with pytest.raises(UserError, match=f"recognised here, but in {tree.root}: set"):
+        splits_of(tmp_path / "above")
+
+
+def test_label_files_without_classes_ask_for_them(tree, out):
+    label_img(out, both(tree.root))
+    (out / "classes.txt").unlink()
+    with pytest.raises(UserError, match=r"looks like YOLO's labels, .*write .*classes\.txt"):
+        read(out, "train")
 
 
 def test_label_files_that_are_all_missing_are_refused(tree, out):
@@ -434,5 +504,5 @@ def test_a_split_of_yolos_is_not_sought_above_the_data(tree, out):
     FORMS["yolo_ultralytics"](out, both(tree.root))
     path = out / "data.yaml"
     path.write_text(path.read_text().replace("train: images/train", "train: /"))
-    with pytest.raises(UserError, match=r"data\.yaml: train: '/' lies above the data"):
+    with pytest.raises(UserError, match=r"data\.yaml: train: there is no '/' in"):
         read(out, "train")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tract_det.data.datasets import read_dataset
-from tract_det.data.voc import VOC_CLASSES, find_devkit, read_split
+from tract_det.data.voc import VOC_CLASSES, find_devkit, read_split, split_names
 from tract_det.errors import UserError
 
 CAT = ("cat", (2, 3, 10, 8))
@@ -181,6 +181,8 @@ def _box(number):
 BAD_XML = {
     "not XML": ("<annotation>\n<size>\n</annotation>", ["line 3"]),
     "empty": ("", ["line 1"]),
+    "not UTF-8": ("<annotation>\udcfc</annotation>", ["line 1", "save it again as UTF-8"]),
+    "CVAT's own": ("<annotations/>", ["<annotations>", "export it as Pascal VOC"]),
     "cut off": ("<annotation><object>", ["line 1"]),
     "unknown encoding": ("<?xml version='1.0' encoding='klingon'?><annotation/>", ["klingon"]),
     "not an annotation": ("<html></html>", ["<html>", "VOC"]),
@@ -376,6 +378,46 @@ def test_an_id_may_name_a_folder_but_none_outside(tree, write_annotation):
     tree.split("train", ["v/../v/a"])
     with pytest.raises(UserError, match="has no annotation"):
         read_split(tree.root, "train")
+
+
+def test_an_id_with_a_space_in_a_folder_is_read_bare_and_in_quotes(tree, write_annotation):
+    for folder in ("Annotations/v 1", "JPEGImages/v 1"):
+        (tree.root / folder).mkdir()
+    tree.xml("v 1/a", write_annotation(CAT))
+    tree.image("v 1/a.jpg")
+    for line in ("v 1/a", '"v 1/a"', '"v 1/a" 1'):
+        tree.split("train", [line])
+        (a,) = read_split(tree.root, "train").annotations
+        assert a.image_id == "v 1/a"
+
+
+def test_ids_that_are_paths_are_answered_with_the_id(tree):
+    tree.add("a", CAT)
+    for line in ("/x/JPEGImages/a.jpg", "C:\\x\\a.jpg", "/x/a"):
+        tree.split("train", [line])
+        with pytest.raises(UserError, match=r"is a path, .*write 'a' instead of it"):
+            read_split(tree.root, "train")
+
+
+def test_lists_of_single_classes_are_no_splits(tree):
+    for name, text in (("default", b"a\n"), ("cat_default", b"a  1\n"), ("my_default", b"a\n")):
+        tree.split(name, text)
+    assert split_names(tree.root) == ["default", "my_default"]
+    (tree.root / "ImageSets/Main/default.txt").unlink()
+    (tree.root / "ImageSets/Main/my_default.txt").unlink()
+    assert split_names(tree.root) == ["cat_default"]
+
+
+@pytest.mark.parametrize(
+    ("word", "is_difficult"),
+    [("Unspecified", False), ("False", False), ("no", False), ("true", True), ("2", True)],
+)
+def test_difficult_may_be_a_word(tree, write_annotation, word, is_difficult):
+    text = write_annotation((*CAT, True)).replace("<difficult>1<", f"<difficult>{word}<")
+    tree.xml("a", text)
+    tree.image("a.jpg")
+    tree.split("train", ["a"])
+    assert read_split(tree.root, "train").annotations[0].difficult.tolist() == [is_difficult]
 
 
 def test_no_other_ids_image_is_taken_in_place_of_a_missing_one(tree, write_annotation):

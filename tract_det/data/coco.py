@@ -21,7 +21,7 @@ from typing import Any
 
 from tract_det.data.annotations import LARGEST, Record, is_object
 from tract_det.data.faults import Faults
-from tract_det.data.files import Listing, Source
+from tract_det.data.files import Listing, Source, is_hidden
 from tract_det.errors import UserError, brief, shortened
 
 EXPECTED = "COCO: a JSON file with images, annotations and categories for each split"
@@ -37,7 +37,9 @@ def find_splits(root: Path) -> dict[str, Source]:
     """
     files = [root] if root.suffix == ".json" else sorted(root.glob("*.json"))
     files += sorted(root.glob("annotations/*.json")) if root.is_dir() else []
-    below = (path for path in sorted(root.glob("*/*.json")) if path.parent.name != "annotations")
+    below = (
+        path for path in sorted(root.glob("[!.]*/*.json")) if path.parent.name != "annotations"
+    )
     splits: dict[str, Source] = {}
     for path in [*files, *below]:
         if not _is_ground_truth(path):
@@ -70,7 +72,12 @@ def near_miss(root: Path) -> str:
 
 def _is_ground_truth(path: Path) -> bool:
     """Whether the file has COCO's lists, and is not of captions, key points or segments."""
-    if re.match(r"(captions|person_keypoints|panoptic|stuff|image_info)_", path.name):
+    others = r"(captions|person_keypoints|panoptic|stuff|image_info)_"
+    if is_hidden(path) or re.match(others, path.name):
+        return False
+    # Datumaro writes labels_train.json, of whole images, beside instances_train.json.
+    boxes = re.sub(r"^labels_", "instances_", path.name)
+    if boxes != path.name and path.with_name(boxes).is_file():
         return False
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

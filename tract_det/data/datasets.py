@@ -29,7 +29,7 @@ from tract_det.data.annotations import (
     relabel,
     shorten,
 )
-from tract_det.data.files import Source
+from tract_det.data.files import Source, is_hidden
 from tract_det.data.shapes import SHAPES_CLASSES, ensure_shapes
 from tract_det.errors import UserError
 
@@ -38,9 +38,9 @@ _TITLES = {"coco": "COCO", "yolo": "YOLO", "voc": "VOC"}
 # Names of the two parts of a data set that has no splits of its own.
 _TRAINING = ("train", "trainval")
 _HELD_OUT = ("val", "valid", "test")
+# Names that people give to one split, however they are capitalised.
+_VALIDATION = ("val", "valid", "validation")
 _LOOKED_AT = 50  # folders below one that holds no data set
-# Two names that people give to one split.
-_ALIASES = {"val": "valid", "valid": "val"}
 
 
 class Holdout(NamedTuple):
@@ -208,7 +208,7 @@ def _read_split(
 
 def _sources(root: Path, format: str) -> tuple[str, Mapping[str, Source]]:
     """The format of what lies in a folder, and its splits by name."""
-    candidates = ["voc", "coco", "yolo"] if format == "auto" else [format]
+    candidates = list(_READERS) if format == "auto" else [format]
     recognised = {name: _READERS[name].find_splits(root) for name in candidates}
     recognised = {name: sources for name, sources in recognised.items() if sources}
     if len(recognised) > 1:
@@ -221,8 +221,13 @@ def _sources(root: Path, format: str) -> tuple[str, Mapping[str, Source]]:
 
 def _unrecognised(root: Path, format: str, candidates: Sequence[str]) -> UserError:
     """Says what is missing, as far as what lies there lets it be guessed."""
-    if "voc" in candidates and any((root / name).is_dir() for name in voc.FOLDERS):
+    if "voc" in candidates and voc.is_begun(root):
         voc.check_tree(root)
+    if below := _folders_below(root, candidates):
+        return UserError(
+            f"{root}: no data set is recognised here, but in {shorten(below, 3)}: set "
+            "DATASETS.ROOT to that"
+        )
     misses = [_READERS[name].near_miss(root) for name in candidates if name != "voc"]
     if reasons := "; ".join(filter(None, misses)):
         return UserError(f"{root}: no data set is recognised: {reasons}")
@@ -230,11 +235,6 @@ def _unrecognised(root: Path, format: str, candidates: Sequence[str]) -> UserErr
         expected = _READERS[format].EXPECTED
         return UserError(
             f"{root}: nothing here is in the format {format} (DATASETS.FORMAT): {expected}"
-        )
-    if below := _folders_below(root, candidates):
-        return UserError(
-            f"{root}: no data set is recognised here, but in {shorten(below, 3)}: set "
-            "DATASETS.ROOT to that"
         )
     return UserError(
         f"{root}: no data set is recognised: {'; or '.join(r.EXPECTED for r in _READERS.values())}"
@@ -245,7 +245,7 @@ def _unrecognised(root: Path, format: str, candidates: Sequence[str]) -> UserErr
 def _folders_below(root: Path, candidates: Sequence[str]) -> list[str]:
     """Folders up to two levels below that hold a data set; a devkit's tree goes before others."""
     below = [sorted(root.glob(pattern))[:_LOOKED_AT] for pattern in ("*", "*/*")]
-    levels = [[path for path in paths if path.is_dir()] for paths in below]
+    levels = [[p for p in paths if p.is_dir() and not is_hidden(p)] for paths in below]
     for holds_data in (voc.is_tree, partial(_is_any, candidates)):
         for folders in levels:
             if names := [str(folder) for folder in folders if holds_data(folder)]:
@@ -264,9 +264,11 @@ def _choose(
     root: Path, name: str, sources: Mapping[str, Source], holdout: Holdout
 ) -> tuple[Source, str]:
     """The source of a split, and which part of it: "" = all of it, "kept" or "held out"."""
-    for candidate in (name, _ALIASES.get(name, name)):
-        if candidate in sources:
-            return sources[candidate], ""
+    if name in sources:
+        return sources[name], ""
+    alike = [known for known in sources if _meaning(known) == _meaning(name)]
+    if len(alike) == 1:
+        return sources[alike[0]], ""
     names = [known for known in sources if known]
     if len(sources) == 1 and name in _TRAINING + _HELD_OUT:
         if holdout.fraction:
@@ -278,6 +280,10 @@ def _choose(
             "images to evaluate on, such as 0.2"
         )
     raise UserError(f"{root}: no split {name!r} here; there is: {shorten(names, 8) or 'none'}")
+
+
+def _meaning(name: str) -> str:
+    return "val" if name.lower() in _VALIDATION else name.lower()
 
 
 Image = tuple[str, Path, Record]

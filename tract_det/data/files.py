@@ -11,6 +11,11 @@ from tract_det.data.bands import ARRAY_SUFFIX
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ARRAY_SUFFIX)
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether a file or folder is none of the user's: ._x.jpg, __MACOSX, Jupyter's checkpoints."""
+    return path.name.startswith(".") or "__MACOSX" in path.parts
+
+
 def is_image(path: Path) -> bool:
     """Whether a file is an image by its name, and neither hidden nor a picture's cache.
 
@@ -24,11 +29,6 @@ def is_image(path: Path) -> bool:
     return not any(path.with_suffix(other).exists() for other in IMAGE_SUFFIXES[:-1])
 
 
-def is_hidden(path: Path) -> bool:
-    """Whether no user means a file or folder: `._x.jpg` and `__MACOSX`, of archives from macOS."""
-    return path.name.startswith(".") or "__MACOSX" in path.parts
-
-
 def exists(path: Path) -> bool:
     """Whether there is a file or folder; pathlib raises where a name from data is too long."""
     return os.path.exists(path)  # noqa: PTH110
@@ -37,6 +37,11 @@ def exists(path: Path) -> bool:
 def is_file(path: Path) -> bool:
     """Whether there is a file; see `exists`."""
     return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_below(name: str) -> bool:
+    """Whether a name with folders stays within the folder that it is taken from."""
+    return not name.startswith("/") and ".." not in name.split("/")
 
 
 class Source(NamedTuple):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tract_det.data.annotations import DetectionSplit, Record, build_split, check_unique, shorten
 from tract_det.data.faults import Faults
-from tract_det.data.files import IMAGE_SUFFIXES, by_stem, is_file
+from tract_det.data.files import IMAGE_SUFFIXES, by_stem, is_below, is_file, is_hidden
 from tract_det.data.voc_xml import parse_annotation
 from tract_det.errors import UserError
 
@@ -44,6 +44,10 @@ VOC_CLASSES = (
     "train",
     "tvmonitor",
 )
+
+# The devkit's folders, and what they are called in trees that are made by hand.
+_ANNOTATIONS = ("Annotations", "annotations")
+_IMAGES = ("JPEGImages", "images", "Images")
 
 # The official archives: path on the server, and md5.
 _SERVER = "https://thor.robots.ox.ac.uk/pascal/VOC"
@@ -80,15 +84,16 @@ def read_split(
     """
     root = Path(root)
     check_tree(root, need_images)
-    xmls = _list_files(root / "Annotations", (".xml",))
-    images = _list_files(root / "JPEGImages", IMAGE_SUFFIXES)
+    annotations = _folder(root, _ANNOTATIONS)
+    xmls = _list_files(annotations, (".xml",))
+    images = _list_files(_folder(root, _IMAGES), IMAGE_SUFFIXES)
     split_file = _split_file(root, split)
-    ids = _read_ids(split_file, xmls)
+    ids = _read_ids(split_file, annotations, xmls)
     faults = Faults()
     described = []
     for image_id in ids:
         with faults.noted():
-            record = parse_annotation(_find_annotation(root, split_file, image_id, xmls))
+            record = parse_annotation(_find_annotation(annotations, split_file, image_id, xmls))
             path = _find_image(root, image_id, record, images, xmls, need_images)
             described.append((image_id, path, record))
     faults.refuse()
@@ -129,18 +134,37 @@ def _expected_tree(name: str) -> str:
     return "\n".join(lines)
 
 
-FOLDERS = ("Annotations", "ImageSets/Main", "JPEGImages")  # of a devkit
-
-
 def is_tree(root: Path) -> bool:
     """Whether a folder has a devkit's layout, as far as its splits go."""
-    return (root / "Annotations").is_dir() and (root / "ImageSets" / "Main").is_dir()
+    return _folder(root, _ANNOTATIONS).is_dir() and (root / "ImageSets" / "Main").is_dir()
+
+
+def is_begun(root: Path) -> bool:
+    """Whether a folder has a part of a devkit's layout."""
+    return any((root / name).is_dir() for name in ("Annotations", "ImageSets", "JPEGImages"))
 
 
 def split_names(root: Path) -> list[str]:
     """Names of the lists in ImageSets/Main, but for those of single classes (cat_train)."""
-    stems = sorted(path.stem for path in (root / "ImageSets" / "Main").glob("*.txt"))
-    return [stem for stem in stems if not re.fullmatch(r".+_(train|val|trainval|test)", stem)]
+    files = (root / "ImageSets" / "Main").glob("*.txt")
+    lists = sorted((path.stem, path) for path in files if not is_hidden(path))
+    stems = [stem for stem, _ in lists]
+    ends = tuple(f"_{stem}" for stem in stems)
+    of_classes = {
+        stem
+        for stem, path in lists
+        if re.fullmatch(r".+_(train|val|trainval|test)", stem)
+        or (
+            stem.endswith(ends)  # CVAT's cat_default
+            and re.match(rb"\s*\S+\s+-?[01]\s", path.read_bytes())
+        )
+    }
+    return [stem for stem in stems if stem not in of_classes] or stems
+
+
+def _folder(root: Path, names: tuple[str, ...]) -> Path:
+    """The first folder of these names that is there, or else the devkit's."""
+    return next((root / name for name in names if (root / name).is_dir()), root / names[0])
 
 
 def check_tree(root: Path, need_images: bool = True) -> None:
@@ -149,9 +173,10 @@ def check_tree(root: Path, need_images: bool = True) -> None:
     Raises:
         UserError: Names the folder that is missing, and shows the layout.
     """
-    for folder in FOLDERS if need_images else FOLDERS[:2]:
-        if not (root / folder).is_dir():
-            raise UserError(f"{root}: no folder {folder} here\n{_expected_tree(root.name)}")
+    folders = [_ANNOTATIONS, ("ImageSets/Main",)] + [_IMAGES] * need_images
+    for names in folders:
+        if not _folder(root, names).is_dir():
+            raise UserError(f"{root}: no folder {names[0]} here\n{_expected_tree(root.name)}")
 
 
 def _list_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
@@ -159,12 +184,14 @@ def _list_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     return by_stem(folder.iterdir(), suffixes) if folder.is_dir() else {}
 
 
-def _find_annotation(root: Path, split_file: Path, image_id: str, xmls: dict[str, Path]) -> Path:
+def _find_annotation(
+    annotations: Path, split_file: Path, image_id: str, xmls: dict[str, Path]
+) -> Path:
     """Annotations/<id>.xml; an id may name a folder below, as in ImageNet VID."""
     if image_id in xmls:
         return xmls[image_id]
-    path = root / "Annotations" / f"{image_id}.xml"
-    if "/" in image_id and ".." not in image_id.split("/") and is_file(path):
+    path = annotations / f"{image_id}.xml"
+    if "/" in image_id and is_below(image_id) and is_file(path):
         return path
     stem, dot, ending = image_id.rpartition(".")
     if dot and stem in xmls:
@@ -172,8 +199,16 @@ def _find_annotation(root: Path, split_file: Path, image_id: str, xmls: dict[str
             f"{split_file}: id {image_id!r} has an ending, and ids have none: write {stem!r} "
             f"instead of it, in all lines with .{ending}"
         )
+    name = re.split(r"[\\/]", image_id)[-1]
+    for stem in (name, name.rpartition(".")[0]):
+        if stem in xmls:
+            raise UserError(
+                f"{split_file}: id {image_id!r:.200} is a path, and ids are names without folder "
+                f"and ending: write {stem!r} instead of it, and likewise in all lines"
+            )
     raise UserError(
-        f"{split_file}: id {image_id!r} has no annotation {path}: add the file or remove the line"
+        f"{split_file}: id {image_id!r:.200} has no annotation {annotations}/{image_id:.200}.xml: "
+        "add the file or remove the line"
     )
 
 
@@ -186,7 +221,7 @@ def _find_image(
     need_images: bool,
 ) -> Path:
     """JPEGImages/<id>.*, or else the file named by the XML's <filename>, if it is no other id's."""
-    usual = root / "JPEGImages" / f"{image_id}.jpg"
+    usual = _folder(root, _IMAGES) / f"{image_id}.jpg"
     if "/" in image_id:
         for suffix in IMAGE_SUFFIXES:
             if is_file(path := usual.with_suffix(suffix)):
@@ -213,7 +248,7 @@ def _split_file(root: Path, split: str) -> Path:
     return path
 
 
-def _read_ids(path: Path, known: Container[str]) -> list[str]:
+def _read_ids(path: Path, annotations: Path, known: Container[str]) -> list[str]:
     """The image ids of a split file. A second column, as in cat_train.txt, is ignored."""
     raw = path.read_bytes()
     # PowerShell's > writes UTF-16.
@@ -222,8 +257,18 @@ def _read_ids(path: Path, known: Container[str]) -> list[str]:
         lines = raw.decode("utf-16" if is_utf16 else "utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 ({error}): save it as UTF-8") from None
-    # An id may contain a space: a line that is an id as a whole is not split into columns.
-    ids = [s if s in known else s.split()[0] for line in lines if (s := line.strip())]
+
+    # An id may contain a space: a line that is an id as a whole is not split into columns. CVAT
+    # writes such ids in quotes.
+    def first_column(line: str) -> str:
+        if line in known:
+            return line
+        if "/" in line and is_below(line) and is_file(annotations / f"{line}.xml"):
+            return line
+        quoted = re.match(r'"(.+)"(\s|$)', line)
+        return quoted[1] if quoted else line.split(maxsplit=1)[0]
+
+    ids = [first_column(stripped) for line in lines if (stripped := line.strip())]
     if not ids:
         raise UserError(f"{path}: the split is empty: write one image id per line")
     check_unique(ids, str(path))

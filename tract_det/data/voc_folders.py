@@ -1,8 +1,11 @@
 """Reads VOC's XML files without the devkit's lists of splits, as labelling tools export them.
 
-root/<split>/<id>.xml, <id>.jpg                     Roboflow
-root/Annotations/<id>.xml with JPEGImages/ or images/   no splits
-root/<id>.xml, <id>.jpg                             labelImg, no splits
+root/<split>/<id>.xml, <id>.jpg                             Roboflow
+root/<split>/pascal/<id>.xml, <split>/images/<id>.jpg       Open Images' converters
+root/images/<split>/<id>.xml, <id>.jpg                      TensorFlow's tutorials
+root/annotations/<split>/<id>.xml with images/              Kaggle
+root/Annotations/<id>.xml with JPEGImages/ or images/       Label Studio, no splits
+root/<id>.xml, <id>.jpg                                     labelImg, no splits
 """
 
 import re
@@ -16,33 +19,65 @@ from tract_det.errors import UserError
 
 EXPECTED = "VOC: XML files of its annotations beside images, or in Annotations/"
 
-_ANNOTATIONS = ("Annotations", "annotations", "labels", "xml")
+# Oxford-IIIT Pet has annotations/xmls.
+_ANNOTATIONS = ("Annotations", "annotations", "annotations/xmls", "labels", "xml", "xmls", "pascal")
 _IMAGES = ("JPEGImages", "images", "Images", "img")
 
 
 def find_splits(root: Path) -> dict[str, Source]:
-    """Folders of XML files: those of the splits by their names, or one without splits by ""."""
+    """Folders of XML files: those of the splits by their names, or one without splits by "".
+
+    Raises:
+        UserError: Two of them have the same name.
+    """
     if not root.is_dir():
         return {}
-    for folder in (root, *(root / name for name in _ANNOTATIONS)):
-        if _has_xml(folder):
-            return {"": _source(folder, root)}
-    splits = {}
-    for split in sorted(path for path in root.iterdir() if path.is_dir()):
-        for folder in (split, *(split / name for name in _ANNOTATIONS)):
-            if _has_xml(folder):
-                splits[split.name] = _source(folder, split)
-                break
+    if folder := _xml_folder(root):
+        return {"": _source(folder, root)}
+    below = [folder for folder in _folders(root) if not _is_devkit(folder)]
+    return _splits_in([root], root) or _splits_in(below, root)
+
+
+def _splits_in(places: list[Path], root: Path) -> dict[str, Source]:
+    """The splits among the folders in some places; a devkit, which has its own, is none."""
+    splits: dict[str, Source] = {}
+    for split in (split for place in places for split in _folders(place)):
+        folder = _xml_folder(split)
+        if folder is None or _is_devkit(split):
+            continue
+        if split.name in splits:
+            raise UserError(
+                f"{splits[split.name].where} and {folder} are both the split {split.name!r}: move "
+                "one of them away"
+            )
+        splits[split.name] = _source(folder, split, root)
     return splits
+
+
+def _is_devkit(folder: Path) -> bool:
+    return (folder / "ImageSets" / "Main").is_dir()
+
+
+def _folders(place: Path) -> list[Path]:
+    return sorted(path for path in place.iterdir() if path.is_dir() and not is_hidden(path))
+
+
+def _xml_folder(above: Path) -> Path | None:
+    """A folder itself if it has XML files, or that of its annotations."""
+    folders = (above, *(above / name for name in _ANNOTATIONS))
+    return next((folder for folder in folders if _has_xml(folder)), None)
 
 
 def _has_xml(folder: Path) -> bool:
     return any(not is_hidden(path) for path in folder.glob("*.[xX][mM][lL]"))
 
 
-def _source(folder: Path, above: Path) -> Source:
-    beside = tuple(above / name for name in _IMAGES if (above / name).is_dir())
-    return Source(folder, (*beside, folder))
+def _source(folder: Path, above: Path, root: Path | None = None) -> Source:
+    """Where the images may lie: beside the XML files, or in `root` by the name of their split."""
+    beside = [above / name for name in _IMAGES]
+    if root is not None:
+        beside += [root / name / above.name for name in _IMAGES] + [root / n for n in _IMAGES]
+    return Source(folder, (*(path for path in beside if path.is_dir()), folder))
 
 
 def describe(

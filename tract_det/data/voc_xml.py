@@ -10,6 +10,8 @@ from tract_det.data.annotations import LARGEST, Record, is_object
 from tract_det.errors import UserError, brief, shortened
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+# What tools write for <difficult> instead of a number; makesense.ai has "Unspecified".
+_FLAGS = {"": False, "false": False, "no": False, "unspecified": False, "true": True, "yes": True}
 
 
 def parse_annotation(xml: Path) -> Record:
@@ -20,15 +22,18 @@ def parse_annotation(xml: Path) -> Record:
             the message names the file and the object.
     """
     try:
-        tree = ET.XML(xml.read_bytes())
+        content = xml.read_bytes()
+        tree = ET.XML(content)
     except ET.ParseError as error:
         line = error.position[0]
-        raise UserError(f"{xml}, line {line}: not well-formed XML ({error}): repair it") from None
+        mend = "repair it" if _is_utf8(content) else "it is not in UTF-8: save it again as UTF-8"
+        raise UserError(f"{xml}, line {line}: not well-formed XML ({error}): {mend}") from None
     except (OSError, LookupError, ValueError) as error:  # unreadable, or an unknown encoding
         raise UserError(f"{xml}: cannot be read ({error}): save it again as UTF-8") from None
     if tree.tag != "annotation":
         raise UserError(
-            f"{xml}: starts with <{shortened(tree.tag)}>, not <annotation>: not a VOC annotation"
+            f"{xml}: starts with <{shortened(tree.tag)}>, not <annotation>: not a VOC annotation; "
+            "export it as Pascal VOC, COCO or YOLO, or remove it"
         )
     record = Record(xml, tree.findtext("filename") or "", _size(tree, xml), [], [], [], [], [])
     # Thousands of files are read: what only a message needs is put together for the message.
@@ -41,7 +46,8 @@ def parse_annotation(xml: Path) -> Record:
         if bndbox is None:
             raise UserError(f"{where()}: no <bndbox>: add it or remove the object")
         x1, y1, x2, y2 = [_number(bndbox.findtext(tag), tag, where) for tag in _CORNERS]
-        difficult = (element.findtext("difficult") or "").strip() or "0"
+        difficult = (element.findtext("difficult") or "").strip()
+        flag = _FLAGS.get(difficult.lower())
         record.classes.append(name)
         box = (x1 - 1, y1 - 1, x2, y2)
         if not is_object(box):
@@ -49,8 +55,18 @@ def parse_annotation(xml: Path) -> Record:
             continue
         record.labelled.append(name)
         record.boxes.append(box)
-        record.difficult.append(_number(difficult, "difficult", where) != 0)
+        record.difficult.append(
+            _number(difficult, "difficult", where) != 0 if flag is None else flag
+        )
     return record
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _size(tree: ET.Element, xml: Path) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@
     root/images/<split>/*.jpg    with root/labels/<split>/*.txt and classes.txt
     root/<split>/images/*.jpg    with root/<split>/labels/*.txt and classes.txt
     root/<split>.txt, obj.names  lists of images, with label files beside them (CVAT, Darknet)
+    root/<split>/*.jpg, *.txt    with classes.txt or _darknet.labels in each (labelImg, Roboflow)
     root/images, root/labels     with classes.txt, no splits (Label Studio)
     root/*.jpg, root/*.txt       with classes.txt, no splits (labelImg)
 
@@ -17,11 +18,12 @@ is taken to be that pixel: so boxes that were whole pixels come back as they wer
 Format: https://docs.ultralytics.com/datasets/detect.
 """
 
-import glob
 import math
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,12 @@ EXPECTED = (
     "YOLO: data.yaml with names and train, or classes.txt (obj.names) with images and label files"
 )
 
-_SPLITS = ("train", "val", "valid", "test")
-_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
+# Also as CVAT writes them: Train, Validation, Test.
+_SPLITS = ("train", "val", "valid", "validation", "test")
+_LISTS = ("classes.txt", "obj.names", "labels/classes.txt", "_darknet.labels")
 _SLACK = 1e-3  # by which a fraction may lie outside 0..1: exporters round
+_DEEPEST = 16  # folders of a path of another machine that are looked at
+_LOOKED_AT = 100  # text files, when nothing in a folder is recognised
 _SNAP = 0.05  # pixels: no edge is moved by more
 
 
@@ -55,9 +60,30 @@ def find_splits(root: Path) -> dict[str, Source]:
     description = _description(root)
     if description is not None:
         return _described_splits(root, description)
-    for name in _LISTS:
-        if (root / name).is_file():
-            return _listed_splits(root, _read_names(root / name))
+    names = _class_list(root)
+    return _listed_splits(root, names) if names else {}
+
+
+def _any_labels(root: Path) -> Path | None:
+    """A label file at or below a folder, of the first few text files there; None: no such file."""
+    for path in islice(root.rglob("*.txt"), _LOOKED_AT):
+        with suppress(OSError), path.open("rb") as file:
+            if re.match(rb"\d+(\s+[\d.]+){4}", file.read(200)) and not is_hidden(path):
+                return path
+    return None
+
+
+def _class_list(root: Path) -> dict[int, str]:
+    """The classes of the list at the root, or of those in the folders of splits; {} = no list."""
+    for folders in ([root], [root / split for split in _SPLITS]):
+        paths = [folder / name for folder in folders for name in _LISTS]
+        lists = {path: _read_names(path) for path in paths if path.is_file()}
+        for path, names in lists.items():
+            first = next(iter(lists))
+            if folders != [root] and names != lists[first]:
+                raise UserError(f"{first} and {path} have different classes: write the same ones")
+        if lists:
+            return next(iter(lists.values()))
     return {}
 
 
@@ -66,9 +92,7 @@ def near_miss(root: Path) -> str:
     files = sorted([*root.glob("*.yaml"), *root.glob("*.yml")], key=lambda p: p.stem != "data")
     if files:
         return f"{files[0]} has no names, as YOLO's description has"
-    labels = next((path for path in root.glob("labels/**/*.txt") if not is_hidden(path)), None)
-    if labels is None:
-        labels = next((p for p in root.glob("*.txt") if any(map(is_image, _beside(p)))), None)
+    labels = _any_labels(root)
     if labels is None:
         return ""
     return (
@@ -77,16 +101,11 @@ def near_miss(root: Path) -> str:
     )
 
 
-def _beside(path: Path) -> list[Path]:
-    """Files of the same stem."""
-    return list(path.parent.glob(f"{glob.escape(path.stem)}.*"))
-
-
 def _description(root: Path) -> Path | None:
     """The YAML file that describes the data; `data.yaml` goes before others."""
     files = sorted([*root.glob("*.yaml"), *root.glob("*.yml")], key=lambda p: p.stem != "data")
     for path in files:
-        if re.search(r"^\s*['\"]?names['\"]?\s*:", _text(path), re.M):
+        if not is_hidden(path) and re.search(r"^\s*['\"]?names['\"]?\s*:", _text(path), re.M):
             return path
     return None
 
@@ -106,42 +125,71 @@ def _described_splits(root: Path, path: Path) -> dict[str, Source]:
         raise UserError(
             f"{path}: nc is {brief(count)}, but names has {len(names)} classes: correct one"
         )
-    base = Path(str(content.get("path") or "."))
-    bases = [root / base, root, root.parent] if not base.is_absolute() else [base, root]
-    splits = {}
-    for split in _SPLITS:
-        entries = content.get(split)
-        if entries:
-            files = _entry_files(path, split, entries, bases)
-            splits[split] = Source(path, (root,), names, tuple(files))
+    if "kpt_shape" in content:
+        raise UserError(
+            f"{path}: has kpt_shape: its label files are of key points, and boxes are needed; keep "
+            "the first five columns of each line, and remove kpt_shape"
+        )
+    base = content.get("path") or "."
+    keys = {split: key for key in content for split in _SPLITS if str(key).lower() == split}
+    splits: dict[str, Source] = {}
+    for split in sorted(keys, key=_SPLITS.index):
+        entries = content[keys[split]]
+        if not entries:
+            continue
+        entries = entries if isinstance(entries, list) else [entries]
+        if not all(isinstance(text, str) for text in [base, *entries]):
+            raise UserError(
+                f"{path}: path is {brief(base)}, and {split} {brief(entries)}: write folders"
+            )
+        places = [_place(root, base, entry) for entry in entries]
+        if None in places and split == "test" and splits:
+            continue  # Roboflow names test also where it has no images
+        files: list[Path] = []
+        for entry, place in zip(entries, places, strict=True):
+            if place is None:
+                where = " or ".join(dict.fromkeys(str(root / folder) for folder in (base, ".")))
+                raise UserError(
+                    f"{path}: {split}: there is no {entry!r:.200} in {where:.200}: correct it"
+                )
+            files += _in_folder(place) if place.is_dir() else _in_list(place)
+        splits[str(keys[split])] = Source(path, (root,), names, tuple(files))
     if not splits:
         raise UserError(f"{path}: has none of {', '.join(_SPLITS)}: say where the images are")
     return splits
 
 
-def _entry_files(path: Path, split: str, entries: Any, bases: list[Path]) -> list[Path]:
-    """The images of a split: of a folder, of a list in a text file, or of several of these."""
-    files: list[Path] = []
-    for entry in entries if isinstance(entries, list) else [entries]:
-        name = str(entry)
-        # Exports write ../train/images where train/images beside the file is meant.
-        names = [name, *([name.lstrip("./")] if name.startswith("..") else [])]
-        places = [base / name for base in bases for name in names]
-        place = next((place for place in places if exists(place)), None)
-        if place is None:
-            raise UserError(
-                f"{path}: {split}: there is no {brief(name)} in {bases[0]} or {bases[1]}: correct "
-                "it"
-            )
-        if place.resolve() in path.resolve().parent.parents:
-            raise UserError(f"{path}: {split}: {brief(name)} lies above the data: correct it")
-        files += _in_folder(place) if place.is_dir() else _in_list(place)
-    return files
+def _place(root: Path, base: str, entry: str) -> Path | None:
+    """The folder or list that an entry names; None: there is none."""
+    names = _readings(entry)
+    places = [root / base / entry, root / entry, root.parent / entry]
+    places += [folder / name for folder in (root / base, root) for name in names]
+    for place in places:
+        if exists(place):
+            above = place.resolve()
+            is_too_high = above != root.resolve() and root.resolve().is_relative_to(above)
+            return None if is_too_high else place
+    return None
+
+
+def _readings(name: str) -> list[str]:
+    """What a path may mean: itself, or an end of it, since it is often one of another machine.
+
+    Exports write ../train/images for train/images beside the file, data/obj_train_data/x.jpg for
+    obj_train_data/x.jpg, and paths with backslashes. `images` alone does not say which split.
+    """
+    parts = [part for part in re.split(r"[\\/]+", name)[-_DEEPEST:] if part.strip(".")]
+    ends = ["/".join(parts[start:]) for start in range(len(parts))]
+    return [name, *ends[:1], *(end for end in ends[1:] if end != "images")]
 
 
 def _in_folder(folder: Path) -> list[Path]:
     """The images in a folder and below it, sorted."""
-    return sorted(path for path in folder.rglob("*") if is_image(path))
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if is_image(path) and not any(map(is_hidden, path.relative_to(folder).parents))
+    )
 
 
 def _in_list(path: Path) -> list[Path]:
@@ -151,24 +199,31 @@ def _in_list(path: Path) -> list[Path]:
         name = line.strip()
         if not name:
             continue
-        # CVAT and Darknet write data/obj_train_data/x.jpg for obj_train_data/x.jpg beside the list.
-        names = [name, name.removeprefix("data/"), name.removeprefix("./")]
-        file = next((path.parent / n for n in names if is_file(path.parent / n)), None)
+        places = (path.parent / reading for reading in _readings(name))
+        file = next((place for place in places if is_file(place)), None)
         if file is None:
-            raise UserError(f"{path}, line {number}: there is no image {brief(name)}: correct it")
+            raise UserError(
+                f"{path}, line {number}: there is no image {name!r:.200}: add it, or correct the "
+                "line"
+            )
         files.append(file)
     return files
 
 
 def _listed_splits(root: Path, names: Mapping[int, str]) -> dict[str, Source]:
     """The splits of a folder without a description, by lists, by folders, or none."""
+    lists = {path.stem: path for path in root.glob("*.txt")}
+    folders = {path.name: path for path in root.glob("*") if path.name.lower() in _SPLITS}
+    folders |= {path.name: path for path in (root / "images").glob("*")}
     splits: dict[str, Source] = {}
-    for split in _SPLITS:
-        listing = root / f"{split}.txt"
-        folders = [root / "images" / split, root / split / "images", root / split]
-        if listing.is_file():
-            splits[split] = Source(listing, (root,), names, tuple(_in_list(listing)))
-        elif folder := next((folder for folder in folders if folder.is_dir()), None):
+    for split in sorted({*lists, *folders}, key=lambda name: (name.lower() != "train", name)):
+        if split.lower() not in _SPLITS:
+            continue
+        if split in lists:
+            splits[split] = Source(lists[split], (root,), names, tuple(_in_list(lists[split])))
+        elif folders[split].is_dir():
+            within = folders[split] / "images"
+            folder = within if within.is_dir() else folders[split]
             splits[split] = Source(folder, (root,), names, tuple(_in_folder(folder)))
     if splits:
         return splits
@@ -190,12 +245,15 @@ def _numbered(path: Path, names: Any) -> dict[int, str]:
         isinstance(names, dict)
         and names
         and all(
-            type(number) is int and number >= 0 and isinstance(name, str | int)
+            type(number) is int and number >= 0 and type(name) in (str, int)
             for number, name in names.items()
         )
     )
     if not is_good:
-        raise UserError(f"{path}: names is {brief(names)}: write a list of classes, in their order")
+        raise UserError(
+            f"{path}: names is {brief(names)}: write a list of classes, in their order, in quotes "
+            "where YAML means something else (yes, no, null, dates)"
+        )
     numbered = {number: " ".join(str(name).split()) for number, name in names.items()}
     if len(set(numbered.values())) < len(numbered) or "" in numbered.values():
         raise UserError(f"{path}: two classes have the same name, or one has none: correct names")
@@ -290,7 +348,9 @@ def parse_labels(
         name = _class_name(words[0], class_names, where)
         x1, y1, x2, y2 = _edges(words[1:], where)
         width, height = size
-        decimals = max(len(word.partition(".")[2]) if "e" not in word else 16 for word in words[1:])
+        decimals = max(
+            len(word.partition(".")[2]) if "e" not in word.lower() else 16 for word in words[1:]
+        )
         box = (
             _snapped(x1 * width, decimals, width),
             _snapped(y1 * height, decimals, height),
