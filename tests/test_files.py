@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import run_python
 from tests.names import NAMES
-from tract_det.errors import shortened
+from tract_det.errors import UserError, brief, shortened
 from tract_det.files import (
     atomically,
     file_name_part,
@@ -20,6 +20,25 @@ from tract_det.files import (
 def test_ordinary_names_stay_as_they_are():
     for name in ("car", "tvmonitor", "traffic light", "Fußgänger", "v1.2-x_y", "猫"):
         assert file_name_part(name) == shortened(name) == name
+
+
+@given(st.text() | st.sampled_from(["\x1b[2J", "a\ud800", "a\r\u2028b", "\u067e\u200c\u0622"]))
+def test_a_message_can_be_printed_and_steers_no_terminal(name):
+    message = str(UserError(f"{name}: correct it"))
+    message.encode()
+    assert message.splitlines() == message.split("\n") and "\x1b" not in message
+    assert len(message) == len(name) + len(": correct it")
+    assert str(UserError("\u067e\u200c\u0622")) == "\u067e\u200c\u0622"  # a Persian word's joiner
+
+
+def test_a_value_is_brief_however_long_or_deep_it_is():
+    endless = value = [1]
+    for _ in range(40):
+        value = [value] * 9
+    endless.append(endless)
+    for strange in (value, endless, 10**9999, "x" * 9999, {"a": [b"\n" * 500]}, float("nan")):
+        assert len(brief(strange)) <= 100 and brief(strange).isprintable()
+    assert brief({"id": 7, "name": "a"}) == "{'id': 7, 'name': 'a'}"
 
 
 @given(st.text() | st.sampled_from(NAMES))

@@ -1,18 +1,21 @@
 """The errors that a tool prints as a single line, without a traceback."""
 
+import re
 from collections.abc import Mapping
 from reprlib import Repr
 from typing import Any
 
 _LONGEST = 2_000
 _ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+# Characters that would steer a terminal, break a line or cannot be encoded.
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class UserError(ValueError):
     """The user can mend this: the message names the file, key or module, and says how.
 
     A message with very long names from the data loses its middle: the file or key stands at its
-    beginning, the mend at its end.
+    beginning, the mend at its end. Control characters from the data are shown as a box.
 
     Attributes:
         exit_code: that of a program which ends by it.
@@ -21,7 +24,8 @@ class UserError(ValueError):
     exit_code = 1
 
     def __str__(self) -> str:
-        message = super().__str__()
+        lines = super().__str__().split("\n")
+        message = "\n".join(CONTROLS.sub("\N{REPLACEMENT CHARACTER}", line) for line in lines)
         if len(message) <= _LONGEST:
             return message
         return f"{message[: _LONGEST // 2]} {_ELLIPSIS} {message[-_LONGEST // 2 :]}"

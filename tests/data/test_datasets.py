@@ -291,6 +291,11 @@ def change(path, value):
         (change(["categories", 0, "name"], ""), "has no id and name"),
         (change(["categories", 0, "id"], 3), "category id 3 occurs twice"),
         (change(["images"], {}), "has no list 'images'"),
+        (change(["annotations", 0, "bbox", 2], 10**400), "annotation 1: bbox is"),
+        (change(["images", 0, "file_name"], "a\0b/z.jpg"), "the file is missing in"),
+        (change(["images", 0, "file_name"], "a\n\ud800.jpg"), r"\(a  .jpg\): the file is missing"),
+        (change(["images", 0, "file_name"], "x/b.jpg"), r"\(b.jpg\): its image .* is also that of"),
+        (change(["categories", 0, "name"], "a\x1b[2J"), "has a character that cannot be printed"),
     ],
 )  # fmt: skip
 def test_a_fault_in_a_coco_file_is_named_with_file_and_id(tree, out, changed, message):
@@ -425,6 +430,17 @@ def test_an_image_that_another_xml_names_is_not_taken(tree, out):
     xml = out / "train/a.xml"
     xml.write_text(xml.read_text().replace("<size>", "<filename>b.jpg</filename><size>"))
     with pytest.raises(UserError, match=r"a.xml: no image a\.\* or <filename> 'b.jpg' beside it"):
+        read(out, "train")
+
+
+def test_two_xml_files_do_not_take_one_image(tree, out):
+    FORMS["voc_roboflow"](out, both(tree.root))
+    (out / "train/a.jpg").rename(out / "train/z.jpg")
+    (out / "train/b.jpg").unlink()
+    for name in "ab":
+        xml = out / f"train/{name}.xml"
+        xml.write_text(xml.read_text().replace("<size>", "<filename>z.jpg</filename><size>"))
+    with pytest.raises(UserError, match=r"b.xml: its image .*z.jpg is also that of .*a.xml"):
         read(out, "train")
 
 

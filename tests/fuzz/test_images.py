@@ -14,7 +14,14 @@ from PIL import Image
 from tests.fuzz.limits import SECONDS, assert_survives, run_limited
 from tests.fuzz.mutations import damaged
 from tests.fuzz.refusals import cases, refusal
-from tract_det.data.images import CorruptImageError, read_rgb, read_upright, upright_size
+from tract_det.data.images import (
+    CorruptImageError,
+    read_header,
+    read_rgb,
+    read_stored,
+    read_upright,
+    upright_size,
+)
 
 CASES = cases(50)
 SUFFIXES = (".jpg", ".png", ".webp", ".bmp", ".tiff", ".gif")
@@ -39,8 +46,27 @@ def images(folder):
                 refusal(read, path)
 
 
-def test_a_damaged_image_is_read_or_refused_in_a_line(tmp_path):
-    assert_survives("test_images", "images", tmp_path)
+def bands(folder):
+    """Damages TIFF files of other than three channels; called in a process of its own."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 24, 36), dtype=np.uint8)
+    pages = [Image.fromarray(page) for page in pixels]
+    pages[0].save(folder / "pages.tiff", save_all=True, append_images=pages[1:])
+    Image.merge("RGBA", pages[:4]).save(folder / "alpha.tiff")
+    Image.fromarray(pixels[0].astype(np.uint16)).save(folder / "wide.tiff")
+    for name, channels in (("pages.tiff", 5), ("alpha.tiff", 4), ("wide.tiff", 1)):
+        rng, path = random.Random(1), folder / name
+        whole = path.read_bytes()
+        for case in range(CASES):
+            print(name, case, flush=True)
+            path.write_bytes(damaged(whole, rng))
+            for read in (read_upright, read_stored):
+                refusal(read, path, 10_000, channels)
+            refusal(read_header, path, channels)
+
+
+@pytest.mark.parametrize("kind", ["images", "bands"])
+def test_a_damaged_image_is_read_or_refused_in_a_line(kind, tmp_path):
+    assert_survives("test_images", kind, tmp_path)
 
 
 def test_a_flipped_bit_in_a_png_is_a_line(tmp_path):
@@ -60,4 +86,4 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, s
 
 
 if __name__ == "__main__":
-    run_limited({"images": images}, 20 + SECONDS * CASES // 10)
+    run_limited({"images": images, "bands": bands}, 20 + SECONDS * CASES // 10)

@@ -28,8 +28,20 @@ CASES = cases(60)
 
 # What stands in the place of a value of JSON, YAML or XML.
 STRANGE = (
-    *(None, True, False, 0, -1, 7, 1.5, -0.0, 1e308, -1e308, float("nan"), float("inf"), 10**30),
-    *("", " ", "disc", "\u2028", "\x7f", "../../x", "/", "x" * 5000, "\N{ROMAN NUMERAL FIVE}"),
+    *(None, True, False, 0, -1, 7, 1.5, -0.0, 1e308, -1e308, float("nan"), float("inf"), 10**400),
+    *(
+        "",
+        " ",
+        "disc",
+        "\u2028",
+        "\x7f",
+        "../../x",
+        "/",
+        "x" * 5000,
+        "\N{ROMAN NUMERAL FIVE}",
+        "\ud800",
+        "a\nb",
+    ),
     *([], {}, [[]], [1], [1, 2, 3, 4], {"id": 1}, ["disc", "disc"], {0: "disc"}, {"0": "box"}),
 )
 BOMB = (
@@ -74,7 +86,7 @@ def another_tree(tree, rng):
 
 
 def another_json(data, rng):
-    return json.dumps(another_tree(json.loads(data), rng)).encode()
+    return json.dumps(another_tree(json.loads(data), rng), indent=1).encode()
 
 
 def another_yaml(data, rng):
@@ -193,7 +205,11 @@ def voc(folder):
 
 
 def coco(folder):
-    fuzz_tree(tree_of("coco_official", folder), ["annotations/*.json"])
+    root = tree_of("coco_official", folder)
+    (path,) = root.glob("annotations/*.json")
+    # A value a line, so that damage to a line leaves the others.
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1))
+    fuzz_tree(root, ["annotations/*.json"])
 
 
 def yolo(folder):

@@ -17,7 +17,7 @@ import numpy as np
 
 from tract_det.data.faults import Faults
 from tract_det.data.images import MAX_PIXELS, stored_size, upright_size
-from tract_det.errors import UserError
+from tract_det.errors import CONTROLS, UserError, brief
 
 LARGEST = 1e9  # of a coordinate or a side, in pixels
 READERS = 8  # threads that read files, which on a network's disk wait most of the time
@@ -141,10 +141,13 @@ def build_split(
         upright: Whether such a size is that of the image turned upright by its EXIF orientation.
 
     Raises:
-        UserError: A class is not in the list, there is no object to take classes from, or a size is
-            missing and the image cannot be read. What is wrong with images is said of all at once.
+        UserError: A class is not in the list, there is no object to take classes from, two images
+            have the same file, or a size is missing and the image cannot be read. What is wrong
+            with images is said of all at once.
     """
     records = [record for _, _, record in images]
+    if need_images:
+        _refuse_shared_files(images)
     names = class_list(class_names, records, where)
     label_of = {name: k for k, name in enumerate(names)}
 
@@ -185,6 +188,19 @@ def build_split(
     return DetectionSplit(name, names, annotations, len(dropped))
 
 
+def _refuse_shared_files(images: Sequence[tuple[str, Path, Record]]) -> None:
+    """Refuses a file that two annotations take for their image, by a name that is not its own."""
+    faults, sources = Faults(), dict[Path, Record]()
+    for _, path, record in images:
+        with faults.noted():
+            if (first := sources.setdefault(path, record)) is not record:
+                raise UserError(
+                    f"{record.source}: its image {path} is also that of {first.source}: correct "
+                    "the file name in one of them"
+                )
+    faults.refuse()
+
+
 def in_threads(function: Callable[[Item], Value], items: Iterable[Item]) -> list[Value]:
     """The values of a function that reads a file for each item.
 
@@ -212,6 +228,11 @@ def class_list(
         UserError: There is none, one is there twice, or one is not among those configured.
     """
     annotated = {name for record in records for name in record.classes}
+    if strange := [name for name in annotated if CONTROLS.search(name)]:
+        raise UserError(
+            f"{where}: class {brief(strange[0])} has a character that cannot be printed: correct "
+            "its name"
+        )
     if not class_names:
         if not annotated:
             raise UserError(f"{where}: none of its annotations has an object: set DATASETS.CLASSES")

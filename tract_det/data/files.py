@@ -88,6 +88,6 @@ class Listing:
         if folder not in self._names:
             try:
                 self._names[folder] = {entry.name for entry in folder.iterdir()}
-            except OSError:
+            except (OSError, ValueError):  # not there, or a name that no folder can have
                 self._names[folder] = set()
         return path.name in self._names[folder]
