@@ -29,7 +29,7 @@ from tract_det.data.annotations import (
     relabel,
     shorten,
 )
-from tract_det.data.files import Source, is_hidden
+from tract_det.data.files import Source, folders_in
 from tract_det.data.shapes import SHAPES_CLASSES, ensure_shapes
 from tract_det.errors import UserError
 
@@ -40,7 +40,7 @@ _TRAINING = ("train", "trainval")
 _HELD_OUT = ("val", "valid", "test")
 # Names that people give to one split, however they are capitalised.
 _VALIDATION = ("val", "valid", "validation")
-_LOOKED_AT = 50  # folders below one that holds no data set
+_LOOKED_AT = 50  # folders of a level below one that holds no data set
 
 
 class Holdout(NamedTuple):
@@ -244,8 +244,10 @@ def _unrecognised(root: Path, format: str, candidates: Sequence[str]) -> UserErr
 
 def _folders_below(root: Path, candidates: Sequence[str]) -> list[str]:
     """Folders up to two levels below that hold a data set; a devkit's tree goes before others."""
-    below = [sorted(root.glob(pattern))[:_LOOKED_AT] for pattern in ("*", "*/*")]
-    levels = [[p for p in paths if p.is_dir() and not is_hidden(p)] for paths in below]
+    if not root.is_dir():
+        return []
+    children = folders_in(root)[:_LOOKED_AT]
+    levels = [children, [below for child in children for below in folders_in(child)][:_LOOKED_AT]]
     for holds_data in (voc.is_tree, partial(_is_any, candidates)):
         for folders in levels:
             if names := [str(folder) for folder in folders if holds_data(folder)]:

@@ -29,6 +29,13 @@ def is_image(path: Path) -> bool:
     return not any(path.with_suffix(other).exists() for other in IMAGE_SUFFIXES[:-1])
 
 
+def folders_in(place: Path) -> list[Path]:
+    """The folders in a folder, sorted, but for hidden ones; a stat for each image is not needed."""
+    with os.scandir(place) as entries:
+        folders = sorted(Path(entry) for entry in entries if entry.is_dir())
+    return [folder for folder in folders if not is_hidden(folder)]
+
+
 def exists(path: Path) -> bool:
     """Whether there is a file or folder; pathlib raises where a name from data is too long."""
     return os.path.exists(path)  # noqa: PTH110

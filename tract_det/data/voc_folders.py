@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tract_det.data.annotations import Record
 from tract_det.data.faults import Faults
-from tract_det.data.files import IMAGE_SUFFIXES, Source, by_stem, is_hidden
+from tract_det.data.files import IMAGE_SUFFIXES, Source, by_stem, folders_in, is_hidden
 from tract_det.data.voc_xml import parse_annotation
 from tract_det.errors import UserError
 
@@ -34,14 +34,14 @@ def find_splits(root: Path) -> dict[str, Source]:
         return {}
     if folder := _xml_folder(root):
         return {"": _source(folder, root)}
-    below = [folder for folder in _folders(root) if not _is_devkit(folder)]
+    below = [folder for folder in folders_in(root) if not _is_devkit(folder)]
     return _splits_in([root], root) or _splits_in(below, root)
 
 
 def _splits_in(places: list[Path], root: Path) -> dict[str, Source]:
     """The splits among the folders in some places; a devkit, which has its own, is none."""
     splits: dict[str, Source] = {}
-    for split in (split for place in places for split in _folders(place)):
+    for split in (split for place in places for split in folders_in(place)):
         folder = _xml_folder(split)
         if folder is None or _is_devkit(split):
             continue
@@ -56,10 +56,6 @@ def _splits_in(places: list[Path], root: Path) -> dict[str, Source]:
 
 def _is_devkit(folder: Path) -> bool:
     return (folder / "ImageSets" / "Main").is_dir()
-
-
-def _folders(place: Path) -> list[Path]:
-    return sorted(path for path in place.iterdir() if path.is_dir() and not is_hidden(path))
 
 
 def _xml_folder(above: Path) -> Path | None:

@@ -19,6 +19,7 @@ Format: https://docs.ultralytics.com/datasets/detect.
 """
 
 import math
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -65,11 +66,12 @@ def find_splits(root: Path) -> dict[str, Source]:
 
 
 def _any_labels(root: Path) -> Path | None:
-    """A label file at or below a folder, of the first few text files there; None: no such file."""
-    for path in islice(root.rglob("*.txt"), _LOOKED_AT):
-        with suppress(OSError), path.open("rb") as file:
-            if re.match(rb"\d+(\s+[\d.]+){4}", file.read(200)) and not is_hidden(path):
-                return path
+    """A label file in a folder or two levels below, of the first text files there; None: no such."""
+    for pattern in ("*.txt", "*/*.txt", "*/*/*.txt"):
+        for path in islice(root.glob(pattern), _LOOKED_AT):
+            with suppress(OSError), path.open("rb") as file:
+                if re.match(rb"\d+(\s+[\d.]+){4}", file.read(200)) and not is_hidden(path):
+                    return path
     return None
 
 
@@ -185,11 +187,11 @@ def _readings(name: str) -> list[str]:
 
 def _in_folder(folder: Path) -> list[Path]:
     """The images in a folder and below it, sorted."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if is_image(path) and not any(map(is_hidden, path.relative_to(folder).parents))
-    )
+    files: list[Path] = []
+    for above, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(Path(name))]
+        files += [path for name in names if is_image(path := Path(above, name))]
+    return sorted(files)
 
 
 def _in_list(path: Path) -> list[Path]:
