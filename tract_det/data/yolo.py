@@ -66,7 +66,7 @@ def find_splits(root: Path) -> dict[str, Source]:
 
 
 def _any_labels(root: Path) -> Path | None:
-    """A label file in a folder or two levels below, of the first text files there; None: no such."""
+    """A label file in a folder or two levels below, of the first text files there."""
     for pattern in ("*.txt", "*/*.txt", "*/*/*.txt"):
         for path in islice(root.glob(pattern), _LOOKED_AT):
             with suppress(OSError), path.open("rb") as file:
