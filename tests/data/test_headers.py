@@ -1,6 +1,7 @@
 """Every image's header is looked at once, and again when the file has changed."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_other_channels_are_looked_at_anew(images):
     assert len(looked_at) == 2 * len(names)
 
 
-def test_a_detector_starts_again_without_a_look_at_the_images(images):
+def test_a_detector_starts_again_without_a_look_at_the_images(images, monkeypatch):
     root, names, looked_at = images
     none = np.empty((0, 4)), np.empty(0, int), np.empty(0, bool)
     annotations = [Annotation(name, root / name, 32, 32, *none) for name in names]
@@ -97,6 +98,9 @@ def test_a_detector_starts_again_without_a_look_at_the_images(images):
     looked_at.clear()
     check_annotated(annotations)
     assert looked_at == []
+    monkeypatch.chdir(root.parent)
+    relative = [replace(a, path=a.path.relative_to(root.parent)) for a in annotations]
+    check_annotated(relative)
     with pytest.raises(UserError, match=rf"{names[0]}.*INPUT\.MAX_PIXELS 100"):
         check_annotated(annotations, max_pixels=100)
 

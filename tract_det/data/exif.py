@@ -83,7 +83,9 @@ def check_headers(
     oriented: list[Path] = []
     exchanged: list[int] = []
     sizes: dict[int, tuple[int, int]] = {}
-    headers = read_headers(_folder_of(annotations), [a.path for a in annotations], channels)
+    paths = [a.path.absolute() for a in annotations]
+    folder = Path(os.path.commonpath([path.parent for path in paths] or [Path()]))
+    headers = read_headers(folder, paths, channels)
     for index, annotation in enumerate(annotations):
         with faults.noted():
             header = headers.header(index)
@@ -100,11 +102,6 @@ def check_headers(
     faults.messages[:0] = _refusals(mode, [path.name for path in oriented], names, len(annotations))
     faults.refuse()
     return Orientations(len(oriented), sizes)
-
-
-def _folder_of(annotations: Sequence[Annotation]) -> Path:
-    """The folder that all images have in common."""
-    return Path(os.path.commonpath([a.path.parent for a in annotations] or [Path()]))
 
 
 def _is_exchanged(stated: tuple[int, int], size: tuple[int, int], header: Header) -> bool:
