@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
@@ -361,7 +361,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     with _readable(path):
         try:
             file = Image.open(path)
-        except UnidentifiedImageError:
+        except Exception:  # of any kind: Ultralytics puts a function of its own before Pillow's
             if count := unread_samples(path):
                 raise SamplesError(count) from None
             raise
