@@ -217,8 +217,8 @@ def write_tree(args: argparse.Namespace, sources: dict[str, Sources]) -> str:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """All that decides what the images are, as JSON has it."""
-    settings = {key: value for key, value in vars(args).items() if key != "output"}
-    text = json.dumps({"version": VERSION, **settings}, default=lambda path: str(path.resolve()))
+    options = {key: value for key, value in vars(args).items() if key != "output"}
+    text = json.dumps({"version": VERSION, **options}, default=lambda path: str(path.resolve()))
     return json.loads(text)
 
 

@@ -145,12 +145,12 @@ def residuals(
         plain += z.flatten(1).double() @ X.T
         count += X.shape[1]
     damped = total / count + LAMBDA * torch.eye(K, dtype=torch.float64)
-    residuals = {}
+    by_arm = {}
     for arm, gradient in gradients.items():
         if arm != "plain" and gradient is not None:
             solved = gradient.cpu().double().flatten(1)
-            residuals[arm] = float((solved @ damped - plain).norm() / plain.norm())
-    return residuals
+            by_arm[arm] = float((solved @ damped - plain).norm() / plain.norm())
+    return by_arm
 
 
 def peak_memory(arm: str, name: str, device: torch.device) -> float:

@@ -96,8 +96,7 @@ def yolo_darknet(root, splits):
     for split in splits:
         _copy(split, root / "obj_train_data")
         _label(split, root / "obj_train_data")
-        names = [f"data/obj_train_data/{a.path.name}\n" for a in split.annotations]
-        (root / f"{split.name}.txt").write_text("".join(names))
+        _list(split, root / f"{split.name}.txt", "data/obj_train_data/")
     (root / "obj.names").write_text("\n".join(splits[0].class_names) + "\n")
 
 
@@ -244,8 +243,7 @@ def voc_beside(root, splits):
     """XML files beside images, without splits."""
     for split in splits:
         _copy(split, root)
-        for a in split.annotations:
-            shutil.copy(a.path.parents[1] / "Annotations" / f"{a.image_id}.xml", root)
+        _xml(split, root)
 
 
 def voc_pets(root, splits):

@@ -20,7 +20,7 @@ from tests.data.formats import (
 )
 from tract_det.data.datasets import Holdout, read_dataset, splits_of
 from tract_det.data.detection import DetectionDataset
-from tract_det.data.yolo import parse_labels
+from tract_det.data.yolo_labels import parse_labels
 from tract_det.errors import UserError
 
 MARKS = ("iscrowd", "difficult", "ignore")

@@ -1,5 +1,6 @@
 """A process with limits for readers of damaged files: a crash or a hang ends it alone."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -32,4 +33,6 @@ def run_limited(kinds, seconds):
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    kinds[sys.argv[1]](Path(sys.argv[2]))
+    folder = Path(sys.argv[2])
+    os.chdir(folder)  # where code that a file brings would leave its trace
+    kinds[sys.argv[1]](folder)

@@ -1,5 +1,6 @@
 """Damaged files and strange values, as a function of a random generator."""
 
+import os
 import random
 
 # What YAML and Python make of a word: dates, booleans, big and missing numbers, other types.
@@ -10,6 +11,15 @@ VALUES = (
     *("yes", "true", "False", "'", '"x', "[", "{", "*a", "&a [*a]", "!!python/object:os.system x"),
     *("\u2028", "\ud7ff", "$x$", "a" * 500, "None", "b'x'", "{1, 2}", "(1, 2)", "1 if", "("),
 )
+
+
+class Attack:
+    """Leaves a trace in the working folder where a pickle of it is opened."""
+
+    TRACE = "executed"
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.TRACE}",))
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:

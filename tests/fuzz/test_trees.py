@@ -6,10 +6,10 @@ More cases than the suite has: `FUZZ_CASES=10000 python -m pytest -n0 tests/fuzz
 """
 
 import json
-import os
 import random
 import xml.etree.ElementTree as ET
 from copy import deepcopy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ import yaml
 from tests.conftest import write_voc_tree
 from tests.data.formats import FORMS
 from tests.fuzz.limits import SECONDS, assert_survives, run_limited
-from tests.fuzz.mutations import VALUES, damaged
+from tests.fuzz.mutations import VALUES, Attack, damaged
 from tests.fuzz.refusals import cases, refusal
 from tract_det.data.datasets import read_dataset
 from tract_det.data.images import read_header, read_upright
@@ -29,26 +29,16 @@ CASES = cases(60)
 # What stands in the place of a value of JSON, YAML or XML.
 STRANGE = (
     *(None, True, False, 0, -1, 7, 1.5, -0.0, 1e308, -1e308, float("nan"), float("inf"), 10**400),
-    *(
-        "",
-        " ",
-        "disc",
-        "\u2028",
-        "\x7f",
-        "../../x",
-        "/",
-        "x" * 5000,
-        "\N{ROMAN NUMERAL FIVE}",
-        "\ud800",
-        "a\nb",
-    ),
+    *("", " ", "disc", "\u2028", "\x7f", "\ud800", "a\nb", "a\0b", "../../x", "/", "x" * 5000),
+    "\N{ROMAN NUMERAL FIVE}",
     *([], {}, [[]], [1], [1, 2, 3, 4], {"id": 1}, ["disc", "disc"], {0: "disc"}, {"0": "box"}),
 )
+LINKS = tuple(pairwise("abcdefghi"))  # of values that hold each other, to no end
 BOMB = (
     "a: &a [x, x, x, x, x, x, x, x, x]\n"
     + "".join(
         f"{new}: &{new} [*{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}]\n"
-        for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+        for old, new in LINKS
     )
     + "names: *i\n"
 )
@@ -124,10 +114,7 @@ def another_xml(data, rng):
 
 LAUGHS = (
     '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">'
-    + "".join(
-        f'<!ENTITY {new} "{f"&{old};" * 10}">'
-        for old, new in zip("abcdefgh", "bcdefghi", strict=True)
-    )
+    + "".join(f'<!ENTITY {new} "{f"&{old};" * 10}">' for old, new in LINKS)
     + '<!ENTITY z SYSTEM "file:///etc/hostname">]>'
 )
 
@@ -223,7 +210,10 @@ def arrays(folder):
     whole, outcomes = path.read_bytes(), set()
     for case in range(CASES):
         print(path.name, case, flush=True)
-        path.write_bytes(damage(path, whole, rng))
+        if case % 20 == 0:
+            np.save(path, np.array([Attack()]))
+        else:
+            path.write_bytes(damage(path, whole, rng))
         for read in (read_header, lambda file: read_upright(file, channels=5)):
             outcomes.add(bool(refusal(read, path)))
     assert outcomes == {False, True}
@@ -234,9 +224,9 @@ KINDS = {kind.__name__: kind for kind in (voc, coco, yolo, arrays)}
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_data_are_read_soundly_or_refused_in_a_line(kind, tmp_path):
-    before = sorted(os.environ)
     printed = assert_survives("test_trees", kind, tmp_path)
-    assert printed.count("\n") >= CASES and sorted(os.environ) == before
+    assert printed.count("\n") >= CASES
+    assert not (tmp_path / Attack.TRACE).exists()
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def _images(path: Path, images: list[Any], faults: Faults) -> Iterator[tuple[Any
             file = entry.get("file_name")
             if not isinstance(file, str) or not file.strip():
                 raise UserError(f"{path}: image {brief(entry['id'])} has no file_name: write it")
-            if PurePosixPath(file.strip().replace("\\", "/")).name in ("", ".."):
+            if PurePosixPath(_with_slashes(file)).name in ("", ".."):
                 raise UserError(f"{path}: file_name {brief(file)} names no file: correct it")
             if entry["id"] in ids:
                 raise UserError(f"{path}: image id {entry['id']} occurs twice: give each its own")
@@ -185,6 +185,11 @@ def _images(path: Path, images: list[Any], faults: Faults) -> Iterator[tuple[Any
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+def _with_slashes(file: str) -> str:
+    """A file name that may be written with Windows' separators."""
+    return file.strip().replace("\\", "/")
 
 
 def _where(path: Path, entry: Mapping[str, Any]) -> str:
@@ -278,7 +283,7 @@ class _Finder:
 
     def path(self, record: Record, number: Any) -> Path:
         """The file that `file_name` names; it may be a path on the annotator's machine."""
-        file = PurePosixPath(record.filename.strip().replace("\\", "/"))
+        file = PurePosixPath(_with_slashes(record.filename))
         names = [Path(file)] if not file.is_absolute() else []
         names.append(Path(file.name))
         folders = self._source.folders if self._folder is None else (self._folder,)
@@ -298,7 +303,7 @@ class _Finder:
 
 def _ids(files: Iterator[str]) -> list[str]:
     """Ids of images: their file names without suffix, unless two would have the same."""
-    names = [file.strip().replace("\\", "/") for file in files]
+    names = [_with_slashes(file) for file in files]
     names = [
         PurePosixPath(name).name if name.startswith("/") or ".." in name or ":" in name else name
         for name in names

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tract_det.data.bands import ARRAY_SUFFIX
+from tract_det.errors import UserError
 
 # If several files have the name that an annotation means, the first suffix in this order wins.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ARRAY_SUFFIX)
@@ -49,6 +50,18 @@ def is_file(path: Path) -> bool:
 def is_below(name: str) -> bool:
     """Whether a name with folders stays within the folder that it is taken from."""
     return not name.startswith("/") and ".." not in name.split("/")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        UserError: It cannot be read, or is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error}): save it as UTF-8") from None
 
 
 class Source(NamedTuple):

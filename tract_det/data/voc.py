@@ -86,7 +86,8 @@ def read_split(
     check_tree(root, need_images)
     annotations = _folder(root, _ANNOTATIONS)
     xmls = _list_files(annotations, (".xml",))
-    images = _list_files(_folder(root, _IMAGES), IMAGE_SUFFIXES)
+    folder = _folder(root, _IMAGES)
+    images = _list_files(folder, IMAGE_SUFFIXES)
     split_file = _split_file(root, split)
     ids = _read_ids(split_file, annotations, xmls)
     faults = Faults()
@@ -94,7 +95,7 @@ def read_split(
     for image_id in ids:
         with faults.noted():
             record = parse_annotation(_find_annotation(annotations, split_file, image_id, xmls))
-            path = _find_image(root, image_id, record, images, xmls, need_images)
+            path = _find_image(folder, image_id, record, images, xmls, need_images)
             described.append((image_id, path, record))
     faults.refuse()
     return build_split(
@@ -213,7 +214,7 @@ def _find_annotation(
 
 
 def _find_image(
-    root: Path,
+    folder: Path,
     image_id: str,
     record: Record,
     images: dict[str, Path],
@@ -221,7 +222,7 @@ def _find_image(
     need_images: bool,
 ) -> Path:
     """JPEGImages/<id>.*, or else the file named by the XML's <filename>, if it is no other id's."""
-    usual = _folder(root, _IMAGES) / f"{image_id}.jpg"
+    usual = folder / f"{image_id}.jpg"
     if "/" in image_id:
         for suffix in IMAGE_SUFFIXES:
             if is_file(path := usual.with_suffix(suffix)):

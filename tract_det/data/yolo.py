@@ -8,17 +8,11 @@
     root/images, root/labels     with classes.txt, no splits (Label Studio)
     root/*.jpg, root/*.txt       with classes.txt, no splits (labelImg)
 
-A line is `class x y width height`: the class's number and the box's centre and size as fractions of
-the image's. A line with three points or more, `class x1 y1 x2 y2 x3 y3 ...`, is a polygon, whose
-bounding box is taken. An image without a label file, or with an empty one, has no objects.
-
-Numbers are written with few digits. An edge that is a whole pixel within what the digits leave open
-is taken to be that pixel: so boxes that were whole pixels come back as they were.
+An image without a label file, or with an empty one, has no objects; `yolo_labels.py` reads them.
 
 Format: https://docs.ultralytics.com/datasets/detect.
 """
 
-import math
 import os
 import re
 import warnings
@@ -30,9 +24,10 @@ from typing import Any
 
 import yaml
 
-from tract_det.data.annotations import Record, check_unique, in_threads, is_object
-from tract_det.data.files import Source, exists, is_file, is_hidden, is_image
+from tract_det.data.annotations import Record, check_unique, in_threads
+from tract_det.data.files import Source, exists, is_file, is_hidden, is_image, read_text
 from tract_det.data.images import stored_size, upright_size
+from tract_det.data.yolo_labels import parse_labels
 from tract_det.errors import UserError, brief, shortened
 
 EXPECTED = (
@@ -42,10 +37,8 @@ EXPECTED = (
 # Also as CVAT writes them: Train, Validation, Test.
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _LISTS = ("classes.txt", "obj.names", "labels/classes.txt", "_darknet.labels")
-_SLACK = 1e-3  # by which a fraction may lie outside 0..1: exporters round
 _DEEPEST = 16  # folders of a path of another machine that are looked at
 _LOOKED_AT = 100  # text files, when nothing in a folder is recognised
-_SNAP = 0.05  # pixels: no edge is moved by more
 
 
 def find_splits(root: Path) -> dict[str, Source]:
@@ -91,8 +84,7 @@ def _class_list(root: Path) -> dict[int, str]:
 
 def near_miss(root: Path) -> str:
     """A description without classes, or label files without a list of them."""
-    files = sorted([*root.glob("*.yaml"), *root.glob("*.yml")], key=lambda p: p.stem != "data")
-    if files:
+    if files := _yaml_files(root):
         return f"{files[0]} has no names, as YOLO's description has"
     labels = _any_labels(root)
     if labels is None:
@@ -103,11 +95,16 @@ def near_miss(root: Path) -> str:
     )
 
 
+def _yaml_files(root: Path) -> list[Path]:
+    """Those of a folder; `data.yaml` goes before others."""
+    files = [path for path in [*root.glob("*.yaml"), *root.glob("*.yml")] if not is_hidden(path)]
+    return sorted(files, key=lambda path: path.stem != "data")
+
+
 def _description(root: Path) -> Path | None:
-    """The YAML file that describes the data; `data.yaml` goes before others."""
-    files = sorted([*root.glob("*.yaml"), *root.glob("*.yml")], key=lambda p: p.stem != "data")
-    for path in files:
-        if not is_hidden(path) and re.search(r"^\s*['\"]?names['\"]?\s*:", _text(path), re.M):
+    """The YAML file that describes the data."""
+    for path in _yaml_files(root):
+        if re.search(r"^\s*['\"]?names['\"]?\s*:", read_text(path), re.M):
             return path
     return None
 
@@ -115,7 +112,7 @@ def _description(root: Path) -> Path | None:
 def _described_splits(root: Path, path: Path) -> dict[str, Source]:
     try:
         content = yaml.load(
-            _text(path), yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+            read_text(path), yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
         )
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no YAML ({shortened(str(error), 200)}): repair it") from None
@@ -197,7 +194,7 @@ def _in_folder(folder: Path) -> list[Path]:
 def _in_list(path: Path) -> list[Path]:
     """The images that a text file lists, one a line."""
     files = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         name = line.strip()
         if not name:
             continue
@@ -236,7 +233,7 @@ def _listed_splits(root: Path, names: Mapping[int, str]) -> dict[str, Source]:
 
 
 def _read_names(path: Path) -> dict[int, str]:
-    return _numbered(path, [line for line in _text(path).splitlines() if line.strip()])
+    return _numbered(path, [line for line in read_text(path).splitlines() if line.strip()])
 
 
 def _numbered(path: Path, names: Any) -> dict[int, str]:
@@ -260,13 +257,6 @@ def _numbered(path: Path, names: Any) -> dict[int, str]:
     if len(set(numbered.values())) < len(numbered) or "" in numbered.values():
         raise UserError(f"{path}: two classes have the same name, or one has none: correct names")
     return numbered
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error}): save it as UTF-8") from None
 
 
 def describe(
@@ -324,98 +314,3 @@ def _ids(files: list[Path]) -> list[str]:
     if len(set(stems)) == len(stems):
         return stems
     return [re.sub(r"^/|[^/\w.\- ]", "", str(file.with_suffix(""))) for file in files]
-
-
-def parse_labels(
-    path: Path, image: Path, size: tuple[int, int], class_names: Mapping[int, str]
-) -> Record:
-    """Reads a label file; one that is not there has no objects.
-
-    Args:
-        path: The file.
-        image: Its image.
-        size: Width and height of the image, pixels.
-        class_names: By number.
-
-    Raises:
-        UserError: A line is malformed; the message names it.
-    """
-    record = Record(path, image.name, size, [], [], [], [], [])
-    text = _text(path) if path.is_file() else ""
-    for number, line in enumerate(text.splitlines(), 1):
-        words = line.split()
-        if not words:
-            continue
-        where = f"{path}, line {number}"
-        name = _class_name(words[0], class_names, where)
-        x1, y1, x2, y2 = _edges(words[1:], where)
-        width, height = size
-        decimals = max(
-            len(word.partition(".")[2]) if "e" not in word.lower() else 16 for word in words[1:]
-        )
-        box = (
-            _snapped(x1 * width, decimals, width),
-            _snapped(y1 * height, decimals, height),
-            _snapped(x2 * width, decimals, width),
-            _snapped(y2 * height, decimals, height),
-        )
-        record.classes.append(name)
-        if not is_object(box):
-            record.dropped.append(f"{path.name} line {number} ({name})")
-            continue
-        record.labelled.append(name)
-        record.boxes.append(box)
-        record.difficult.append(False)
-    return record
-
-
-def _class_name(word: str, class_names: Mapping[int, str], where: str) -> str:
-    try:
-        number = float(word)  # some exporters write 0.0
-        return class_names[int(number) if number.is_integer() else -1]
-    except (ValueError, OverflowError, KeyError):
-        raise UserError(
-            f"{where}: class {brief(word)} is none of the {len(class_names)} classes "
-            f"({min(class_names)} to {max(class_names)}): correct it, or the list of classes"
-        ) from None
-
-
-def _edges(words: list[str], where: str) -> tuple[float, float, float, float]:
-    """Edges of a line's box or polygon, as fractions of the image."""
-    try:
-        numbers = [float(word) for word in words]
-    except ValueError:
-        numbers = [math.nan]
-    if not all(math.isfinite(number) for number in numbers):
-        raise UserError(f"{where}: has something that is no number: write class x y width height")
-    if len(numbers) == 4:
-        x, y, width, height = numbers
-        edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-    elif len(numbers) >= 6 and len(numbers) % 2 == 0:
-        xs, ys = numbers[::2], numbers[1::2]
-        edges = (min(xs), min(ys), max(xs), max(ys))
-    else:
-        raise UserError(
-            f"{where}: has {len(numbers)} numbers behind the class: a box has 4 (x y width "
-            "height), a polygon 6 or more, two for each point"
-        )
-    if min(numbers) < -_SLACK or max(numbers) > 1 + _SLACK:
-        raise UserError(
-            f"{where}: has {max(numbers, key=abs):g}: x, y, width and height are fractions of the "
-            "image, 0 to 1; divide pixels by its size"
-        )
-    return edges
-
-
-def _snapped(edge: float, decimals: int, size: int) -> float:
-    """An edge, or the whole pixel that it may be by the digits that were written.
-
-    Args:
-        edge: In pixels.
-        decimals: Digits behind the point of its centre and width.
-        size: Of the image in this direction, pixels.
-    """
-    # A centre is off by half a unit of its last digit, half a width by a quarter.
-    tolerance = min(_SNAP, max(0.75 * 10.0**-decimals, 1e-12) * size)
-    whole = round(edge)
-    return float(whole) if abs(edge - whole) <= tolerance else edge
