@@ -16,6 +16,7 @@ from tract_det.errors import UserError
 from tract_det.report.images import filter_sheet
 from tract_det.visualize import (
     Picture,
+    annotation_grid,
     beside_the_results,
     detection_grid,
     stem_filters,
@@ -121,8 +122,34 @@ def test_more_than_ten_classes_have_twenty_colours(tmp_path, figures):
 
 def test_without_pictures_the_legend_alone_is_drawn(tmp_path, figures):
     detection_grid(tmp_path / "grid.png", [], ["cat"])
-    assert list(legend_colors(figures[0].legends[0])) == ["ground truth", "cat"]
+    assert list(legend_colors(figures[0].legends[0])) == ["cat"]
     assert not any(axis.images for axis in figures[0].axes)
+
+
+def test_annotations_have_no_ground_truth_beside_them_in_the_legend(tmp_path, figures):
+    boxes, labels = np.array([[10.0, 20, 30, 40]]), np.array([0])
+    image = picture(tmp_path / "image.png").path
+    annotation_grid(tmp_path / "grid.png", [(image, boxes, labels)], ["cat"], pixels)
+    assert list(legend_colors(figures[0].legends[0])) == ["cat"]
+
+
+def test_rows_are_as_high_as_their_images(tmp_path, figures):
+    wide = [np.zeros((60, 120, 3), dtype=np.uint8)] * 4
+    tall = [np.zeros((72, 60, 3), dtype=np.uint8)] * 4
+    none = NO_BOXES[:, 0]
+    pictures = [Picture(tmp_path, NO_BOXES, NO_BOXES, none, none, image) for image in wide + tall]
+    detection_grid(tmp_path / "grid.png", pictures, ["cat"])
+    width, height = figures[0].get_size_inches()
+    assert height / width == pytest.approx((0.5 + 1.2) / 4)
+    for axis in figures[0].axes:  # no image is smaller than its cell, but for the margins
+        assert axis.get_window_extent().width > 0.9 * figures[0].bbox.width / 4
+
+
+def test_a_label_that_has_no_room_above_its_box_is_within_it(tmp_path, figures):
+    boxes = [[1.0, 1, 30, 20], [10, 20, 50, 35]]
+    entry = picture(tmp_path / "image.png", boxes, [0.9, 0.9], [0, 0])
+    detection_grid(tmp_path / "grid.png", [entry], ["cat"])
+    assert [text.get_va() for text in figures[0].axes[0].texts] == ["top", "bottom"]
 
 
 def test_pictures_are_laid_out_row_by_row(tmp_path, figures):

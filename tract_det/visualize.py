@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -92,16 +91,22 @@ def detection_grid(
     """
     cells = max(1, len(pictures))  # without pictures, one empty cell above the legend
     columns = min(columns, cells)
-    rows = -(-cells // columns)
+    pixels = [_pixels(picture) for picture in pictures]
+    heights = _row_heights(pixels, columns) or [1.0]
     figure, axes = plt.subplots(
-        rows, columns, figsize=(3.2 * columns, 3.2 * rows), squeeze=False, layout="constrained"
+        len(heights),
+        columns,
+        figsize=(3.2 * columns, 3.2 * sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
     )
     colors = plt.get_cmap("tab20" if len(class_names) > 10 else "tab10")
     shown = [_label(name) for name in class_names]
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, picture in zip(axes.flat, pictures, strict=False):
-        axis.imshow(_pixels(picture))
+    for axis, picture, image in zip(axes.flat, pictures, pixels, strict=False):
+        axis.imshow(image)
         for box in picture.ground_truth:
             _rectangle(axis, box, edgecolor="white", linestyle=(0, (3, 3)), linewidth=1.2)
         for box, label, score in zip(picture.boxes, picture.labels, picture.scores, strict=True):
@@ -110,12 +115,13 @@ def detection_grid(
                 text = f"{shown[int(label)]} {score:.2f}" if math.isfinite(score) else ""
                 _detection(axis, box, text or shown[int(label)], color)
     handles = [
-        Rectangle((0, 0), 1, 1, fill=False, edgecolor="grey", linestyle="--", label="ground truth"),
-        *(
-            Rectangle((0, 0), 1, 1, fill=False, edgecolor=colors(k % colors.N), label=name)
-            for k, name in enumerate(shown)
-        ),
+        Rectangle((0, 0), 1, 1, fill=False, edgecolor=colors(k % colors.N), label=name)
+        for k, name in enumerate(shown)
     ]
+    if any(len(picture.ground_truth) for picture in pictures):
+        dashed = Rectangle((0, 0), 1, 1, fill=False, edgecolor="grey", linestyle="--")
+        dashed.set_label("ground truth")
+        handles.insert(0, dashed)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8))
     _save(figure, path)
 
@@ -142,24 +148,32 @@ def annotation_grid(
     detection_grid(path, pictures, class_names)
 
 
-def _pixels(picture: Picture) -> Any:
+def _pixels(picture: Picture) -> np.ndarray:
     if picture.pixels is not None:
         return picture.pixels
     with Image.open(picture.path) as image:
         image.load()  # turns TIFF, so that it is not turned twice
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def _row_heights(pixels: Sequence[np.ndarray], columns: int) -> list[float]:
+    """The height of each row in widths of a cell: what its tallest image fills, within limits."""
+    shapes = [min(max(len(image) / image.shape[1], 0.4), 1.3) for image in pixels]
+    return [max(shapes[start : start + columns]) for start in range(0, len(shapes), columns)]
 
 
 def _detection(axis: Axes, box: np.ndarray, text: str, color: Color) -> None:
-    """Draws a box with a label at its top left corner, or where the image begins."""
+    """Draws a box with a label above its top left corner, or below it where the image begins."""
     _rectangle(axis, box, edgecolor=color, linewidth=1.8)
+    left, right = axis.get_xlim()
+    has_room = box[1] > 0.05 * abs(right - left)  # in a cell 3.2 inches wide, of 7 points
     axis.text(
         max(box[0], 0),
         max(box[1], 0),
         text,
         fontsize=7,
         color="white",
-        va="bottom",
+        va="bottom" if has_room else "top",
         clip_on=True,
         bbox={"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.85},
     )

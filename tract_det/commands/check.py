@@ -221,7 +221,8 @@ def _draw(path: Path, splits: Sequence["DetectionSplit"], suspects: dict[str, "S
     with beside_the_results(path):
         objects = [(a.path, a.boxes, a.labels) for a in chosen]
         annotation_grid(path, objects, names, _reader(splits[0]))
-        print(f"wrote {path}: {min(len(doubtful), _PICTURES)} suspicious pictures come first")
+        first = ": suspicious pictures come first" if doubtful else ""
+        print(f"wrote {path}{first}")
 
 
 def _reader(split: "DetectionSplit") -> Callable[[Path], Any]:
