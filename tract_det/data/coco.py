@@ -218,15 +218,14 @@ def _add(
         record = records[annotation["image_id"]]
     except (KeyError, TypeError):
         raise UserError(
-            f"{_place(path, annotation)}: image_id {brief(annotation.get('image_id'))} is no "
-            "image's id: correct it"
+            f"{_place(path, annotation)}: {_stray(annotation, 'image', records, 'correct it')}"
         ) from None
     try:
         name = names[annotation["category_id"]]
     except (KeyError, TypeError):
         raise UserError(
-            f"{_place(path, annotation)}: category_id {brief(annotation.get('category_id'))} is no "
-            "category's id: correct it, or add the category"
+            f"{_place(path, annotation)}: "
+            f"{_stray(annotation, 'category', names, 'correct it, or add the category')}"
         ) from None
     x, y, width, height = _box(path, annotation)
     record.classes.append(name)
@@ -239,6 +238,16 @@ def _add(
     record.boxes.append(box)
     keys = ("iscrowd", "difficult", "ignore")
     record.difficult.append(any(bool(annotation.get(key)) for key in keys))
+
+
+def _stray(annotation: Mapping[str, Any], kind: str, ids: Mapping[Any, Any], mend: str) -> str:
+    """Says what is wrong with an annotation's reference that is none of the ids."""
+    value = annotation.get(f"{kind}_id")
+    if isinstance(value, int) and str(value) in ids:
+        return f"{kind}_id {value} is a number, the {kind}'s id is text: write both alike"
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value) and int(value) in ids:
+        return f"{kind}_id {value!r} is text, the {kind}'s id is a number: write both alike"
+    return f"{kind}_id {brief(value)} is no {kind}'s id: {mend}"
 
 
 def _place(path: Path, annotation: Mapping[str, Any]) -> str:
