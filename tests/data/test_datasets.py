@@ -279,7 +279,7 @@ def change(path, value):
         (change(["annotations", 0, "category_id"], 99), "annotation 1: category_id 99 is no"),
         (change(["annotations", 1, "image_id"], 1), "annotation 2: image_id 1 is no image's id"),
         (change(["annotations", 0, "image_id"], None), "annotation 1: image_id None is no image"),
-        (change(["annotations", 0, "image_id"], "100"), "image_id '100' is text, the image's id is"),
+        (change(["annotations", 0, "image_id"], "100"), "image_id '100' is text, the image's id"),
         (change(["images", 0, "id"], "100"), "image_id 100 is a number, the image's id is text"),
         (change(["categories", 0, "id"], "10"), "category_id 10 is a number, the category's id is"),
         (change(["annotations", 0, "bbox"], [1, 2, 3]), r"bbox is \[1, 2, 3\]: write"),

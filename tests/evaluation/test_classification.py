@@ -66,7 +66,8 @@ def test_an_image_too_few_or_too_many_is_refused(evaluated):
 def test_a_skipped_image_is_counted_separately():
     top = TopK(3)
     top.add(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 0]))
-    results = top.evaluate(skipped=1)
+    top.skipped = 1
+    results = top.evaluate()
     del results["intervals"]
     assert results == {
         "images": 2, "top1": 100.0, "top5": 100.0, "correct": {"top1": 2, "top5": 2}, "skipped": 1,

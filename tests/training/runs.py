@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tests.conftest import REPO, run_python
@@ -118,6 +119,12 @@ def weights(output, name="model_final.pth"):
 
 def results(output):
     return json.loads((output / "results.json").read_text())
+
+
+def samples(output):
+    """The bytes of the figures in samples of the images, by name."""
+    with np.load(output / "samples.npz") as content:
+        return {name: content[name].tobytes() for name in content.files}
 
 
 def log(output, key="loss"):

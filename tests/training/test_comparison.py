@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import yaml
 
@@ -9,6 +10,7 @@ from tests.training.image_folder import write_image_folder
 from tract_det.config.classification import load_cfg
 from tract_det.config.files import flat
 from tract_det.errors import UserError
+from tract_det.evaluation.samples import write_samples
 from tract_det.training.comparison import (
     Design,
     Variant,
@@ -218,6 +220,9 @@ def test_the_report_has_a_table_verdicts_a_picture_and_every_run(tmp_path, image
     for run in planned.runs[:-1]:
         bonus = 3 + 0.2 * run.seed if run.variant.arm == "tract" else 0
         write_run(planned, run, 50.0 + run.seed + bonus)
+        # The difference is 2 points higher in one half of the samples than in the other.
+        values = np.repeat([0.0, 2.0 * (run.variant.arm == "tract")], 500)
+        write_samples(run.folder, ["a", "b"], {"top1": values})
     report(planned, "tract-det compare")
     printed = capsys.readouterr().out
     assert "tract is better than plain by 3.1 points" in printed
@@ -229,6 +234,12 @@ def test_the_report_has_a_table_verdicts_a_picture_and_every_run(tmp_path, image
     assert content["runs"][0]["curve"]["values"] == [25.0, 50.0]
     assert content["verdicts"][0].startswith("tract")
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    words = "with these weights, other test images would give 2.1 to 4.1 (95 % interval, 2 images)"
+    assert words in content["verdicts"][0]
+    interval = content["rows"][1]["over_images"]
+    assert interval == pytest.approx({"low": 2.1, "high": 4.1, "images": 2, "n": 2})
+    for text in (page, (tmp_path / "comparison.html").read_text()):
+        assert "over 2 images" in text and "+2.10 to +4.10" in text
     assert content["verdicts"][0] in (tmp_path / "comparison.html").read_text()
 
 

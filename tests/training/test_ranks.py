@@ -17,6 +17,7 @@ from tests.training.runs import (
     results,
     run_apart,
     run_here,
+    samples,
 )
 
 TRAIN, PRETRAIN = REPO / "tools/train_net.py", REPO / "tools/pretrain_net.py"
@@ -98,6 +99,7 @@ def test_two_ranks_evaluate_what_one_does_to_the_last_bit(two_ranks, one_step, v
     options = tiny_options(voc_tree, tmp_path, MODEL__WEIGHTS=model)
     two_ranks.run("train", "--eval-only", *options)
     assert results(tmp_path) == results(one_step)
+    assert samples(tmp_path) == samples(one_step) and len(samples(tmp_path)) == 11
 
 
 @pytest.mark.slow
@@ -160,6 +162,7 @@ def test_two_ranks_count_what_one_process_counts(two_ranks, folder, whole, tmp_p
     two_ranks.run("pretrain", "--eval-only", *options(folder, tmp_path, MODEL__WEIGHTS=model))
     assert results(tmp_path) == results(whole)
     assert results(tmp_path)["images"] == 23
+    assert samples(tmp_path) == samples(whole)
 
 
 @pytest.mark.slow

@@ -13,10 +13,11 @@ or a part of the CPU: an equal one, or OMP_NUM_THREADS threads if that is set.
 
 The results are in `output/compare/<config>/`: `comparison.html` (table, verdicts and curves on a
 page that opens offline), `comparison.md`, `.png` and `.json`, and the folder of each run. The
-differences are paired: each seed against itself, with a 95 % interval by Student's t. The speed-up
-is the baseline's length over the epoch at which an arm reaches the baseline's final figure; over
-several lengths, complete trainings are compared. tract_det/evaluation/comparison.py says what these
-figures cannot tell.
+differences are paired: each seed against itself, with a 95 % interval by Student's t, for these
+test images. Beside it is where the mean difference of the same weights would lie on other images,
+by resampling those of the test split. The speed-up is the baseline's length over the epoch at which
+an arm reaches the baseline's final figure; over several lengths, complete trainings are compared.
+tract_det/evaluation/comparison.py says what these figures cannot tell.
 """
 
 import argparse

@@ -100,6 +100,7 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         compare,
         details,
         evaluate_detections,
+        sampled_means,
         summary,
     )
     from tract_det.evaluation.tables import format_comparison, format_details, format_table
@@ -115,7 +116,8 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
         sizes = len(truth.image_ids), len(truth.class_names)
         results["coco"] = pycocotools_ap(truth.objects, detections, *sizes)
-    results |= details(evaluated, bootstrap=args.bootstrap, score_threshold=args.score_threshold)
+    samples = sampled_means(evaluated, args.bootstrap)
+    results |= details(evaluated, samples=samples, score_threshold=args.score_threshold)
     print(format_table(results))
     print(format_details(results))
     if others is not None:

@@ -175,6 +175,8 @@ def _solver() -> dict[str, Any]:
         "TEST": {
             "EVAL_EPOCHS": 1.0,  # epochs between evaluations; 0 = only at the end
             "IMS_PER_BATCH": 100,  # images per batch on each rank, in evaluation
+            # Samples of the images, in samples.npz, for `tract-det compare`; 0 = none.
+            "BOOTSTRAP": 1000,
             # model_best.pth has the weights with the highest value of this figure: top1, top5, or
             # with EMA ema.top1, ema.top5.
             "BEST_METRIC": "top1",
@@ -224,6 +226,7 @@ RANGES: dict[str, Rule] = {
     "SOLVER.WARMUP_EPOCHS": NOT_NEGATIVE,
     "SOLVER.CHECKPOINT_EPOCHS": POSITIVE,
     "TEST.EVAL_EPOCHS": NOT_NEGATIVE,
+    "TEST.BOOTSTRAP": COUNT_OR_NONE,
 }
 
 

@@ -15,7 +15,7 @@ Shapes: B samples, I images.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,11 +45,17 @@ class Difference(NamedTuple):
     p: float
 
 
+def draws(num_images: int, samples: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each image is drawn, (I,) int32 with the sum I, in one sample after the other."""
+    rng = np.random.default_rng(seed)
+    for _ in range(samples):
+        drawn = rng.integers(0, num_images, num_images)
+        yield np.bincount(drawn, minlength=num_images).astype(np.int32)
+
+
 def draw(num_images: int, samples: int, seed: int = 0) -> np.ndarray:
     """How often each image is drawn in each sample. (B, I) int32, rows sum to I."""
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, num_images, (samples, num_images))
-    counts = [np.bincount(row, minlength=num_images) for row in drawn]
+    counts = list(draws(num_images, samples, seed))
     return np.array(counts, dtype=np.int32).reshape(samples, num_images)
 
 

@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tract_det.distributed import gather
 from tract_det.errors import DivergedError, UserError
+from tract_det.evaluation.bootstrap import Means, draws
 from tract_det.evaluation.metrics import DIVERGED_MEND, TOP_K
 from tract_det.evaluation.wilson import LEVEL, wilson_interval
 
@@ -28,7 +30,9 @@ class TopK:
     def __init__(self, images: int) -> None:
         self.images = images
         self.evaluated = 0
+        self.skipped = 0  # this rank's images that could not be read
         self.correct = dict.fromkeys(TOP_K, 0)
+        self._ranks: dict[str, int] = {}  # 0 = the class of the image has the highest score
 
     def add(self, logits: Tensor, labels: Tensor, ids: Sequence[str] = ()) -> None:
         """Adds a batch. Each image of the split must be added exactly once, on any rank.
@@ -36,7 +40,7 @@ class TopK:
         Args:
             logits: `(B, num_classes)`.
             labels: `(B,)`, 0..num_classes-1.
-            ids: names of the images, for error messages.
+            ids: names of the images, for error messages and `by_image`.
 
         Raises:
             DivergedError: a logit is not finite.
@@ -52,12 +56,21 @@ class TopK:
         self.evaluated += len(labels)
         for k in TOP_K:
             self.correct[k] += int((rank < k).sum())
+        self._ranks.update(zip(ids, rank.tolist(), strict=False))
 
-    def evaluate(self, skipped: int = 0) -> dict[str, Any]:
+    def by_image(self) -> tuple[list[str], np.ndarray]:
+        """Which images are right. Every rank must call it.
+
+        Returns:
+            The I names, sorted, and (I, `len(TOP_K)`) bool: whether the class is among the k
+            highest scores.
+        """
+        ranks = sorted(entry for of_rank in gather(self._ranks) for entry in of_rank.items())
+        positions = np.array([rank for _, rank in ranks]).reshape(-1, 1)
+        return [name for name, _ in ranks], positions < np.array(TOP_K)
+
+    def evaluate(self) -> dict[str, Any]:
         """Sums the counts of all ranks. Every rank must call it.
-
-        Args:
-            skipped: number of this rank's images that could not be read.
 
         Returns:
             On every rank `images` (the number evaluated), `top1` and `top5` in per cent, both as
@@ -68,7 +81,7 @@ class TopK:
             UserError: the ranks together did not account for each image of the split, or evaluated
                 none.
         """
-        ranks = gather((self.evaluated, skipped, self.correct))
+        ranks = gather((self.evaluated, self.skipped, self.correct))
         counts, skips, corrects = zip(*ranks, strict=True)
         evaluated, num_skipped = sum(counts), sum(skips)
         if evaluated + num_skipped != self.images or not evaluated:
@@ -86,6 +99,23 @@ class TopK:
             "intervals": {"level": LEVEL, **intervals},
         }
         return results | ({"skipped": num_skipped} if num_skipped else {})
+
+
+def sampled_accuracies(correct: np.ndarray, bootstrap: int) -> Means:
+    """The accuracies over so many samples of the images; see `bootstrap.draws`.
+
+    Args:
+        correct: (I, `len(TOP_K)`) bool, see `TopK.by_image`.
+        bootstrap: number of samples.
+
+    Returns:
+        `top1` and `top5` in per cent, (bootstrap,) float each; {} for 0 samples.
+    """
+    if not bootstrap:
+        return {}
+    values = 100 * correct.astype(float) / len(correct)
+    sampled = np.array([counts @ values for counts in draws(len(correct), bootstrap)])
+    return {f"top{k}": sampled[:, column] for column, k in enumerate(TOP_K)}
 
 
 def _interval(count: int, images: int) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from statistics import geometric_mean
 from typing import Any
 
@@ -19,6 +19,7 @@ from tract_det.evaluation.comparison import (
     summarize,
 )
 from tract_det.evaluation.comparison_words import verdict
+from tract_det.evaluation.samples import OverImages, Samples, over_images
 from tract_det.evaluation.student_t import t_interval
 
 
@@ -32,6 +33,7 @@ class Group:
         runs: the run of each seed; None if it failed.
         seconds: training time of each finished run, by seed.
         baseline: the arm that it is judged against; None = it is a baseline.
+        samples: what finished runs have left of other draws of the test images, by seed.
     """
 
     arm: str
@@ -39,6 +41,7 @@ class Group:
     runs: Mapping[int, Curve | None]
     seconds: Mapping[int, float]
     baseline: str | None
+    samples: Mapping[int, Samples | None] = field(default_factory=dict)
 
     def as_arm(self) -> Arm:
         """For the functions of `comparison`."""
@@ -68,6 +71,7 @@ class Row:
         group: the runs.
         summary: of the final metrics.
         difference: to the baseline at the same length.
+        over_images: where it would lie on other images.
         to_longest: to the baseline at its greatest length, for a shorter group.
         speed_up: within this length.
         cost: of a run, against the baseline's at the same length.
@@ -76,6 +80,7 @@ class Row:
     group: Group
     summary: Summary
     difference: Difference | None
+    over_images: OverImages | None
     to_longest: Difference | None
     speed_up: SpeedUp | None
     cost: Cost | None
@@ -106,6 +111,7 @@ def _row(group: Group, baseline: Group | None, full: Group | None) -> Row:
         group,
         summarize(group.as_arm()),
         difference(baseline),
+        _over_images(group, baseline) if baseline and is_comparable else None,
         difference(full),
         speed_up(group.as_arm(), baseline.as_arm()) if baseline and is_comparable else None,
         _cost(group, baseline) if baseline and is_comparable else None,
@@ -115,6 +121,14 @@ def _row(group: Group, baseline: Group | None, full: Group | None) -> Row:
 def _common(group: Group, other: Group) -> list[int]:
     """The seeds that both finished."""
     return [seed for seed in group.as_arm().curves if seed in other.as_arm().curves]
+
+
+def _over_images(group: Group, baseline: Group) -> OverImages | None:
+    pairs = [
+        (group.samples.get(seed), baseline.samples.get(seed)) for seed in _common(group, baseline)
+    ]
+    difference = paired_difference(group.as_arm(), baseline.as_arm())
+    return over_images(pairs, difference.mean)
 
 
 def _cost(group: Group, baseline: Group) -> Cost:
@@ -152,7 +166,8 @@ def verdicts(groups: Sequence[Group]) -> list[str]:
         is_whole = not any(side.early for side in (*lengths, control))
         if len(lengths) > 1 and is_whole and _have_common_seed([*lengths, control]):
             over = speed_up_over_lengths(lengths, control)
-        sentences.append(verdict(arm, control, speed_up(arm, control), over))
+        images = _over_images(group, baseline)
+        sentences.append(verdict(arm, control, speed_up(arm, control), over, images))
     return sentences
 
 
@@ -198,10 +213,16 @@ def table_cells(rows: Sequence[Row], metric: str) -> list[list[str]]:
     if has_lengths:
         header.append(f"against {control} at {longest:g} epochs")
     header += ["speed-up", "time"]
+    images = {row.over_images.images for row in rows if row.over_images}
+    if images:
+        header.insert(5, f"over {' or '.join(f'{n:,}' for n in sorted(images))} images")
     lines = [header]
     for row in rows:
         cells = [row.group.arm, f"{row.group.epochs:g}", _runs(row.summary), _final(row.summary)]
         cells.append(in_points(row.difference))
+        if images:
+            over = row.over_images
+            cells.append(f"{over.low:+.2f} to {over.high:+.2f}" if over else "")
         if has_lengths:
             cells.append(in_points(row.to_longest))
         lines.append([*cells, _speed_up(row.speed_up), _ratio(row.cost)])

@@ -3,6 +3,7 @@
 import math
 
 from tract_det.evaluation.comparison import Arm, Difference, SpeedUp, paired_difference
+from tract_det.evaluation.samples import OverImages
 
 
 def verdict(
@@ -10,15 +11,23 @@ def verdict(
     baseline: Arm,
     within_length: SpeedUp | None = None,
     over_lengths: SpeedUp | None = None,
+    over_images: OverImages | None = None,
 ) -> str:
     """What the runs say about an arm against its baseline, in one sentence.
 
-    It mentions the results of `speed_up` and `speed_up_over_lengths` where they are given.
+    It mentions the results of `speed_up`, `speed_up_over_lengths` and `over_images` where they are
+    given.
 
     Raises:
         UserError: the arms have no finished seed in common.
     """
     clauses = [_difference_in_words(arm.name, baseline.name, paired_difference(arm, baseline))]
+    if over_images is not None:
+        low, high = _number(over_images.low), _number(over_images.high)
+        clauses.append(
+            f"with these weights, other test images would give {low} to {high} (95 % interval, "
+            f"{over_images.images:,} images)"
+        )
     if within_length is not None:
         clauses.append(f"speed-up within one length: {_speed_up_in_words(within_length, '95 %')}")
     if over_lengths is not None:

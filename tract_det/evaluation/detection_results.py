@@ -98,13 +98,16 @@ def summary(evaluated: Evaluated) -> dict[str, Any]:
 
 
 def details(
-    evaluated: Evaluated, *, bootstrap: int = 0, score_threshold: float = SCORE_THRESHOLD
+    evaluated: Evaluated,
+    *,
+    samples: Means | None = None,
+    score_threshold: float = SCORE_THRESHOLD,
 ) -> dict[str, Any]:
     """What goes beyond the means.
 
     Args:
         evaluated: the matched detections.
-        bootstrap: samples for the intervals; 0 = no intervals.
+        samples: from `sampled_means`, for the intervals; None or {} = no intervals.
         score_threshold: of the confusion matrix.
 
     Returns:
@@ -127,9 +130,9 @@ def details(
             "matrix": matrix,
         },
     }
-    if bootstrap:
-        samples = _samples(evaluated, draw(len(evaluated.truth.image_ids), bootstrap))
-        results["intervals"] = {"samples": bootstrap, "level": LEVEL}
+    if samples:
+        number = len(next(iter(samples.values())))
+        results["intervals"] = {"samples": number, "level": LEVEL}
         results["intervals"] |= intervals(_means(evaluated), samples)
     return results
 
@@ -202,9 +205,8 @@ def compare(evaluated: Evaluated, other: Evaluated, bootstrap: int) -> dict[str,
     Returns:
         `samples`, `level`, and by name of the mean its `difference`, `interval` and `p`.
     """
-    weights = draw(len(evaluated.truth.image_ids), bootstrap)
     figures = (_means(evaluated), _means(other))
-    samples = (_samples(evaluated, weights), _samples(other, weights))
+    samples = (sampled_means(evaluated, bootstrap), sampled_means(other, bootstrap))
     return {
         "samples": bootstrap,
         "level": LEVEL,
@@ -215,7 +217,17 @@ def compare(evaluated: Evaluated, other: Evaluated, bootstrap: int) -> dict[str,
     }
 
 
-def _samples(evaluated: Evaluated, weights: np.ndarray) -> Means:
+def sampled_means(evaluated: Evaluated, bootstrap: int) -> Means:
+    """The means over so many samples of the images; {} for 0 samples.
+
+    Those of other detections on the same split are of the same samples.
+
+    Returns:
+        The figures of `metrics.METRICS` by name, in per cent, (bootstrap,) float each.
+    """
+    if not bootstrap:
+        return {}
+    weights = draw(len(evaluated.truth.image_ids), bootstrap)
     return weighted_means(evaluated.voc, evaluated.coco, evaluated.matching.rule, weights)
 
 

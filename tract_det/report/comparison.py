@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,6 +21,7 @@ from tract_det.evaluation.comparison_report import (
     origin,
     table_cells,
 )
+from tract_det.evaluation.samples import OverImages
 from tract_det.files import write_text
 from tract_det.report.page import fill
 from tract_det.report.svg import Series, Whisker, interval_chart, line_chart
@@ -52,13 +54,17 @@ def write_comparison(folder: Path, path: Path) -> None:
 
 def _render(content: Mapping[str, Any], folder: Path, place: Path) -> str:
     groups = _groups(content)
-    rows = judge(groups)
-    head, *cells = table_cells(rows, content["metric"])
+    metric = content["metric"]
+    rows = [
+        replace(row, over_images=_over_images(values))  # a page has no samples of its own
+        for row, values in zip(judge(groups), content["rows"], strict=True)
+    ]
+    head, *cells = table_cells(rows, metric)
     arms = list(dict.fromkeys(group.arm for group in groups))
     charts = [
         (
             "Mean over the epochs, with one standard deviation to either side",
-            _curves(groups, arms, content["metric"]),
+            _curves(groups, arms, metric),
         ),
         ("Differences at the end, with 95 % intervals", _differences(rows, arms)),
     ]
@@ -70,7 +76,7 @@ def _render(content: Mapping[str, Any], folder: Path, place: Path) -> str:
         head=head,
         rows=cells,
         charts=[{"title": title, "svg": Markup(svg)} for title, svg in charts if svg],
-        metric=content["metric"],
+        metric=metric,
         runs=[_run(run, folder, place) for run in content["runs"]],
         command=content["command"],
     )
@@ -88,6 +94,11 @@ def _groups(content: Mapping[str, Any]) -> list[Group]:
         }
         groups.append(Group(arm, epochs, curves, seconds, row["baseline"]))
     return groups
+
+
+def _over_images(row: Mapping[str, Any]) -> OverImages | None:
+    values = row.get("over_images")  # older files have none
+    return OverImages(**values) if values else None
 
 
 def _curve(run: Mapping[str, Any]) -> Curve | None:

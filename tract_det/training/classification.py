@@ -29,7 +29,8 @@ from tract_det.data.sampling import training_stream
 from tract_det.engine.loop import infer
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
-from tract_det.evaluation.classification import Mistakes, TopK
+from tract_det.evaluation.classification import Mistakes, TopK, sampled_accuracies
+from tract_det.evaluation.samples import write_samples
 from tract_det.files import write_json
 from tract_det.modeling.weight_files import read_weights
 from tract_det.pixels import IMAGENET_MEAN, IMAGENET_STD
@@ -206,18 +207,17 @@ class ClassificationEvaluation:
 
     def __call__(self, model: nn.Module, average: nn.Module | None) -> dict[str, float]:
         """`top1`, `top5`, `ema.top1`, `ema.top5`."""
-        return means(self._both(model, average))
+        return means(_results(self._of_each(model, average)))
 
-    def _both(
+    def _of_each(
         self, model: nn.Module, average: nn.Module | None, mistakes: Mistakes | None = None
-    ) -> Results:
-        """The results, with those of the moving average under `ema`."""
-        results = self._results(model, mistakes)
-        if average is not None:
-            results["ema"] = self._results(average)
-        return results
+    ) -> list[TopK]:
+        """The counts of the model, whose mistakes are noted, and of its moving average if any."""
+        counts = [self._count(model, mistakes)]
+        return counts + ([self._count(average)] if average is not None else [])
 
-    def _results(self, model: nn.Module, mistakes: Mistakes | None = None) -> Results:
+    def _count(self, model: nn.Module, mistakes: Mistakes | None = None) -> TopK:
+        """The counts of this rank's images."""
         top = TopK(len(self.dataset))
 
         def consume(labels: Tensor, ids: Sequence[str], logits: Tensor) -> None:
@@ -239,7 +239,8 @@ class ClassificationEvaluation:
             consume=consume,
             memory_format=memory_format(self.cfg),
         )
-        return top.evaluate(skipped=len(loader.skipped))
+        top.skipped = len(loader.skipped)
+        return top
 
     def report(
         self,
@@ -251,7 +252,9 @@ class ClassificationEvaluation:
         """Evaluates, prints the figures and writes `results.json`."""
         split = self.dataset.split
         mistakes = Mistakes(split.class_names)
-        results = self._both(model, average, mistakes)
+        counts = self._of_each(model, average, mistakes)
+        results = _results(counts)
+        images = [top.by_image() for top in counts]
         results["classes"] = mistakes.by_class()
         shown = mistakes.figures()
         if distributed.is_main():
@@ -261,6 +264,9 @@ class ClassificationEvaluation:
                 is_file = split.files is not None
                 entry["path"] = str((split.root / entry["image"]).absolute()) if is_file else ""
             write_json(output / FIGURES, shown)
+            samples = self.cfg.TEST.BOOTSTRAP
+            sampled = [sampled_accuracies(correct, samples) for _, correct in images]
+            write_samples(output, images[0][0], *sampled)
             for name, figures in (("", results), ("moving average: ", results.get("ema"))):
                 if figures:
                     say(
@@ -269,6 +275,12 @@ class ClassificationEvaluation:
                     )
             say(f"wrote {output / 'results.json'}")
         return means(results)
+
+
+def _results(counts: Sequence[TopK]) -> Results:
+    """The results of a model, with those of its moving average, if there is one, under `ema`."""
+    of_model, *of_average = (top.evaluate() for top in counts)
+    return of_model | ({"ema": of_average[0]} if of_average else {})
 
 
 def means(results: Results) -> dict[str, float]:

@@ -15,6 +15,7 @@ from tract_det.errors import DivergedError, UserError
 from tract_det.evaluation.comparison import Curve, mean_curve
 from tract_det.evaluation.comparison_report import Group, as_values, judge, origin, table, verdicts
 from tract_det.evaluation.runs import Record, read_run
+from tract_det.evaluation.samples import Samples, read_samples
 from tract_det.files import remove_abandoned, write_json, write_text
 from tract_det.report.comparison import write_comparison
 from tract_det.training import session
@@ -162,6 +163,7 @@ def groups(planned: Comparison) -> tuple[list[Group], list[dict[str, Any]]]:
     """The runs by arm and length, and a plain record of each run for JSON."""
     curves: dict[tuple[Variant, float], dict[int, Curve | None]] = {}
     seconds: dict[tuple[Variant, float], dict[int, float]] = {}
+    samples: dict[tuple[Variant, float], dict[int, Samples | None]] = {}
     records = []
     for run in planned.runs:
         record = read(planned, run)
@@ -170,6 +172,7 @@ def groups(planned: Comparison) -> tuple[list[Group], list[dict[str, Any]]]:
             status = "finished"
             curves.setdefault(key, {})[run.seed] = record.curve
             seconds.setdefault(key, {})[run.seed] = record.seconds
+            samples.setdefault(key, {})[run.seed] = read_samples(run.folder, planned.metric)
         elif _has_diverged(run) or (record and record.is_finished):  # the last figure is no number
             status = "diverged"
             curves.setdefault(key, {})[run.seed] = None
@@ -189,8 +192,9 @@ def groups(planned: Comparison) -> tuple[list[Group], list[dict[str, Any]]]:
     for (variant, epochs), runs in curves.items():
         baseline = planned.baselines[variant]
         name = baseline.name if baseline else None
-        times = seconds.get((variant, epochs), {})
-        arms.append(Group(variant.name, epochs, runs, times, name))
+        key = variant, epochs
+        times, draws = seconds.get(key, {}), samples.get(key, {})
+        arms.append(Group(variant.name, epochs, runs, times, name, draws))
     order = [variant.name for variant in planned.variants]
     return sorted(arms, key=lambda group: (order.index(group.arm), group.epochs)), records
 

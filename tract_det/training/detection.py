@@ -24,9 +24,10 @@ from tract_det.data.images import shown
 from tract_det.engine.loop import infer
 from tract_det.engine.writers import say
 from tract_det.errors import UserError
-from tract_det.evaluation.detection_results import details
+from tract_det.evaluation.detection_results import details, sampled_means
 from tract_det.evaluation.evaluators import DetectionEvaluator
 from tract_det.evaluation.report_figures import report_figures
+from tract_det.evaluation.samples import write_samples
 from tract_det.evaluation.tables import format_details, format_table
 from tract_det.files import write_json
 from tract_det.modeling.faster_rcnn import resize_shorter_side
@@ -215,11 +216,15 @@ class DetectionEvaluation:
         evaluators = list(self._of_each(model, average))
         results = [evaluator.evaluate() for evaluator in evaluators]
         if distributed.is_main():
-            samples = self.cfg.TEST.BOOTSTRAP
-            detailed = [
-                part | details(evaluator.evaluated, bootstrap=samples)
-                for part, evaluator in zip(results, evaluators, strict=True)
+            sampled = [
+                sampled_means(evaluator.evaluated, self.cfg.TEST.BOOTSTRAP)
+                for evaluator in evaluators
             ]
+            detailed = [
+                part | details(evaluator.evaluated, samples=samples)
+                for part, evaluator, samples in zip(results, evaluators, sampled, strict=True)
+            ]
+            write_samples(output, evaluators[0].detections, *sampled)
             ending = {"stopped": stopped} if stopped else {}
             of_average = {"ema": detailed[1]} if average is not None else {}
             write_json(output / "results.json", detailed[0] | of_average | ending)

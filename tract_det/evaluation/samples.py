@@ -1,0 +1,127 @@
+"""How far other test images could move a comparison, from the samples that each run has left.
+
+All evaluations of a split draw the same samples of its images (see `bootstrap`), so that those of
+two runs are pairs, though each run draws its own.
+
+Shapes: B samples.
+"""
+
+import hashlib
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from tract_det.errors import UserError
+from tract_det.evaluation.bootstrap import Means, interval
+from tract_det.files import write_binary
+
+SAMPLES = "samples.npz"  # in a run's folder
+_SPLIT = "split"  # the array that is no figure
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A figure of a run in samples of its evaluation images.
+
+    Attributes:
+        split: tells the images, in their order, from others.
+        images: their number.
+        values: (B,) float, in per cent.
+    """
+
+    split: str
+    images: int
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class OverImages:
+    """Where the mean difference of n pairs of runs would lie on other images.
+
+    Attributes:
+        low: end of the 95 % interval, in points.
+        high: the other end.
+        images: number of images of the split.
+        n: number of pairs.
+    """
+
+    low: float
+    high: float
+    images: int
+    n: int
+
+
+def write_samples(
+    folder: Path, ids: Iterable[str], of_model: Means, of_average: Means | None = None
+) -> None:
+    """Writes `samples.npz`; without figures there is none, and an older one is removed.
+
+    Args:
+        folder: of the run.
+        ids: of the images of the split, in its order.
+        of_model: (B,) float by name, in per cent.
+        of_average: the same of the moving average of the weights, whose names get `ema.`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if not of_model:
+        (folder / SAMPLES).unlink(missing_ok=True)
+        return
+    ids = list(ids)
+    digest = hashlib.sha256("\0".join(ids).encode("utf-8", "surrogatepass")).hexdigest()
+    average = {f"ema.{name}": values for name, values in (of_average or {}).items()}
+    arrays = {_SPLIT: np.array([digest, str(len(ids))]), **of_model, **average}
+    write_binary(folder / SAMPLES, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
+
+
+def read_samples(folder: Path, metric: str) -> Samples | None:
+    """Reads a figure from a run's `samples.npz`; None if it is not there.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / SAMPLES
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            if metric not in content:
+                return None
+            digest, images = content[_SPLIT].tolist()
+            return Samples(digest, int(images), content[metric])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): delete it, and its arm does without the interval over "
+            "images"
+        ) from error
+
+
+def over_images(
+    pairs: Sequence[tuple[Samples | None, Samples | None]], difference: float
+) -> OverImages | None:
+    """The interval of a mean difference over the images, for the runs as they are.
+
+    In each sample, the runs of all pairs are judged on the same images. It says nothing about other
+    seeds, as an interval over seeds says nothing about other images.
+
+    Args:
+        pairs: samples of a run and of its baseline's, for each seed.
+        difference: the mean difference on the split, in points.
+
+    Returns:
+        None if a run has no samples, or they are of different images.
+    """
+    runs = [run for pair in pairs for run in pair if run is not None]
+    kinds = {(run.split, run.values.shape) for run in runs}
+    if len(runs) < 2 * len(pairs) or len(kinds) != 1:
+        return None
+    values = [run.values for run in runs]
+    sampled = np.mean(values[::2], axis=0) - np.mean(values[1::2], axis=0)  # (B,)
+    low, high = interval(difference, sampled)
+    return OverImages(low, high, runs[0].images, len(pairs)) if math.isfinite(low) else None
