@@ -20,7 +20,9 @@ def test_voc_has_twenty_classes_in_alphabetical_order():
 def test_inclusive_pixels_become_half_open_edges(tree):
     tree.add("a", ("cat", (1, 1, 20, 10)), ("cat", (5, 6, 7, 8)))
     tree.split("train", ["a"])
-    (a,) = read_split(tree.root, "train").annotations
+    split = read_split(tree.root, "train")
+    assert split.origin == f"VOC, {tree.root / 'ImageSets/Main/train.txt'}"
+    (a,) = split.annotations
     assert a.boxes.tolist() == [[0, 0, 20, 10], [4, 5, 7, 8]]
     assert (a.boxes.dtype, a.labels.dtype, a.difficult.dtype) == (np.float64, np.int64, bool)
     assert (a.image_id, a.width, a.height) == ("a", 20, 10)

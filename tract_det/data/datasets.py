@@ -189,8 +189,7 @@ def _read_split(
     if not root.exists():
         raise UserError(f"{root}: there is no such folder: correct DATASETS.ROOT")
     if format in ("auto", "voc") and voc.is_tree(root):
-        split = voc.read_split(root, name, class_names, need_images=need_images, upright=upright)
-        return replace(split, origin=f"VOC, {root / 'ImageSets/Main' / name}.txt")
+        return voc.read_split(root, name, class_names, need_images=need_images, upright=upright)
     format, sources = _sources(root, format)
     source, part = _choose(root, name, sources, holdout)
     images = _READERS[format].describe(root, source, need_images=need_images, upright=upright)

@@ -14,6 +14,7 @@ Format: "The PASCAL Visual Object Classes Challenge 2012 Development Kit", secti
 import codecs
 import re
 from collections.abc import Container, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tract_det.data.annotations import DetectionSplit, Record, build_split, check_unique, shorten
@@ -98,9 +99,10 @@ def read_split(
             path = _find_image(folder, image_id, record, images, xmls, need_images)
             described.append((image_id, path, record))
     faults.refuse()
-    return build_split(
+    data = build_split(
         split, split_file, described, class_names, need_images=need_images, upright=upright
     )
+    return replace(data, origin=f"VOC, {split_file}")
 
 
 def find_devkit(root: Path, year: int) -> Path:
