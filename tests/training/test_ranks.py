@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.conftest import REPO, run_python, tiny_options
+from tests.training import test_channels as four_channels
+from tests.training import test_classifier_channels as four_channel_classes
 from tests.training.image_folder import options
 from tests.training.runs import (
     TwoRanks,
@@ -66,6 +68,23 @@ def test_two_ranks_make_a_detectors_update_of_one_process(
     changes["DEEPSPEED__zero_optimization__stage"] = stage
     two_ranks.run("train", *tiny_options(voc_tree, tmp_path, **changes))
     assert_close(tmp_path, one_step)
+
+
+def test_two_ranks_make_the_update_of_one_process_on_images_of_four_channels(two_ranks, tmp_path):
+    tree, folder = tmp_path / "tree", tmp_path / "folder"
+    four_channels.write_tree(tree, train=4, test=3)
+    four_channel_classes.write_folder(folder, 4, ".png")
+    detector = {**four_channels.FOUR, "SOLVER__MAX_ITER": 1, "MODEL__TRACT__ENABLED": True}
+    classifier = {**STEP, **four_channel_classes.statistics(4), "SOLVER__MAX_ITER": 2}
+    for verb, data, make_options, keys in (
+        ("train", tree, tiny_options, detector),
+        ("pretrain", folder, options, classifier),
+    ):
+        one, two = tmp_path / f"{verb}1", tmp_path / f"{verb}2"
+        run_here(verb, *make_options(data, one, **keys))
+        two_ranks.run(verb, *make_options(data, two, **keys))
+        assert_close(two, one)
+        assert results(two)["images"] == results(one)["images"] > 0
 
 
 @pytest.mark.slow
