@@ -50,6 +50,7 @@ class Run:
         ema: the moving average of the weights, if any.
         saved_part: gives the part of the model whose weights are saved.
         diagnostics: gives further figures of the last step, for the log.
+        weight_figures: gives figures of the weights that are evaluated, noted with the evaluation.
         loggers: names of the trackers that get the figures.
         config: of the run, plain values, for the trackers.
     """
@@ -74,6 +75,7 @@ class Run:
         ema: Ema | None = None,
         saved_part: Callable[[nn.Module], nn.Module] = lambda model: model,
         diagnostics: Callable[[], Means] = dict,
+        weight_figures: Callable[[nn.Module], Means] = lambda model: {},
         loggers: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -83,6 +85,7 @@ class Run:
         self.checkpoint_keep, self.seed, self.images_of = checkpoint_keep, seed, images_of
         self.meta, self.identity = meta, dict(identity)
         self.ema, self.saved_part, self.diagnostics = ema, saved_part, diagnostics
+        self.weight_figures = weight_figures
         self.loggers, self.config = loggers, config or {}
         self.patience, self.progress = patience, Progress()
         self.saved = -1  # the step of the newest checkpoint
@@ -282,7 +285,7 @@ class Run:
 
     def _note(self, means: Means, iteration: int, models: Models) -> None:
         """Logs an evaluation, and saves the weights if they are the best so far."""
-        self.writers.scalars(iteration, means)
+        self.writers.scalars(iteration, {**means, **self.weight_figures(models[0])})
         # Rank 0's, so that all ranks agree on when the patience is used up.
         value = distributed.on_main(lambda: means[self.best_metric])
         say(f"step {iteration}: {self.best_metric} {value:.2f}")

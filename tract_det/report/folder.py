@@ -13,8 +13,8 @@ from tract_det.config.tasks import MODULES
 from tract_det.errors import UserError, shortened
 from tract_det.files import read_metrics
 from tract_det.modeling.weight_files import read_weights
+from tract_det.report.stem import read_filters
 
-STEM_AT_START = "stem_at_start.npz"
 FIGURES = "report.json"
 
 
@@ -108,13 +108,11 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _stem(folder: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The filters at the start, and in the final weights."""
-    start = folder / STEM_AT_START
-    if not start.is_file():
+    start = read_filters(folder)
+    if start is None:
         return None, None
-    with np.load(start, allow_pickle=False) as content:
-        name, before = str(content["name"]), content["weight"]
     weights = folder / "model_final.pth"
     if not weights.is_file():
-        return before, None
-    tensor = read_weights(str(weights)).state.get(name)
-    return before, None if tensor is None else tensor.float().numpy()
+        return start.weight, None
+    tensor = read_weights(str(weights)).state.get(start.name)
+    return start.weight, None if tensor is None else tensor.float().numpy()

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from tract_det.files import steps_and_values, write_text
 from tract_det.report.folder import RunFolder, read_run
 from tract_det.report.images import drawn_boxes, filter_sheet, picture
+from tract_det.report.stem import mean_turn
 from tract_det.report.svg import Series, bar_chart, line_chart
 from tract_det.version import __version__
 
@@ -207,6 +208,7 @@ def _charts(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
         ("Evaluation", metric, f"{_TITLES[metric]}, %", False),
         ("Loss", "loss", "loss", True),
         ("Learning rate", "lr", "rate", False),
+        ("How far the stem's filters have turned", "stem_turn", "degrees", False),
         ("TrAct: condition of G + lambda I", "tract_condition", "condition number", True),
         ("TrAct: norm of the stem's gradient", "stem_grad_norm", "norm", True),
     ]
@@ -263,12 +265,20 @@ def _details(run: RunFolder) -> dict[str, Any]:
         "worst": _worst(run),
         "filters": [
             (title, Markup(filter_sheet(weight)))
-            for title, weight in zip(("at the start", "now"), run.stem, strict=True)
+            for title, weight in zip(("at the start", _turn(run)), run.stem, strict=True)
             if weight is not None
         ],
         "starts": run.starts,
         "folder": run.folder,
     }
+
+
+def _turn(run: RunFolder) -> str:
+    """What is said of the filters now."""
+    start, now = run.stem
+    if start is None or now is None or start.shape != now.shape:
+        return "now"
+    return f"now: turned by {mean_turn(start, now):.0f} degrees in the mean"
 
 
 def _precision_recall(run: RunFolder) -> str:

@@ -1,14 +1,18 @@
-"""Keeps the first layer's filters as they are before a training, to be seen beside the final."""
+"""Keeps the filters of the first layer as a training begins, and says how far they have turned."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from torch import nn
 
-from tract_det.files import atomically
-from tract_det.report.folder import STEM_AT_START
+from tract_det.errors import UserError
+from tract_det.files import write_binary
 from tract_det.tract import TrActError, find_stem
+
+STEM_AT_START = "stem_at_start.npz"
 
 
 class Filters(NamedTuple):
@@ -44,9 +48,46 @@ def filters_of(model: nn.Module, stem: str = "", channels: int = 3) -> Filters |
 
 def write_filters(output: Path, filters: Filters) -> None:
     """Writes them into a run's folder, where the report looks for them."""
+    arrays = {"name": np.array(filters.name), "weight": filters.weight}
+    write_binary(output / STEM_AT_START, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
-            np.savez(file, name=np.array(filters.name), weight=filters.weight)
 
-    atomically(output / STEM_AT_START, write)
+def read_filters(output: Path) -> Filters | None:
+    """Reads them from a run's folder; None if they are not there.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = output / STEM_AT_START
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return Filters(str(content["name"]), content["weight"])
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it") from error
+
+
+def mean_turn(start: np.ndarray, now: np.ndarray) -> float:
+    """The angle between a filter and what it was, in the mean over the filters.
+
+    A norm behind the stem undoes the scale of a filter, but not its direction, so that the angle is
+    what a training has changed: 0 degrees if the stem has learned nothing, 90 if nothing is left of
+    what it was.
+
+    Args:
+        start: `(M, C, kh, kw)`.
+        now: likewise.
+
+    Returns:
+        In degrees; filters that are 0 have none and are left out, NaN if all are.
+    """
+    directions = [w.reshape(len(w), -1).astype(np.float64) for w in (start, now)]
+    lengths = [np.linalg.norm(w, axis=1, keepdims=True) for w in directions]
+    is_there = (lengths[0] * lengths[1] > 0)[:, 0]
+    if not is_there.any():
+        return math.nan
+    before, after = (w[is_there] / n[is_there] for w, n in zip(directions, lengths, strict=True))
+    # Half the angle by its tangent: the arc cosine is inexact where little has changed.
+    opposite, adjacent = (np.linalg.norm(after + s * before, axis=1) for s in (-1, 1))
+    return float(np.degrees(2 * np.arctan2(opposite, adjacent)).mean())

@@ -32,7 +32,7 @@ from tract_det.errors import UserError
 from tract_det.files import remove_abandoned, write_text
 from tract_det.modeling.weight_files import Weights
 from tract_det.report.page import write_report
-from tract_det.report.stem import filters_of, write_filters
+from tract_det.report.stem import Filters, filters_of, mean_turn, read_filters, write_filters
 from tract_det.training import assembly
 from tract_det.training.task import BuiltModel, Evaluation, Plan, Split, Task
 from tract_det.visualize import beside_the_results
@@ -97,13 +97,12 @@ def _train(task: Task, cfg: CfgNode, device: torch.device, *, resume: bool, over
         _write_load_report(output, weights.source, built)
     if stopped is not None:
         built.network.load_state_dict(stopped.shared()["model"])
-    stem, channels = assembly.named_stem(cfg), len(built.meta["pixel_mean"])
-    filters = filters_of(built.model, stem, channels) if stopped is None else None
+    filters = _filters(cfg, built, built.model) if stopped is None else read_filters(output)
     engine, ema = prepare(cfg, built, device)
     evaluation = task.evaluation(cfg, test, built.meta, device)
-    this_run = build_run(task, cfg, plan, built, engine, ema, evaluation, training)
+    this_run = build_run(task, cfg, plan, built, engine, ema, evaluation, training, filters)
     start = _begin(cfg, this_run, built.meta["class_names"], stopped)
-    if filters is not None and distributed.is_main():
+    if filters is not None and stopped is None and distributed.is_main():
         write_filters(output, filters)
     _announce(cfg, plan, training, test, device)
     loader = task.loader(cfg, training, built.meta, start)
@@ -201,8 +200,16 @@ def build_run(
     ema: Ema | None,
     evaluation: Evaluation,
     training: Split,
+    filters: Filters | None = None,
 ) -> Run:
-    """What happens between the steps."""
+    """What happens between the steps; `filters` are the stem's as the run began."""
+
+    def stem_figures(network: nn.Module) -> Means:
+        now = _filters(cfg, built, network.get_submodule(built.inner))
+        if filters is None or now is None or now.weight.shape != filters.weight.shape:
+            return {}
+        return {"stem_turn": mean_turn(filters.weight, now.weight)}
+
     return Run(
         engine,
         Path(cfg.OUTPUT_DIR),
@@ -221,9 +228,14 @@ def build_run(
         ema=ema,
         saved_part=lambda network: network.get_submodule(built.inner),
         diagnostics=lambda: tract_diagnostics(engine.module),
+        weight_figures=stem_figures,
         loggers=cfg.LOGGERS,
         config=plain(cfg),
     )
+
+
+def _filters(cfg: CfgNode, built: BuiltModel, model: nn.Module) -> Filters | None:
+    return filters_of(model, assembly.named_stem(cfg), len(built.meta["pixel_mean"]))
 
 
 def _write_load_report(output: Path, source: str, built: BuiltModel) -> None:
