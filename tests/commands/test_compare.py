@@ -98,12 +98,33 @@ def test_options_behind_the_pairs_are_refused_in_one_line(images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--seeds", "0"], ["--lengths", "5,-1"], ["--lengths", "five"], ["--jobs", "0"]]
+    ("flags", "message"),
+    [
+        (["--seeds", "0"], "a whole number of at least 1, not '0'"),
+        (["--seeds", "two"], "a whole number of at least 1, not 'two'"),
+        (["--jobs", "0"], "a whole number of at least 1, not '0'"),
+        (["--lengths", "0"], "positive numbers of epochs, such as 5,7,10, not '0'"),
+        (["--lengths", "5,-1"], "positive numbers of epochs"),
+        (["--lengths", "five"], "positive numbers of epochs, such as 5,7,10, not 'five'"),
+        (["--lengths", "5,5.0"], "5,5.0: a length is there twice"),
+        (["--arms", ""], "names, such as plain,tract, not ''"),
+    ],
 )
-def test_numbers_that_make_no_sense_are_refused(images, tmp_path, flags, capsys):
+def test_values_that_make_no_sense_are_refused(images, tmp_path, flags, message, capsys):
     with pytest.raises(SystemExit):
         call("compare", arguments(images, tmp_path, *flags))
-    assert f"argument {flags[0]}" in capsys.readouterr().err
+    assert f"argument {flags[0]}: {message}" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_first_run(images, tmp_path):
+    (tmp_path / "locked/.lock").mkdir(parents=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/tract").write_text("a file where the runs of an arm are to be")
+    with pytest.raises(UserError, match=r"locked/\.lock cannot be written: Is a directory"):
+        call("compare", arguments(images, tmp_path / "locked"))
+    with pytest.raises(UserError, match=r"full/tract/.* cannot be made: Not a directory"):
+        call("compare", arguments(images, tmp_path / "full"))
+    assert not list(tmp_path.rglob("log.txt"))
 
 
 def test_an_arm_that_the_model_refuses_is_said_before_the_first_run(images, tmp_path):

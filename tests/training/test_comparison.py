@@ -17,6 +17,7 @@ from tract_det.training.comparison import (
     baseline_of,
     build,
     parse_sweep,
+    parse_sweeps,
     refuse_other_settings,
 )
 from tract_det.training.comparison_runs import groups, missing, report
@@ -124,6 +125,18 @@ def test_a_sweep_s_value_may_have_commas_in_brackets():
             parse_sweep(text)
 
 
+def test_no_sweep_of_a_key_is_lost_to_another_of_the_same_key():
+    assert parse_sweeps(["A=1,2", "B=3"]) == {"A": ["1", "2"], "B": ["3"]}
+    with pytest.raises(UserError, match="--sweep A is there twice"):
+        parse_sweeps(["A=1", "A=2"])
+
+
+def test_a_key_that_no_config_has_yet_and_a_long_value_can_be_swept(tmp_path, images):
+    sweeps = {"DEEPSPEED.comment": ["a", "b" * 300]}
+    for run in build(design(tmp_path, images, arms=["plain"], sweeps=sweeps)).runs:
+        assert all(len(part) < 256 for part in run.folder.parts) and not run.folder.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -135,6 +148,15 @@ def test_a_sweep_s_value_may_have_commas_in_brackets():
         ({"arms": ["plain", "plain"]}, "an arm is there twice"),
         ({"sweeps": {"MODEL.TRACT.LAMBDA": ["0.1", "0.10"]}}, "would share the folder"),
         ({"lengths": [2.0, 2.0000001]}, "would share the folder"),
+        ({"lengths": [2.0, 2.1]}, "--lengths 2 and 2.1 are the same training: 8 x 8 images"),
+        ({"sweeps": {"SEED": ["0", "1"]}}, "SEED is set by the comparison: use --seeds"),
+        ({"sweeps": {"OUTPUT_DIR": ["a", "b"]}}, "use --output"),
+        ({"sweeps": {"SOLVER.EPOCHS": ["1", "2"]}}, "--sweep SOLVER.EPOCHS: .*--lengths"),
+        ({"sweeps": {"DATASETS.LIMIT": ["8", "16"]}}, "--sweep DATASETS.LIMIT: .*same images"),
+        (
+            {"arms": ["plain"], "sweeps": {"MODEL.TRACT.LAMBDA": ["0.1"]}},
+            "--sweep MODEL.TRACT.LAMBDA: none of the arms plain has TrAct on",
+        ),
     ],
 )
 def test_mistakes_are_refused_before_the_first_run(tmp_path, images, changes, message):

@@ -31,21 +31,30 @@ from tract_det.config.pairs import refuse_half_pairs
 
 
 def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise argparse.ArgumentTypeError(f"names, such as plain,tract, not '{text}'")
+    return words
 
 
 def _lengths(text: str) -> list[float]:
-    lengths = [float(word) for word in _words(text)]
+    try:
+        lengths = [float(word) for word in text.split(",")]
+    except ValueError:
+        lengths = []
     if not lengths or any(not 0 < length < float("inf") for length in lengths):
-        raise argparse.ArgumentTypeError("positive numbers of epochs, such as 5,7,10")
+        raise argparse.ArgumentTypeError(
+            f"positive numbers of epochs, such as 5,7,10, not '{text}'"
+        )
+    if len(set(lengths)) < len(lengths):
+        raise argparse.ArgumentTypeError(f"{text}: a length is there twice")
     return lengths
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("at least 1")
-    return number
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1, not '{text}'")
+    return int(text)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -80,7 +89,7 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     from tract_det.training.comparison_estimate import estimate
     from tract_det.training.comparison_runs import report, run_missing
 
-    sweeps = dict(comparison.parse_sweep(text) for text in args.sweep)
+    sweeps = comparison.parse_sweeps(args.sweep)
     design = comparison.Design(
         args.config_file,
         args.arms,

@@ -14,7 +14,7 @@ from typing import IO
 
 from tract_det.engine.loop import StopSignal
 from tract_det.errors import UserError
-from tract_det.files import make_folder
+from tract_det.files import cannot_write, make_folder
 
 _POLL_SECONDS = 0.1
 
@@ -88,10 +88,15 @@ def sole_use(folder: Path) -> Iterator[IO[str]]:
     """Holds the folder's lock, which the jobs inherit: it is free when the last of them is gone.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or the folder cannot be written into.
     """
     make_folder(folder)
-    with (folder / ".lock").open("w") as lock:
+    path = folder / ".lock"
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -17,15 +17,18 @@ from fvcore.common.config import CfgNode
 from tract_det.config import tasks
 from tract_det.config.arms import the_one
 from tract_det.config.files import find_configs, flat, read_config, run_name
-from tract_det.config.machinery import value_at
 from tract_det.config.resuming import INCIDENTAL
 from tract_det.errors import UserError
+from tract_det.files import file_name_part
 from tract_det.training.task import Split, Task
 
 LoadCfg = Callable[..., CfgNode]
 
 # What a comparison sets itself, with what to use instead.
 _TAKEN = {"SEED": "--seeds", "OUTPUT_DIR": "--output", "ARM": "--arms"}
+_LENGTHS = ("SOLVER.MAX_ITER", "SOLVER.EPOCHS")
+# Beside DATASETS, what selects the images of an epoch.
+_SELECTING = ("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "DATALOADER.USE_DIFFICULT")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Variant:
     @property
     def folder(self) -> str:
         """`tract`, or `tract+LAMBDA=0.05`; a value that the arm has anyway leaves no trace."""
-        return "+".join([self.arm, *_in_words(self.changes)]).replace("/", "_")
+        return file_name_part("+".join([self.arm, *_in_words(self.changes)]).replace("/", "_"))
 
 
 def _in_words(settings: Iterable[tuple[str, str]]) -> Iterator[str]:
@@ -170,15 +173,28 @@ def parse_sweep(text: str) -> tuple[str, list[str]]:
     return key, values
 
 
+def parse_sweeps(texts: Iterable[str]) -> dict[str, list[str]]:
+    """The values of each swept key; see `parse_sweep`.
+
+    Raises:
+        UserError: a text is no sweep, or a key is there twice.
+    """
+    sweeps: dict[str, list[str]] = {}
+    for text in texts:
+        key, values = parse_sweep(text)
+        if key in sweeps:
+            raise UserError(f"--sweep {key} is there twice: give all its values in one")
+        sweeps[key] = values
+    return sweeps
+
+
 def build(design: Design) -> Comparison:
     """Plans all runs, and checks every configuration and the data before the first one starts.
 
     Raises:
         UserError: for whatever a run would be refused, and for keys that the comparison sets.
     """
-    for key in design.pairs[::2]:
-        if key in _TAKEN:
-            raise UserError(f"{key} is set by the comparison: use {_TAKEN[key]}")
+    _refuse_keys(design)
     name = tasks.task_of(design.config_files)
     load_cfg = tasks.loader_of(name)
     task: Task = importlib.import_module(f"tract_det.training.{name}").TASK
@@ -211,8 +227,28 @@ def build(design: Design) -> Comparison:
             runs.append(PlannedRun(variant, epochs, max_iter, seed, folder, arguments, cfg))
     runs.sort(key=lambda run: run.seed)
     _refuse_shared_folders(runs)
+    _refuse_equal_lengths(runs)
     baselines = {variant: baseline_of(variant, variants, baseline) for variant in variants}
     return Comparison(task, runs, variants, baselines, training, first.TEST.BEST_METRIC, output)
+
+
+def _refuse_keys(design: Design) -> None:
+    """Refuses keys that the comparison sets, and sweeps whose values it would not compare.
+
+    Raises:
+        UserError: names the key, and what to use instead.
+    """
+    for key in (*design.pairs[::2], *design.sweeps):
+        if key in _TAKEN:
+            raise UserError(f"{key} is set by the comparison: use {_TAKEN[key]}")
+    for key in design.sweeps:
+        if key in _LENGTHS:
+            raise UserError(f"--sweep {key}: lengths are compared by --lengths, in epochs")
+        if key.startswith("DATASETS.") or key in _SELECTING:
+            raise UserError(
+                f"--sweep {key}: all runs of a comparison have the same images; give each value a "
+                "comparison of its own, by --output"
+            )
 
 
 def _with(cfg: CfgNode, **values: Any) -> CfgNode:
@@ -238,6 +274,22 @@ def _refuse_shared_folders(runs: Iterable[PlannedRun]) -> None:
             raise UserError(
                 f"'{other.name}' and '{run.name}' would share the folder {run.folder}: leave one "
                 "of the two values out of --sweep or --lengths"
+            )
+
+
+def _refuse_equal_lengths(runs: Iterable[PlannedRun]) -> None:
+    """Refuses lengths that are the same number of steps: they are the same training, made twice.
+
+    Raises:
+        UserError: names both lengths.
+    """
+    by_steps: dict[tuple[Variant, int], PlannedRun] = {}
+    for run in runs:
+        other = by_steps.setdefault((run.variant, run.steps), run)
+        if other.epochs != run.epochs:
+            raise UserError(
+                f"--lengths {other.epochs:g} and {run.epochs:g} are the same training: "
+                f"{run.steps} x {run.cfg.SOLVER.IMS_PER_BATCH} images; leave one of them out"
             )
 
 
@@ -267,11 +319,15 @@ def _variants(design: Design, arms: Sequence[str], load_cfg: LoadCfg) -> list[Va
         for values in itertools.product(*(design.sweeps[key] for key in keys)):
             settings = tuple(zip(keys, values, strict=True))
             pairs = [*design.pairs, *itertools.chain(*settings)]
-            swept = load_cfg(design.config_files, pairs, arm)
-            changes = [
-                pair for pair in settings if value_at(swept, pair[0]) != value_at(unswept, pair[0])
-            ]
+            before, now = flat(unswept), flat(load_cfg(design.config_files, pairs, arm))
+            changes = [pair for pair in settings if now.get(pair[0]) != before.get(pair[0])]
             variants.append(Variant(arm, settings, tuple(changes)))
+    for key in design.sweeps:
+        if not any(key in dict(variant.settings) for variant in variants):
+            raise UserError(
+                f"--sweep {key}: none of the arms {', '.join(arms)} has TrAct on: add tract to "
+                "--arms"
+            )
     return variants
 
 

@@ -16,7 +16,7 @@ from tract_det.evaluation.comparison import Curve, mean_curve
 from tract_det.evaluation.comparison_report import Group, as_values, judge, origin, table, verdicts
 from tract_det.evaluation.runs import Record, read_run
 from tract_det.evaluation.samples import Samples, read_samples
-from tract_det.files import remove_abandoned, write_json, write_text
+from tract_det.files import make_folder, remove_abandoned, write_json, write_text
 from tract_det.report.comparison import write_comparison
 from tract_det.training import session
 from tract_det.training.comparison import (
@@ -127,10 +127,11 @@ def run_missing(
 
 def _job(run: PlannedRun) -> Job:
     verb, *arguments = run.arguments
+    make_folder(run.folder)  # one that cannot be is said before the first run
     start = []
     if checkpoint.iterations(run.folder):
         start = ["--resume"]
-    elif run.folder.is_dir():
+    else:
         # Here and not by the run's own --overwrite, which would move the open log as well.
         run_folder.move_aside(run.folder)
     command = [sys.executable, "-m", "tract_det.cli", verb, *start, *arguments]
