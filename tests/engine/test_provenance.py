@@ -2,10 +2,12 @@
 
 import subprocess
 
+import pytest
 import torch
 
 from tests.conftest import REPO
 from tract_det.engine import provenance
+from tract_det.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -34,3 +36,10 @@ def test_a_resumed_run_keeps_its_first_start(tmp_path):
 
 def test_a_run_from_before_has_no_record(tmp_path):
     assert provenance.read(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["", '[{"date": "2026', "5", "[1]"])
+def test_a_damaged_record_is_named_with_the_mend(tmp_path, text):
+    (tmp_path / "provenance.json").write_text(text)
+    with pytest.raises(UserError, match=r"provenance.json is damaged: .*: delete it"):
+        provenance.read(tmp_path)

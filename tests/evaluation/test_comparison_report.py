@@ -45,6 +45,10 @@ def test_the_cost_is_a_ratio_of_training_times():
     assert cells(PLAIN, group("tract", [53, 55, 57], seconds=1.5))[1]["time"].startswith("x 1.50")
 
 
+def test_a_time_that_is_not_recorded_is_no_ratio():
+    assert cells(PLAIN, group("tract", [53, 55, 57], seconds=0.0))[1]["time"] == ""
+
+
 def test_a_shorter_training_is_also_held_against_the_longest():
     full = group("plain", [60, 62, 64], baseline=None, epochs=4.0)
     short, long = group("tract", [59, 61, 63]), group("tract", [66, 68, 70], epochs=4.0)

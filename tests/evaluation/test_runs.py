@@ -61,7 +61,29 @@ def test_a_figure_that_is_no_number_leaves_no_curve(tmp_path):
     assert read(tmp_path).curve is None
 
 
-def test_a_damaged_file_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("no json\n")
-    with pytest.raises(UserError, match=r"metrics.jsonl is damaged"):
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no json",
+        "[]",
+        "5",
+        '{"top1": 50.0}',
+        '{"iteration": 4, "top1": "50"}',
+        '{"iteration": 4, "images_per_second": 0.0}',
+        '{"iteration": 4, "images_per_second": null}',
+    ],
+)
+def test_damaged_figures_are_named_with_the_mend(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(
+        UserError, match=rf"metrics.jsonl is damaged: .*: delete {tmp_path} to make"
+    ):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", '{"top1": 5', "[]", "null"])
+def test_damaged_results_are_named_with_the_mend(tmp_path, text):
+    write(tmp_path, {"iteration": 8, "top1": 50.0})
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError, match=r"results.json is damaged: .*: delete it to make the run"):
         read(tmp_path)

@@ -1,16 +1,23 @@
 """The runs of a comparison: which there are, with which keys, and what their folders say."""
 
 import json
+import re
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from torch import nn
 
 from tests.training.image_folder import write_image_folder
 from tract_det.config.classification import load_cfg
 from tract_det.config.files import flat
+from tract_det.engine import checkpoint
 from tract_det.errors import UserError
 from tract_det.evaluation.samples import write_samples
+from tract_det.training import comparison_runs
 from tract_det.training.comparison import (
     Design,
     Variant,
@@ -20,7 +27,7 @@ from tract_det.training.comparison import (
     parse_sweeps,
     refuse_other_settings,
 )
-from tract_det.training.comparison_runs import groups, missing, report
+from tract_det.training.comparison_runs import groups, missing, report, run_missing
 
 CLASSIFIER = "CIFAR/cpu_small.yaml"
 DETECTOR = "quickstart/shapes.yaml"
@@ -235,6 +242,84 @@ def test_a_run_from_before_a_key_was_added_still_counts(tmp_path, images):
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text(yaml.safe_dump(tree))
     refuse_other_settings(run)
+
+
+@pytest.mark.parametrize("text", [None, "", "SEED: 0\nSOLV"])
+def test_a_run_whose_settings_cannot_be_told_is_refused_with_the_mend(tmp_path, images, text):
+    planned = build(design(tmp_path, images))
+    folder = planned.runs[0].folder
+    write_run(planned, planned.runs[0], 50.0)
+    (folder / "config.yaml").unlink()
+    if text is not None:
+        (folder / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"{folder}/config.yaml .*: delete {folder} to make"):
+        missing(planned)
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    """Those that would be started."""
+    started = []
+    monkeypatch.setattr(comparison_runs, "run_jobs", lambda jobs, *_, **__: started.extend(jobs))
+    return started
+
+
+def save(folder, step, *, evaluated):
+    """A checkpoint of so many steps, of a model of no weights."""
+    engine = SimpleNamespace(module=nn.Linear(1, 1), device=torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.ds, "whole_model", lambda engine: engine.module)
+        patch.setattr(checkpoint.optimizer_state, "part_of", lambda engine: {})
+        best = {"best": 50.0, "best_step": 1, "since": 0, "evaluated": evaluated}
+        checkpoint.save(
+            engine, folder, step, keep=2, shared={"best": best}, per_rank={}, identity={}
+        ).result()
+
+
+def stopped_run(tmp_path, images):
+    """A run of four epochs that was stopped after three, evaluated at two."""
+    planned = build(design(tmp_path, images, lengths=[4.0], seeds=1, arms=["plain"]))
+    (run,) = planned.runs
+    write_run(planned, run, 50.0)
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run.folder / "metrics.jsonl").write_text(lines[0])
+    (run.folder / "results.json").unlink()
+    save(run.folder, 12, evaluated=8)
+    return planned, run.folder
+
+
+def test_a_stopped_run_goes_on_whatever_last_checkpoint_says(tmp_path, images, jobs):
+    planned, folder = stopped_run(tmp_path, images)
+    (folder / "last_checkpoint").write_text("")
+    run_missing(planned, [{}], None)
+    assert "--resume" in jobs[0].command and not list(folder.glob("previous-*"))
+
+
+def test_a_run_that_cannot_go_on_is_made_again_and_the_reason_said(tmp_path, images, jobs, capsys):
+    def cut_metrics(folder):
+        (folder / "metrics.jsonl").write_text("")
+
+    def cut_checkpoint(folder):
+        for path in folder.glob("checkpoints/*/*"):
+            path.write_bytes(b"")
+
+    def lose_evaluation(folder):
+        (folder / "results.json").write_text("{}")
+        shutil.rmtree(folder / "checkpoints")
+
+    for number, (damage, why) in enumerate(
+        [
+            (cut_metrics, "metrics.jsonl lacks evaluations before the checkpoint"),
+            (cut_checkpoint, "no checkpoint in .* is whole"),
+            (lose_evaluation, "metrics.jsonl lacks the last evaluation"),
+        ]
+    ):
+        planned, folder = stopped_run(tmp_path / str(number), images)
+        damage(folder)
+        run_missing(planned, [{}], None)
+        assert "--resume" not in jobs[-1].command
+        assert re.search(f"plain, 4 epochs, seed 0 is made again: .*{why}", capsys.readouterr().out)
+        assert (folder / "previous-1/config.yaml").is_file()
 
 
 def test_the_report_has_a_table_verdicts_a_picture_and_every_run(tmp_path, images, capsys):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tract_det import distributed
+from tract_det.errors import UserError
 from tract_det.files import write_text
 from tract_det.version import __version__
 
@@ -33,9 +34,23 @@ def record(output: Path, device: torch.device, *, resume: bool) -> None:
 
 
 def read(output: Path) -> list[dict[str, Any]]:
-    """The starts of the run in this folder; [] where nothing is recorded."""
+    """The starts of the run in this folder; [] where nothing is recorded.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = output / NAME
-    return json.loads(path.read_text()) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        starts = json.loads(path.read_text())
+        if not all(isinstance(start, dict) for start in starts):
+            raise TypeError("a start is no mapping")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged: {error}: delete it, it only says where the run was made"
+        ) from error
+    return starts
 
 
 def describe(device: torch.device) -> dict[str, Any]:

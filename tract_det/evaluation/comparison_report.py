@@ -74,7 +74,8 @@ class Row:
         over_images: where it would lie on other images.
         to_longest: to the baseline at its greatest length, for a shorter group.
         speed_up: within this length.
-        cost: of a run, against the baseline's at the same length.
+        cost: of a run, against the baseline's at the same length; None also where the time of a
+            run is not recorded.
     """
 
     group: Group
@@ -131,8 +132,10 @@ def _over_images(group: Group, baseline: Group) -> OverImages | None:
     return over_images(pairs, difference.mean)
 
 
-def _cost(group: Group, baseline: Group) -> Cost:
+def _cost(group: Group, baseline: Group) -> Cost | None:
     seeds = _common(group, baseline)
+    if not all(side.seconds[seed] for side in (group, baseline) for seed in seeds):
+        return None  # the time of a run is not recorded
     ratios = [group.seconds[seed] / baseline.seconds[seed] for seed in seeds]
     if len(ratios) == 1:
         return Cost(ratios[0], None, 1)

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +22,13 @@ class Record:
         is_finished: whether the last step was evaluated: that of the full length, or the one after
             which SOLVER.PATIENCE ended the run.
         seconds: wall time of the training steps, without evaluations and checkpoints.
+        evaluated: the step of the last evaluation; 0 before the first one.
     """
 
     curve: Curve | None
     is_finished: bool
     seconds: float
+    evaluated: int
 
 
 def read_run(folder: Path, metric: str, *, steps: int, batch: int, images: int) -> Record:
@@ -39,9 +42,9 @@ def read_run(folder: Path, metric: str, *, steps: int, batch: int, images: int) 
         images: of an epoch.
 
     Raises:
-        UserError: `metrics.jsonl` is missing or damaged.
+        UserError: `metrics.jsonl` is missing, or that or `results.json` is damaged.
     """
-    entries = read_metrics(folder / "metrics.jsonl")
+    entries = _entries(folder / "metrics.jsonl", metric)
     points = {
         entry["iteration"]: math.nan if entry[metric] is None else entry[metric]
         for entry in entries
@@ -61,7 +64,27 @@ def read_run(folder: Path, metric: str, *, steps: int, batch: int, images: int) 
     if curve is not None and is_early:
         curve = replace(curve, is_early=True)
     is_finished = (is_early or steps in points) and (folder / "results.json").is_file()
-    return Record(curve, is_finished, seconds)
+    return Record(curve, is_finished, seconds, max(points, default=0))
+
+
+def _entries(path: Path, metric: str) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, each with its step, and numbers where numbers are used."""
+    mend = f"delete {path.parent} to make the run again"
+    try:
+        entries = read_metrics(path)
+    except UserError as error:
+        raise UserError(f"{error}: {mend}") from error
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
+            raise UserError(f"{path} is damaged: line {number} has no iteration: {mend}")
+        speed = entry.get("images_per_second", 1.0)
+        if not isinstance(entry.get(metric), int | float | None) or not _is_positive(speed):
+            raise UserError(f"{path} is damaged: line {number} has no number: {mend}")
+    return entries
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
 
 
 def _stopped_at(folder: Path) -> int | None:
@@ -73,5 +96,5 @@ def _stopped_at(folder: Path) -> int | None:
         return json.loads(path.read_text())["stopped"]["step"]
     except KeyError:
         return None
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}: delete it to make the run again") from error

@@ -358,12 +358,19 @@ def refuse_other_settings(run: PlannedRun) -> None:
     """Refuses to take the run in a folder for another one; what is incidental may differ.
 
     Raises:
-        UserError: the run there was made with other settings; the message names the key.
+        UserError: the run there was made with other settings, and the message names the key; or
+            they cannot be told.
     """
     path = run.folder / "config.yaml"
+    mend = f"delete {run.folder} to make the run again"
     if not path.is_file():
+        if (run.folder / "metrics.jsonl").is_file():
+            raise UserError(f"{path} is missing, so whose run this is cannot be told: {mend}")
         return
-    before, now = flat(read_config(path)), flat(run.cfg)
+    try:
+        before, now = flat(read_config(path)), flat(run.cfg)
+    except UserError as error:
+        raise UserError(f"{error}: {mend}") from error
     for key, value in now.items():
         if key not in INCIDENTAL and _comparable(before.get(key, value)) != _comparable(value):
             raise UserError(

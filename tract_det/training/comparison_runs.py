@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from tract_det.engine import checkpoint, provenance, run_folder
 from tract_det.engine.jobs import Ended, Job, run_jobs
+from tract_det.engine.progress import Progress
 from tract_det.engine.writers import clock
 from tract_det.errors import DivergedError, UserError
 from tract_det.evaluation.comparison import Curve, mean_curve
@@ -118,24 +119,47 @@ def run_missing(
         progress = f"[{done}/{len(planned.runs)}] {run.name}"
         print(f"{progress}: {outcome} ({clock(ended.seconds)})", flush=True)
 
-    stopped_by = run_jobs([_job(run) for run in todo], environments, lock=lock, on_end=on_end)
+    stopped_by = run_jobs(
+        [_job(planned, run) for run in todo], environments, lock=lock, on_end=on_end
+    )
     if stopped_by:
         print("stopped: the same command goes on from here", flush=True)
         return 128 + stopped_by
     return 1 if failures else 0
 
 
-def _job(run: PlannedRun) -> Job:
+def _job(planned: Comparison, run: PlannedRun) -> Job:
     verb, *arguments = run.arguments
     make_folder(run.folder)  # one that cannot be is said before the first run
     start = []
-    if checkpoint.iterations(run.folder):
+    if _can_go_on(planned, run):
         start = ["--resume"]
     else:
         # Here and not by the run's own --overwrite, which would move the open log as well.
         run_folder.move_aside(run.folder)
     command = [sys.executable, "-m", "tract_det.cli", verb, *start, *arguments]
     return Job(run.name, command, run.folder / _LOG)
+
+
+def _can_go_on(planned: Comparison, run: PlannedRun) -> bool:
+    """Whether a run has a checkpoint to go on from; says so where it should have."""
+    metrics = run.folder / "metrics.jsonl"
+    if checkpoint.iterations(run.folder):
+        try:
+            progress = Progress.of(checkpoint.newest(run.folder).shared()["best"])
+        except UserError:
+            why = f"no checkpoint in {run.folder} is whole"
+        else:
+            record = read(planned, run)
+            if progress.evaluated <= (record.evaluated if record else 0):
+                return True
+            why = f"{metrics} lacks evaluations before the checkpoint"
+    elif (run.folder / "results.json").is_file():
+        why = f"{metrics} lacks the last evaluation, and no checkpoint is left"
+    else:
+        return False
+    print(f"{run.name} is made again: {why}", flush=True)
+    return False
 
 
 def _settle(planned: Comparison, run: PlannedRun, ended: Ended) -> tuple[str, bool]:
