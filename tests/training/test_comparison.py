@@ -14,7 +14,7 @@ from torch import nn
 from tests.training.image_folder import write_image_folder
 from tract_det.config.classification import load_cfg
 from tract_det.config.files import flat
-from tract_det.engine import checkpoint
+from tract_det.engine import checkpoint, provenance
 from tract_det.errors import UserError
 from tract_det.evaluation.samples import write_samples
 from tract_det.training import comparison_runs
@@ -196,6 +196,14 @@ def write_run(planned, run, final):
     (run.folder / "results.json").write_text("{}")
 
 
+@pytest.fixture
+def jobs(monkeypatch):
+    """Those that would be started."""
+    started = []
+    monkeypatch.setattr(comparison_runs, "run_jobs", lambda jobs, *_, **__: started.extend(jobs))
+    return started
+
+
 def test_only_missing_runs_are_made(tmp_path, images):
     planned = build(design(tmp_path, images))
     for run in planned.runs[:3]:
@@ -235,6 +243,40 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, images):
     assert len(missing(build(design(tmp_path, images, pairs=harmless)))) == 3
 
 
+def note_images(planned, run, **changes):
+    """The record of its images that a run leaves."""
+    start = provenance.describe(torch.device("cpu")) | {"images": dict(planned.images)} | changes
+    (run.folder / "provenance.json").write_text(json.dumps([start]))
+
+
+def test_a_run_on_other_images_is_not_taken_for_this_one(tmp_path, images):
+    planned = build(design(tmp_path / "out", images))
+    for run in planned.runs:
+        write_run(planned, run, 50.0)
+        note_images(planned, run)
+    moved = tmp_path / "moved"
+    shutil.copytree(images, moved)
+    assert not missing(build(design(tmp_path / "out", moved)))
+    for part, name in (("evaluation", "val"), ("training", "train")):
+        for image in (moved / name).rglob("*.png"):
+            image.write_bytes(image.read_bytes() + b"other, of the same name")
+        with pytest.raises(UserError, match=f"other {part} images than those of .*{moved}.*--out"):
+            missing(build(design(tmp_path / "out", moved)))
+
+
+def test_runs_by_other_code_are_said_before_others_are_added(tmp_path, images, jobs, capsys):
+    planned = build(design(tmp_path, images))
+    for run in planned.runs[:3]:
+        write_run(planned, run, 50.0)
+        note_images(planned, run)
+    run_missing(planned, [{}], None)
+    assert "warning" not in capsys.readouterr().out
+    note_images(planned, planned.runs[1], commit="0123456789")
+    run_missing(planned, [{}], None)
+    printed = capsys.readouterr().out
+    assert re.search(r"warning: runs in .* were made by .* commit 0123456789, .*--output", printed)
+
+
 def test_a_run_from_before_a_key_was_added_still_counts(tmp_path, images):
     run = build(design(tmp_path, images)).runs[0]
     tree = yaml.safe_load(run.cfg.dump())
@@ -254,14 +296,6 @@ def test_a_run_whose_settings_cannot_be_told_is_refused_with_the_mend(tmp_path, 
         (folder / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=rf"{folder}/config.yaml .*: delete {folder} to make"):
         missing(planned)
-
-
-@pytest.fixture
-def jobs(monkeypatch):
-    """Those that would be started."""
-    started = []
-    monkeypatch.setattr(comparison_runs, "run_jobs", lambda jobs, *_, **__: started.extend(jobs))
-    return started
 
 
 def save(folder, step, *, evaluated):

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from tract_det.data.faults import Faults
+from tract_det.data.fingerprint import beginning, fingerprint, names_as_bytes
 from tract_det.data.images import MAX_PIXELS, stored_size, upright_size
 from tract_det.errors import CONTROLS, UserError, brief
 
@@ -83,6 +84,18 @@ class DetectionSplit:
     def first(self, count: int) -> "DetectionSplit":
         """The first images, at most so many."""
         return replace(self, annotations=self.annotations[:count])
+
+    def fingerprint(self) -> str:
+        """Equal for the same images with the same annotations, wherever they lie."""
+        ids = (annotation.image_id for annotation in self.annotations)
+        parts = [names_as_bytes(self.class_names), names_as_bytes(ids)]
+        for annotation in self.annotations:
+            parts += [
+                annotation.boxes.tobytes(),
+                annotation.labels.tobytes(),
+                annotation.difficult.tobytes(),
+            ]
+        return fingerprint(parts, len(self), lambda index: beginning(self.annotations[index].path))
 
 
 class Record(NamedTuple):

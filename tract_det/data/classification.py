@@ -18,6 +18,7 @@ from torchvision import datasets
 
 from tract_det.data.bands import ARRAY_SUFFIX
 from tract_det.data.files import is_image
+from tract_det.data.fingerprint import beginning, fingerprint, names_as_bytes
 from tract_det.data.images import MAX_PIXELS, CorruptImageError, read_as_decoded
 from tract_det.errors import UserError
 
@@ -73,6 +74,18 @@ class ClassificationSplit:
         if self.files is None:
             return f"{self.name}/{number}"
         return os.fsdecode(self.files[number].item())
+
+    def fingerprint(self) -> str:
+        """Equal for the same images with the same labels, wherever they lie."""
+
+        def content(index: int) -> bytes:
+            if self.pixels is None:
+                return beginning(self.root / self.image_id(index))
+            return self.pixels[self.numbers[index]].tobytes()
+
+        ids = map(self.image_id, range(len(self)))
+        parts = names_as_bytes(self.class_names), names_as_bytes(ids), self.labels.tobytes()
+        return fingerprint(parts, len(self), content)
 
     def read(self, index: int) -> torch.Tensor:
         """(C, H, W) uint8. It may share the split's memory: do not write to it.

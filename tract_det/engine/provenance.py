@@ -1,4 +1,7 @@
-"""Where a run was made: command, commit, hardware, versions, date. `OUTPUT_DIR/provenance.json`."""
+"""Where a run was made: command, commit, hardware, versions, date, images.
+
+They are in `OUTPUT_DIR/provenance.json`.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -23,14 +27,23 @@ NAME = "provenance.json"
 _PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "detectron2")
 
 
-def record(output: Path, device: torch.device, *, resume: bool) -> None:
+def record(
+    output: Path, device: torch.device, *, resume: bool, images: Mapping[str, str] | None = None
+) -> None:
     """Writes how this run was started; a resumed run appends to what is there. One rank calls it.
 
     The file holds a list with an entry for each start.
+
+    Args:
+        output: the run's folder.
+        device: that it trains on.
+        resume: whether it goes on.
+        images: fingerprints of its images, by the part that they are.
     """
     path = output / NAME
     starts = read(output) if resume else []
-    write_text(path, json.dumps([*starts, describe(device)], indent=2) + "\n")
+    start = {**describe(device), "images": dict(images or {})}
+    write_text(path, json.dumps([*starts, start], indent=2) + "\n")
 
 
 def read(output: Path) -> list[dict[str, Any]]:
@@ -58,12 +71,16 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "version": __version__,
-        "commit": _commit(),
+        **code(),
         "processes": distributed.world_size(),
         "hardware": hardware(device),
         "versions": {"python": platform.python_version(), **_versions()},
     }
+
+
+def code() -> dict[str, str]:
+    """`version` and `commit` of this code."""
+    return {"version": __version__, "commit": _commit()}
 
 
 def hardware(device: torch.device) -> str:

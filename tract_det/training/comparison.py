@@ -20,6 +20,7 @@ from tract_det.config.files import find_configs, flat, read_config, run_name
 from tract_det.config.resuming import INCIDENTAL
 from tract_det.errors import UserError
 from tract_det.files import file_name_part
+from tract_det.training.session import fingerprints
 from tract_det.training.task import Split, Task
 
 LoadCfg = Callable[..., CfgNode]
@@ -138,6 +139,7 @@ class Comparison:
         variants: those of the runs, in order.
         baselines: what each variant is judged against; None for a baseline.
         training: the images of an epoch.
+        images: fingerprints of these and of those for evaluation; see `session.fingerprints`.
         metric: the figure that is compared, TEST.BEST_METRIC.
         output: the folder.
     """
@@ -147,6 +149,7 @@ class Comparison:
     variants: Sequence[Variant]
     baselines: Mapping[Variant, Variant | None]
     training: Split
+    images: Mapping[str, str]
     metric: str
     output: Path
 
@@ -207,7 +210,7 @@ def build(design: Design) -> Comparison:
         raise UserError(f"--baseline {baseline} is none of the arms {', '.join(arms)}: add it")
     variants = _variants(design, arms, load_cfg)
     task.check(first)
-    training, _ = task.read_data(first)
+    training, test = task.read_data(first)
     images = len(training)
     steps = task.plan(first, images).max_iter
     lengths = sorted(design.lengths) or [_rounded(steps * first.SOLVER.IMS_PER_BATCH / images)]
@@ -229,7 +232,9 @@ def build(design: Design) -> Comparison:
     _refuse_shared_folders(runs)
     _refuse_equal_lengths(runs)
     baselines = {variant: baseline_of(variant, variants, baseline) for variant in variants}
-    return Comparison(task, runs, variants, baselines, training, first.TEST.BEST_METRIC, output)
+    prints = fingerprints(training, test)
+    metric = first.TEST.BEST_METRIC
+    return Comparison(task, runs, variants, baselines, training, prints, metric, output)
 
 
 def _refuse_keys(design: Design) -> None:

@@ -57,15 +57,33 @@ def missing(planned: Comparison) -> list[PlannedRun]:
     """The runs that are neither finished nor diverged.
 
     Raises:
-        UserError: a folder has a run with other settings.
+        UserError: a folder has a run with other settings or on other images.
     """
     runs = []
     for run in planned.runs:
         refuse_other_settings(run)
+        _refuse_other_images(run, planned.images)
         record = read(planned, run)
         if not (record and record.is_finished) and not _has_diverged(run):
             runs.append(run)
     return runs
+
+
+def _refuse_other_images(run: PlannedRun, images: Mapping[str, str]) -> None:
+    """Refuses to take a run on other images for one on these, wherever they lie.
+
+    Raises:
+        UserError: names the folder and which images are others.
+    """
+    for start in provenance.read(run.folder):
+        before = start.get("images") or {}
+        for part, print_now in images.items():
+            if before.get(part, print_now) != print_now:
+                raise UserError(
+                    f"{run.folder} has a run on other {part} images than those of DATASETS.ROOT "
+                    f"{run.cfg.DATASETS.ROOT or '(the default)'}: give this comparison a folder of "
+                    "its own by --output"
+                )
 
 
 def _refuse_unfit(planned: Comparison, todo: Sequence[PlannedRun]) -> None:
@@ -81,6 +99,24 @@ def _refuse_unfit(planned: Comparison, todo: Sequence[PlannedRun]) -> None:
                 session.build(planned.task, run.cfg, planned.training, weights)
         except UserError as error:
             raise UserError(f"arm {run.variant.name}: {error}") from error
+
+
+def _other_code(planned: Comparison) -> str:
+    """Says which of the runs so far were made by other code than this; "" if none."""
+    now = provenance.code()
+    starts = [start for run in planned.runs for start in provenance.read(run.folder)]
+    others = {_in_words(start): None for start in starts if _in_words(start) != _in_words(now)}
+    if not others:
+        return ""
+    return (
+        f"warning: runs in {planned.output} were made by {' and '.join(others)}, those to come are "
+        f"by {_in_words(now)}: give --output another folder to make all by the same code"
+    )
+
+
+def _in_words(code: Mapping[str, str]) -> str:
+    version, commit = code.get("version", "unknown"), code.get("commit")
+    return f"version {version}" + (f", commit {commit}" if commit else "")
 
 
 def run_missing(
@@ -106,6 +142,8 @@ def run_missing(
     print(
         f"{len(planned.runs)} runs, {done} of them done; {len(environments)} at a time", flush=True
     )
+    if todo and (warning := _other_code(planned)):
+        print(warning, flush=True)
     by_name = {run.name: run for run in todo}
     failures: list[str] = []
 

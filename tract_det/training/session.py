@@ -101,7 +101,7 @@ def _train(task: Task, cfg: CfgNode, device: torch.device, *, resume: bool, over
     engine, ema = prepare(cfg, built, device)
     evaluation = task.evaluation(cfg, test, built.meta, device)
     this_run = build_run(task, cfg, plan, built, engine, ema, evaluation, training, filters)
-    start = _begin(cfg, this_run, built.meta["class_names"], stopped)
+    start = _begin(cfg, this_run, training, test, stopped)
     if filters is not None and stopped is None and distributed.is_main():
         write_filters(output, filters)
     _announce(cfg, plan, training, test, device)
@@ -248,17 +248,30 @@ def _write_load_report(output: Path, source: str, built: BuiltModel) -> None:
     say(f"weights {source}: {built.report}; all names in {path}")
 
 
-def _begin(cfg: CfgNode, this_run: Run, class_names: list[str], stopped: Checkpoint | None) -> int:
+def _begin(
+    cfg: CfgNode, this_run: Run, training: Split, test: Split, stopped: Checkpoint | None
+) -> int:
     """Opens the run's folder and seeds this process; returns the number of steps done before."""
     torch.manual_seed(cfg.SEED + distributed.rank())  # the ranks' dropout differs
     start = this_run.start(stopped)
     if distributed.is_main():
         write_text(this_run.output / "config.yaml", cfg.dump())
+        class_names = list(training.class_names)
         index = {name: label for label, name in enumerate(class_names)}
         text = json.dumps({"classes": class_names, "index": index}, indent=2, ensure_ascii=False)
         write_text(this_run.output / "classes.json", text + "\n")
-        provenance.record(this_run.output, this_run.engine.device, resume=stopped is not None)
+        provenance.record(
+            this_run.output,
+            this_run.engine.device,
+            resume=stopped is not None,
+            images=fingerprints(training, test),
+        )
     return start
+
+
+def fingerprints(training: Split, test: Split) -> dict[str, str]:
+    """What tells the images of a run from others, by the part that they are."""
+    return {"training": training.fingerprint(), "evaluation": test.fingerprint()}
 
 
 def _announce(cfg: CfgNode, plan: Plan, training: Split, test: Split, device: torch.device) -> None:

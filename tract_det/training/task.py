@@ -33,6 +33,9 @@ class Split(Protocol):
     def first(self, count: int) -> "Split":
         """The first images, at most so many."""
 
+    def fingerprint(self) -> str:
+        """Equal for the same images with the same annotations, wherever they lie."""
+
 
 class Evaluation(Protocol):
     """Evaluates a model on the evaluation split. Every rank must call it."""
