@@ -75,6 +75,12 @@ def test_an_arm_does_not_differ_from_itself():
     assert (difference.mean, difference.interval, difference.p_value) == (0, (0, 0), 1)
 
 
+def test_differences_that_are_rounding_alone_are_none():
+    finals = [0.1 + 0.2, 0.7, 1.1 + 2.2]
+    difference = paired_difference(arm("tract", finals), arm("plain", [0.3, 0.7, 3.3]))
+    assert (difference.mean, difference.interval, difference.p_value) == (0, (0, 0), 1)
+
+
 def test_swapping_the_arms_changes_the_sign_alone():
     forth = paired_difference(arm("tract", TRACT), arm("plain", PLAIN))
     back = paired_difference(arm("plain", PLAIN), arm("tract", TRACT))
@@ -354,11 +360,55 @@ def test_verdict_no_difference_says_what_could_have_been_seen():
     )
 
 
+@pytest.mark.parametrize(
+    ("offset", "words"),
+    [
+        (0.0, "no difference seen between tract and plain: 0.0 points (0.0 to 0.0, 3 seeds)"),
+        (0.4, "tract is better than plain by 0.4 points (95 % interval 0.4 to 0.4, 3 seeds)"),
+    ],
+)
+def test_verdict_of_equal_differences_claims_no_power(offset, words):
+    finals = np.array([60.0, 61.5, 59.0])
+    sentence = verdict(arm("tract", finals + offset), arm("plain", finals))
+    assert sentence.startswith(words) and sentence.endswith("unknown.")
+    assert "could have shown 0" not in sentence
+
+
+def test_verdict_shows_as_many_digits_as_a_small_detectable_difference_needs():
+    sentence = verdict(arm("tract", [60.0, 61.007, 59.502]), arm("plain", [60.008, 61.0, 59.5]))
+    assert "0.00 points (-0.02 to 0.02, 3 seeds); 3 seeds could have shown 0.02" in sentence
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_verdict_shows_no_end_of_0_where_the_interval_excludes_0(sign):
+    differences = sign * np.array([0.4, 0.561, 0.239])  # 0.00007 to 0.79993
+    sentence = verdict(arm("tract", 60 + differences), arm("plain", [60.0] * 3))
+    assert "by 0.4000 points (95 % interval 0.0001 to 0.7999, 3 seeds)" in sentence
+
+
+def test_verdict_of_an_interval_that_ends_at_0_is_no_difference():
+    t_975 = 12.706204736432095  # of two seeds: the interval is 1 -+ t spread / 2
+    tract = arm("tract", [61 + 1 / t_975, 61 - 1 / t_975])
+    assert "no difference seen" in verdict(tract, arm("plain", [60.0, 60.0]))
+
+
+def test_verdict_of_a_flat_baseline_says_that_its_speed_up_is_none():
+    flat = curves("plain", *[lambda e: 0 * e + 10] * 3)
+    assert verdict(flat, flat, speed_up(flat, flat)).endswith(
+        "speed-up within one length: at least 10.00; that of plain over itself is at least 10.00, "
+        "so this says nothing."
+    )
+    rising = curves("plain", *[lambda e: e] * 3)
+    assert "over itself" not in verdict(rising, rising, speed_up(rising, rising))
+
+
 def test_verdict_one_seed():
     assert verdict(arm("tract", [63.1]), arm("plain", [60.0])) == (
         "one seed: tract 3.1 points above plain, which says nothing about other seeds."
     )
     assert "3.1 points below plain" in verdict(arm("tract", [56.9]), arm("plain", [60.0]))
+    assert "0.01 points above plain" in verdict(arm("tract", [60.01]), arm("plain", [60.0]))
+    assert "one seed: tract equals plain, which" in verdict(arm("tract", [6.0]), arm("plain", [6]))
 
 
 def test_verdict_names_failed_runs():
@@ -376,6 +426,7 @@ def test_verdict_shows_the_digits_that_exclude_no_difference():
     [
         (SpeedUp(2.0, 2.0, (1.5, 2.5), 5), "2.00 ({} interval 1.50 to 2.50, 5 seeds)"),
         (SpeedUp(2.0, 2.0, (0.0, 2.5), 5), "2.00 ({} interval at most 2.50, 5 seeds)"),
+        (SpeedUp(2.0, 2.0, (2.0, 2.0), 5), "2.00 (5 seeds without any spread)"),
         (SpeedUp(2.0, 2.0, None, 1), "2.00 (one seed)"),
         (SpeedUp(4.0, math.inf, None, 5), "at least 4.00"),
         (SpeedUp(0.0, 0.9, None, 5, never=2), "at most 0.90 (2 of 5 seeds never got there)"),

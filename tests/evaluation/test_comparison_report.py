@@ -3,7 +3,7 @@
 import numpy as np
 
 from tract_det.evaluation.comparison import Curve
-from tract_det.evaluation.comparison_report import Group, judge, table, verdicts
+from tract_det.evaluation.comparison_report import Group, judge, table, unfinished, verdicts
 
 
 def curve(*values, epochs=None):
@@ -65,6 +65,33 @@ def test_verdicts_are_on_complete_trainings_of_the_greatest_length():
     (sentence,) = verdicts([PLAIN, full, short, long])
     assert sentence.startswith("tract is better than plain by 6.1 points")
     assert "speed-up over lengths: 1.8" in sentence
+
+
+def test_a_speed_up_is_over_the_seeds_that_both_finished():
+    """On each seed the arm is the baseline; it has finished but the easiest."""
+    tract = group("tract", [None, None, 54])
+    assert cells(PLAIN, tract)[1]["speed-up"] == "1.00"
+    assert "speed-up within one length: 1.00 (one seed)" in verdicts([PLAIN, tract])[0]
+
+
+def test_runs_that_are_missing_are_named():
+    def run(arm, seed, status):
+        return {"arm": arm, "epochs": 5.0, "seed": seed, "status": status}
+
+    finished = [run("plain", 0, "finished"), run("plain", 1, "diverged")]
+    assert unfinished(finished) == []
+    (sentence,) = unfinished(
+        [
+            *finished,
+            run("tract", 0, "missing"),
+            run("plain", 2, "missing"),
+            run("tract", 3, "missing"),
+        ]
+    )
+    assert sentence == (
+        "3 of 5 runs are missing here: tract, 5 epochs, seed 0, 3; plain, 5 epochs, seed 2; the "
+        "same command makes them."
+    )
 
 
 def test_an_arm_without_a_finished_run_is_said_to_have_none():

@@ -381,12 +381,24 @@ def test_the_report_has_a_table_verdicts_a_picture_and_every_run(tmp_path, image
     assert interval == pytest.approx({"low": 2.1, "high": 4.1, "images": 2, "n": 2})
     for text in (page, (tmp_path / "comparison.html").read_text()):
         assert "over 2 images" in text and "+2.10 to +4.10" in text
-    assert content["verdicts"][0] in (tmp_path / "comparison.html").read_text()
+    *_, missing_run = content["verdicts"]
+    assert missing_run.startswith("1 of 6 runs are missing here: tract, 5 epochs, seed 2")
+    for sentence in content["verdicts"]:
+        assert sentence in page and sentence in (tmp_path / "comparison.html").read_text()
 
 
 def test_nothing_finished_is_said(tmp_path, images):
     with pytest.raises(UserError, match="is finished: nothing to compare yet"):
         report(build(design(tmp_path, images)), "")
+
+
+def test_that_every_run_diverged_is_said(tmp_path, images):
+    planned = build(design(tmp_path, images))
+    for run in planned.runs:
+        run.folder.mkdir(parents=True)
+        (run.folder / "diverged.txt").write_text("the loss is not finite at step 2")
+    with pytest.raises(UserError, match="is finished: 4 of 4 diverged"):
+        report(planned, "")
 
 
 def test_a_run_s_configuration_is_that_of_its_command(tmp_path, images):

@@ -22,6 +22,7 @@ from tract_det.errors import UserError
 from tract_det.evaluation.student_t import t_interval, t_probability, t_quantile
 
 _RESAMPLES = 2000
+ROUNDING = 1e-9  # points: figures that differ by less are equal
 
 Interval = tuple[float, float]
 
@@ -180,6 +181,21 @@ class SpeedUp:
     never: int = 0
 
 
+def of_common_seeds(arm: Arm, baseline: Arm) -> tuple[Arm, Arm]:
+    """Two arms without the seeds that either has not finished: those left are no easier for one.
+
+    Raises:
+        UserError: no seed is left.
+    """
+    common = arm.curves.keys() & baseline.curves.keys()
+    _require_common_seeds(len(common), [arm, baseline])
+    left = [
+        Arm(side.name, {seed: run for seed, run in side.runs.items() if seed in common})
+        for side in (arm, baseline)
+    ]
+    return left[0], left[1]
+
+
 def summarize(arm: Arm) -> Summary:
     """The mean and spread of an arm's final metrics."""
     finals = list(arm.finals.values())
@@ -201,6 +217,8 @@ def paired_difference(arm: Arm, baseline: Arm) -> Difference:
     finals, others = arm.finals, baseline.finals
     differences = [finals[seed] - others[seed] for seed in finals if seed in others]
     _require_common_seeds(len(differences), [arm, baseline])
+    if max(differences) - min(differences) < ROUNDING:
+        differences = [round(differences[0], 9)] * len(differences)
     n, average, sd = len(differences), mean(differences), _sd(differences)
     if n == 1:
         return Difference(n, average, sd, None, math.nan, math.nan)

@@ -13,6 +13,7 @@ from tract_det.evaluation.comparison import (
     Interval,
     SpeedUp,
     Summary,
+    of_common_seeds,
     paired_difference,
     speed_up,
     speed_up_over_lengths,
@@ -114,9 +115,13 @@ def _row(group: Group, baseline: Group | None, full: Group | None) -> Row:
         difference(baseline),
         _over_images(group, baseline) if baseline and is_comparable else None,
         difference(full),
-        speed_up(group.as_arm(), baseline.as_arm()) if baseline and is_comparable else None,
+        _speed_up(group.as_arm(), baseline.as_arm()) if baseline and is_comparable else None,
         _cost(group, baseline) if baseline and is_comparable else None,
     )
+
+
+def _speed_up(arm: Arm, baseline: Arm) -> SpeedUp:
+    return speed_up(*of_common_seeds(arm, baseline))
 
 
 def _common(group: Group, other: Group) -> list[int]:
@@ -170,8 +175,26 @@ def verdicts(groups: Sequence[Group]) -> list[str]:
         if len(lengths) > 1 and is_whole and _have_common_seed([*lengths, control]):
             over = speed_up_over_lengths(lengths, control)
         images = _over_images(group, baseline)
-        sentences.append(verdict(arm, control, speed_up(arm, control), over, images))
+        sentences.append(verdict(arm, control, _speed_up(arm, control), over, images))
     return sentences
+
+
+def unfinished(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence on the runs that are missing from the means, if there are any."""
+    seeds: dict[tuple[str, float], list[int]] = {}
+    for run in records:
+        if run["status"] == "missing":
+            seeds.setdefault((run["arm"], run["epochs"]), []).append(run["seed"])
+    if not seeds:
+        return []
+    which = "; ".join(
+        f"{arm}, {epochs:g} epochs, seed {', '.join(map(str, numbers))}"
+        for (arm, epochs), numbers in seeds.items()
+    )
+    return [
+        f"{sum(map(len, seeds.values()))} of {len(records)} runs are missing here: {which}; the "
+        "same command makes them."
+    ]
 
 
 def origin(records: Sequence[Mapping[str, Any]]) -> str:
@@ -228,7 +251,7 @@ def table_cells(rows: Sequence[Row], metric: str) -> list[list[str]]:
             cells.append(f"{over.low:+.2f} to {over.high:+.2f}" if over else "")
         if has_lengths:
             cells.append(in_points(row.to_longest))
-        lines.append([*cells, _speed_up(row.speed_up), _ratio(row.cost)])
+        lines.append([*cells, _speed_up_cell(row.speed_up), _ratio(row.cost)])
     return lines
 
 
@@ -252,7 +275,7 @@ def in_points(difference: Difference | None) -> str:
     return f"{difference.mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
-def _speed_up(speed: SpeedUp | None) -> str:
+def _speed_up_cell(speed: SpeedUp | None) -> str:
     if speed is None:
         return ""
     if speed.interval is not None:

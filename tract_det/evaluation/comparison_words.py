@@ -2,8 +2,19 @@
 
 import math
 
-from tract_det.evaluation.comparison import Arm, Difference, SpeedUp, paired_difference
+from tract_det.evaluation.comparison import (
+    ROUNDING,
+    Arm,
+    Difference,
+    SpeedUp,
+    paired_difference,
+    speed_up,
+)
 from tract_det.evaluation.samples import OverImages
+
+# A baseline that reaches its own final figure so much before its end, on every seed, has made no
+# progress since; then a speed-up tells nothing of two arms.
+_FLAT = 1.05
 
 
 def verdict(
@@ -30,6 +41,10 @@ def verdict(
         )
     if within_length is not None:
         clauses.append(f"speed-up within one length: {_speed_up_in_words(within_length, '95 %')}")
+        itself = speed_up(baseline, baseline)
+        if itself.low > _FLAT:
+            bounds = _range_in_words(itself.low, itself.high)
+            clauses.append(f"that of {baseline.name} over itself is {bounds}, so this says nothing")
     if over_lengths is not None:
         clauses.append(f"speed-up over lengths: {_speed_up_in_words(over_lengths, 'bootstrap')}")
     clauses += [
@@ -50,29 +65,36 @@ def _difference_in_words(arm: str, baseline: str, difference: Difference) -> str
     average, n = difference.mean, difference.n
     if difference.interval is None:
         side = "below" if average < 0 else "above"
-        return (
-            f"one seed: {arm} {abs(average):.1f} points {side} {baseline}, "
-            "which says nothing about other seeds"
-        )
+        by = f"{_number(abs(average), _digits(average))} points {side}" if average else "equals"
+        return f"one seed: {arm} {by} {baseline}, which says nothing about other seeds"
     low, high = difference.interval
-    if low <= 0 <= high:
+    if low <= ROUNDING and high >= -ROUNDING:
+        digits = _digits(difference.detectable)
+        average_in_words, low_in_words, high_in_words, detectable = (
+            _number(points, digits) for points in (average, low, high, difference.detectable)
+        )
+        shown = f"{n} seeds could have shown {detectable}"
+        if not difference.sd:
+            shown = f"all {n} differences are equal, so what {n} seeds could have shown is unknown"
         return (
-            f"no difference seen between {arm} and {baseline}: {_number(average)} points "
-            f"({_number(low)} to {_number(high)}, {n} seeds); "
-            f"{n} seeds could have shown {_number(difference.detectable)}"
+            f"no difference seen between {arm} and {baseline}: {average_in_words} points "
+            f"({low_in_words} to {high_in_words}, {n} seeds); {shown}"
         )
     side = "better" if average > 0 else "worse"
     low, high = sorted((abs(low), abs(high)))
-    digits = next((d for d in (1, 2) if round(low, d)), 3)  # an end that excludes 0 shows it
+    digits = _digits(low)  # an end that excludes 0 shows it
+    equal = "" if difference.sd else "; all differences are equal, so their spread is unknown"
     return (
         f"{arm} is {side} than {baseline} by {abs(average):.{digits}f} points "
-        f"(95 % interval {low:.{digits}f} to {high:.{digits}f}, {n} seeds)"
+        f"(95 % interval {low:.{digits}f} to {high:.{digits}f}, {n} seeds){equal}"
     )
 
 
 def _speed_up_in_words(speed: SpeedUp, kind: str) -> str:
     words = _range_in_words(speed.low, speed.high)
     if speed.interval is not None:
+        if math.isclose(*speed.interval):
+            return f"{words} ({speed.n} seeds without any spread)"
         return f"{words} ({kind} interval {_range_in_words(*speed.interval)}, {speed.n} seeds)"
     if speed.never:
         return f"{words} ({speed.never} of {speed.n} seeds never got there)"
@@ -87,5 +109,10 @@ def _range_in_words(low: float, high: float) -> str:
     return f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
 
 
-def _number(points: float) -> str:
-    return f"{round(points, 1) + 0.0:.1f}"  # -0.0 + 0.0 is 0.0
+def _digits(points: float) -> int:
+    """So many that points other than 0 are shown as such."""
+    return next((digits for digits in range(1, 10) if round(points, digits)), 1)
+
+
+def _number(points: float, digits: int) -> str:
+    return f"{round(points, digits) + 0.0:.{digits}f}"  # -0.0 + 0.0 is 0.0

@@ -14,7 +14,15 @@ from tract_det.engine.progress import Progress
 from tract_det.engine.writers import clock
 from tract_det.errors import DivergedError, UserError
 from tract_det.evaluation.comparison import Curve, mean_curve
-from tract_det.evaluation.comparison_report import Group, as_values, judge, origin, table, verdicts
+from tract_det.evaluation.comparison_report import (
+    Group,
+    as_values,
+    judge,
+    origin,
+    table,
+    unfinished,
+    verdicts,
+)
 from tract_det.evaluation.runs import Record, read_run
 from tract_det.evaluation.samples import Samples, read_samples
 from tract_det.files import make_folder, remove_abandoned, write_json, write_text
@@ -274,9 +282,11 @@ def report(planned: Comparison, command: str) -> None:
     """
     arms, records = groups(planned)
     if not any(run is not None for group in arms for run in group.runs.values()):
-        raise UserError(f"no run in {planned.output} is finished: nothing to compare yet")
+        diverged = sum(group.as_arm().failed for group in arms)
+        why = f"{diverged} of {len(records)} diverged" if diverged else "nothing to compare yet"
+        raise UserError(f"no run in {planned.output} is finished: {why}")
     rows = judge(arms)
-    sentences = verdicts(arms)
+    sentences = verdicts(arms) + unfinished(records)
     text = "\n\n".join([table(rows, planned.metric), *sentences])
     print(f"\n{text}\n")
     heading = f"# Comparison of {', '.join(variant.name for variant in planned.variants)}"
