@@ -34,7 +34,9 @@ def verdict(
     """
     clauses = [_difference_in_words(arm.name, baseline.name, paired_difference(arm, baseline))]
     if over_images is not None:
-        low, high = _number(over_images.low), _number(over_images.high)
+        ends = over_images.low, over_images.high
+        digits = _digits(min(map(abs, ends)))
+        low, high = (_number(end, digits) for end in ends)
         clauses.append(
             f"with these weights, other test images would give {low} to {high} (95 % interval, "
             f"{over_images.images:,} images)"
