@@ -189,7 +189,12 @@ def write_run(planned, run, final):
     (run.folder / "config.yaml").write_text(run.cfg.dump())
     entries = [
         {"iteration": run.steps // 2, "images_per_second": 10.0, planned.metric: final / 2},
-        {"iteration": run.steps, "images_per_second": 10.0, planned.metric: final},
+        {
+            "iteration": run.steps,
+            "images_per_second": 10.0,
+            planned.metric: final,
+            "stem_turn": 12.0 + run.seed,
+        },
     ]
     lines = "".join(json.dumps(entry) + "\n" for entry in entries)
     (run.folder / "metrics.jsonl").write_text(lines)
@@ -381,6 +386,7 @@ def test_the_report_has_a_table_verdicts_a_picture_and_every_run(tmp_path, image
     assert interval == pytest.approx({"low": 2.1, "high": 4.1, "images": 2, "n": 2})
     for text in (page, (tmp_path / "comparison.html").read_text()):
         assert "over 2 images" in text and "+2.10 to +4.10" in text
+        assert "stem turned" in text and "13°" in text and "12°" in text  # of three seeds, of two
     *_, missing_run = content["verdicts"]
     assert missing_run.startswith("1 of 6 runs are missing here: tract, 5 epochs, seed 2")
     for sentence in content["verdicts"]:

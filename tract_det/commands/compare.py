@@ -17,7 +17,9 @@ differences are paired: each seed against itself, with a 95 % interval by Studen
 test images. Beside it is where the mean difference of the same weights would lie on other images,
 by resampling those of the test split. The speed-up is the baseline's length over the epoch at which
 an arm reaches the baseline's final figure; over several lengths, complete trainings are compared.
-tract_det/evaluation/comparison.py says what these figures cannot tell.
+tract_det/evaluation/comparison.py says what these figures cannot tell. How far the filters of the
+stem have turned from what they were, in degrees, says whether it learned at all: if not, it cannot
+gain by another rule.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from statistics import geometric_mean
+from statistics import geometric_mean, mean
 from typing import Any
 
 from tract_det.evaluation.comparison import (
@@ -35,6 +35,8 @@ class Group:
         seconds: training time of each finished run, by seed.
         baseline: the arm that it is judged against; None = it is a baseline.
         samples: what finished runs have left of other draws of the test images, by seed.
+        stem_turns: by how many degrees the stem's filters have turned in finished runs, by seed;
+            without those where it is unknown.
     """
 
     arm: str
@@ -43,6 +45,7 @@ class Group:
     seconds: Mapping[int, float]
     baseline: str | None
     samples: Mapping[int, Samples | None] = field(default_factory=dict)
+    stem_turns: Mapping[int, float] = field(default_factory=dict)
 
     def as_arm(self) -> Arm:
         """For the functions of `comparison`."""
@@ -77,6 +80,7 @@ class Row:
         speed_up: within this length.
         cost: of a run, against the baseline's at the same length; None also where the time of a
             run is not recorded.
+        stem_turn: the mean of the group's, in degrees.
     """
 
     group: Group
@@ -86,6 +90,7 @@ class Row:
     to_longest: Difference | None
     speed_up: SpeedUp | None
     cost: Cost | None
+    stem_turn: float | None
 
 
 def judge(groups: Sequence[Group]) -> list[Row]:
@@ -117,6 +122,7 @@ def _row(group: Group, baseline: Group | None, full: Group | None) -> Row:
         difference(full),
         _speed_up(group.as_arm(), baseline.as_arm()) if baseline and is_comparable else None,
         _cost(group, baseline) if baseline and is_comparable else None,
+        mean(group.stem_turns.values()) if group.stem_turns else None,
     )
 
 
@@ -242,6 +248,8 @@ def table_cells(rows: Sequence[Row], metric: str) -> list[list[str]]:
     images = {row.over_images.images for row in rows if row.over_images}
     if images:
         header.insert(5, f"over {' or '.join(f'{n:,}' for n in sorted(images))} images")
+    has_turns = any(row.stem_turn is not None for row in rows)
+    header += ["stem turned"] * has_turns
     lines = [header]
     for row in rows:
         cells = [row.group.arm, f"{row.group.epochs:g}", _runs(row.summary), _final(row.summary)]
@@ -251,7 +259,10 @@ def table_cells(rows: Sequence[Row], metric: str) -> list[list[str]]:
             cells.append(f"{over.low:+.2f} to {over.high:+.2f}" if over else "")
         if has_lengths:
             cells.append(in_points(row.to_longest))
-        lines.append([*cells, _speed_up_cell(row.speed_up), _ratio(row.cost)])
+        cells += [_speed_up_cell(row.speed_up), _ratio(row.cost)]
+        if has_turns:
+            cells.append("" if row.stem_turn is None else f"{row.stem_turn:.0f}°")
+        lines.append(cells)
     return lines
 
 

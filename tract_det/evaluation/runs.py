@@ -12,6 +12,8 @@ from tract_det.errors import UserError
 from tract_det.evaluation.comparison import Curve
 from tract_det.files import read_metrics
 
+_TURN = "stem_turn"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -23,12 +25,14 @@ class Record:
             which SOLVER.PATIENCE ended the run.
         seconds: wall time of the training steps, without evaluations and checkpoints.
         evaluated: the step of the last evaluation; 0 before the first one.
+        stem_turn: by how many degrees the stem's filters had turned then; None where unknown.
     """
 
     curve: Curve | None
     is_finished: bool
     seconds: float
     evaluated: int
+    stem_turn: float | None = None
 
 
 def read_run(folder: Path, metric: str, *, steps: int, batch: int, images: int) -> Record:
@@ -64,7 +68,9 @@ def read_run(folder: Path, metric: str, *, steps: int, batch: int, images: int) 
     if curve is not None and is_early:
         curve = replace(curve, is_early=True)
     is_finished = (is_early or steps in points) and (folder / "results.json").is_file()
-    return Record(curve, is_finished, seconds, max(points, default=0))
+    turns = [entry[_TURN] for entry in entries if entry.get(_TURN) is not None]
+    last = turns[-1] if turns else None
+    return Record(curve, is_finished, seconds, max(points, default=0), last)
 
 
 def _entries(path: Path, metric: str) -> list[dict[str, Any]]:
@@ -78,7 +84,9 @@ def _entries(path: Path, metric: str) -> list[dict[str, Any]]:
         if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
             raise UserError(f"{path} is damaged: line {number} has no iteration: {mend}")
         speed = entry.get("images_per_second", 1.0)
-        if not isinstance(entry.get(metric), int | float | None) or not _is_positive(speed):
+        figures = entry.get(metric), entry.get(_TURN)
+        are_numbers = all(isinstance(figure, int | float | None) for figure in figures)
+        if not are_numbers or not _is_positive(speed):
             raise UserError(f"{path} is damaged: line {number} has no number: {mend}")
     return entries
 

@@ -92,7 +92,9 @@ def _groups(content: Mapping[str, Any]) -> list[Group]:
         seconds = {
             run["seed"]: run["training_seconds"] for run in mine if run["status"] == "finished"
         }
-        groups.append(Group(arm, epochs, curves, seconds, row["baseline"]))
+        turns = {run["seed"]: run.get("stem_turn") for run in mine if run["seed"] in seconds}
+        known = {seed: turn for seed, turn in turns.items() if turn is not None}
+        groups.append(Group(arm, epochs, curves, seconds, row["baseline"], stem_turns=known))
     return groups
 
 

@@ -13,7 +13,7 @@ from tract_det.engine.jobs import Ended, Job, run_jobs
 from tract_det.engine.progress import Progress
 from tract_det.engine.writers import clock
 from tract_det.errors import DivergedError, UserError
-from tract_det.evaluation.comparison import Curve, mean_curve
+from tract_det.evaluation.comparison import mean_curve
 from tract_det.evaluation.comparison_report import (
     Group,
     as_values,
@@ -24,7 +24,7 @@ from tract_det.evaluation.comparison_report import (
     verdicts,
 )
 from tract_det.evaluation.runs import Record, read_run
-from tract_det.evaluation.samples import Samples, read_samples
+from tract_det.evaluation.samples import read_samples
 from tract_det.files import make_folder, remove_abandoned, write_json, write_text
 from tract_det.report.comparison import write_comparison
 from tract_det.training import session
@@ -232,21 +232,17 @@ def _settle(planned: Comparison, run: PlannedRun, ended: Ended) -> tuple[str, bo
 
 def groups(planned: Comparison) -> tuple[list[Group], list[dict[str, Any]]]:
     """The runs by arm and length, and a plain record of each run for JSON."""
-    curves: dict[tuple[Variant, float], dict[int, Curve | None]] = {}
-    seconds: dict[tuple[Variant, float], dict[int, float]] = {}
-    samples: dict[tuple[Variant, float], dict[int, Samples | None]] = {}
+    ended: dict[tuple[Variant, float], dict[int, tuple[PlannedRun, Record | None]]] = {}
     records = []
     for run in planned.runs:
         record = read(planned, run)
         key, status = (run.variant, run.epochs), "missing"
         if record and record.is_finished and record.curve:
             status = "finished"
-            curves.setdefault(key, {})[run.seed] = record.curve
-            seconds.setdefault(key, {})[run.seed] = record.seconds
-            samples.setdefault(key, {})[run.seed] = read_samples(run.folder, planned.metric)
+            ended.setdefault(key, {})[run.seed] = run, record
         elif _has_diverged(run) or (record and record.is_finished):  # the last figure is no number
             status = "diverged"
-            curves.setdefault(key, {})[run.seed] = None
+            ended.setdefault(key, {})[run.seed] = run, None
         records.append(
             {
                 "arm": run.variant.name,
@@ -256,18 +252,37 @@ def groups(planned: Comparison) -> tuple[list[Group], list[dict[str, Any]]]:
                 "folder": str(run.folder.relative_to(planned.output)),
                 "curve": record.curve if record else None,
                 "training_seconds": record.seconds if record else None,
+                "stem_turn": record.stem_turn if record else None,
                 "starts": provenance.read(run.folder),
             }
         )
-    arms = []
-    for (variant, epochs), runs in curves.items():
-        baseline = planned.baselines[variant]
-        name = baseline.name if baseline else None
-        key = variant, epochs
-        times, draws = seconds.get(key, {}), samples.get(key, {})
-        arms.append(Group(variant.name, epochs, runs, times, name, draws))
+    arms = [_group(planned, *key, runs) for key, runs in ended.items()]
     order = [variant.name for variant in planned.variants]
     return sorted(arms, key=lambda group: (order.index(group.arm), group.epochs)), records
+
+
+def _group(
+    planned: Comparison,
+    variant: Variant,
+    epochs: float,
+    runs: Mapping[int, tuple[PlannedRun, Record | None]],
+) -> Group:
+    """The runs of a variant at a length that have ended; those without a record diverged."""
+    baseline = planned.baselines[variant]
+    finished = {seed: (run, record) for seed, (run, record) in runs.items() if record is not None}
+    return Group(
+        variant.name,
+        epochs,
+        {seed: record.curve if record else None for seed, (_, record) in runs.items()},
+        {seed: record.seconds for seed, (_, record) in finished.items()},
+        baseline.name if baseline else None,
+        {seed: read_samples(run.folder, planned.metric) for seed, (run, _) in finished.items()},
+        {
+            seed: record.stem_turn
+            for seed, (_, record) in finished.items()
+            if record.stem_turn is not None
+        },
+    )
 
 
 def report(planned: Comparison, command: str) -> None:
