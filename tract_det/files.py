@@ -54,12 +54,13 @@ def remove_abandoned(folder: Path) -> None:
     for depth in ("", "*/"):
         for temporary in folder.glob(f"{depth}.*{_WRITING}*"):
             process = temporary.name.rpartition(_WRITING)[2].partition(".")[0]
-            if process.isdecimal() and not _is_running(int(process)):
+            if process.isdecimal() and not is_running(int(process)):
                 with suppress(OSError):  # another start has removed it, or may
                     temporary.unlink()
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number on this machine."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

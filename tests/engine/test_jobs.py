@@ -146,3 +146,38 @@ def test_the_lock_is_held_until_the_last_job_of_a_killed_program_is_gone(tmp_pat
                 return
             time.sleep(0.05)
     raise AssertionError("the lock was never free")
+
+
+def test_the_jobs_of_a_killed_program_are_waited_for_where_asked(tmp_path, capsys):
+    with program(tmp_path) as process:
+        with pytest.raises(UserError, match="in use"):  # it lives
+            sole_use(tmp_path, waits_for_orphans=True).__enter__()
+        process.kill()
+        process.wait()
+        orphan = (tmp_path / "a.log").read_text().split()[1]
+        stopper = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -TERM {orphan}"])
+        with sole_use(tmp_path, waits_for_orphans=True):
+            assert (tmp_path / "a.log").read_text().endswith("saved\n")
+        stopper.wait()
+    assert "waiting for the runs that a killed process left" in capsys.readouterr().out
+
+
+def test_an_error_leaves_no_job_running(tmp_path):
+    wait = f"""
+        import signal, sys, time
+        signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(143)))
+        open({str(tmp_path / "ready")!r}, "w").close()
+        time.sleep(60)
+    """
+    end = f"""
+        import os, time
+        while not os.path.exists({str(tmp_path / "ready")!r}): time.sleep(0.05)
+    """
+
+    def fail(ended):
+        raise UserError(ended.job.name)
+
+    jobs = [job(tmp_path, "waits", wait), job(tmp_path, "ends", end)]
+    with sole_use(tmp_path) as lock, pytest.raises(UserError, match="ends"):
+        run_jobs(jobs, [{}, {}], lock=lock, on_end=fail)
+    assert (tmp_path / "waits/log.txt").read_text() == "saved\n"

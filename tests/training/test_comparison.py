@@ -27,7 +27,8 @@ from tract_det.training.comparison import (
     parse_sweeps,
     refuse_other_settings,
 )
-from tract_det.training.comparison_runs import groups, missing, report, run_missing
+from tract_det.training.comparison_estimate import seconds_beside
+from tract_det.training.comparison_runs import groups, has_results, missing, report, run_missing
 
 CLASSIFIER = "CIFAR/cpu_small.yaml"
 DETECTOR = "quickstart/shapes.yaml"
@@ -396,6 +397,26 @@ def test_the_report_has_a_table_verdicts_a_picture_and_every_run(tmp_path, image
 def test_nothing_finished_is_said(tmp_path, images):
     with pytest.raises(UserError, match="is finished: nothing to compare yet"):
         report(build(design(tmp_path, images)), "")
+
+
+def test_a_run_that_ended_unwatched_is_tidied_or_completed_and_not_made_again(
+    tmp_path, images, jobs
+):
+    planned = build(design(tmp_path, images, seeds=1))
+    for run in planned.runs:
+        write_run(planned, run, 50.0)
+        save(run.folder, run.steps, evaluated=run.steps)
+    whole, torn = (run.folder for run in planned.runs)
+    (whole / "report.html").write_text("the last that a run writes")
+    assert run_missing(planned, [{}], None) == 0 and has_results(planned)
+    assert [job.name for job in jobs] == [planned.runs[1].name] and "--resume" in jobs[0].command
+    assert not (whole / "checkpoints").exists() and (torn / "checkpoints").exists()
+
+
+def test_runs_beside_each_other_take_as_long_as_the_last_of_them():
+    assert seconds_beside([3.0, 3.0, 3.0], 1) == 9
+    assert seconds_beside([3.0, 3.0, 3.0], 2) == 6
+    assert seconds_beside([3.0], 4) == 3 and seconds_beside([], 2) == 0
 
 
 def test_that_every_run_diverged_is_said(tmp_path, images):

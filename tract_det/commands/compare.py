@@ -89,7 +89,7 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     from tract_det.engine import jobs
     from tract_det.training import comparison
     from tract_det.training.comparison_estimate import estimate
-    from tract_det.training.comparison_runs import report, run_missing
+    from tract_det.training.comparison_runs import has_results, report, run_missing
 
     sweeps = comparison.parse_sweeps(args.sweep)
     design = comparison.Design(
@@ -109,7 +109,9 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     if args.plan:
         print(estimate(planned, number, threads=threads))
         return 0
-    with jobs.sole_use(planned.output) as lock:
+    with jobs.sole_use(planned.output, waits_for_orphans=True) as lock:
         code = run_missing(planned, jobs.shares(number, gpus, threads), lock)
+        if code > 128 and not has_results(planned):  # stopped by a signal, which is said already
+            return code
         report(planned, shlex.join(["tract-det", "compare", *argv]))
     return code

@@ -14,7 +14,7 @@ from typing import IO
 
 from tract_det.engine.loop import StopSignal
 from tract_det.errors import UserError
-from tract_det.files import cannot_write, make_folder
+from tract_det.files import cannot_write, is_running, make_folder
 
 _POLL_SECONDS = 0.1
 
@@ -84,8 +84,12 @@ def visible_gpus(count: int) -> list[str]:
 
 
 @contextmanager
-def sole_use(folder: Path) -> Iterator[IO[str]]:
+def sole_use(folder: Path, *, waits_for_orphans: bool = False) -> Iterator[IO[str]]:
     """Holds the folder's lock, which the jobs inherit: it is free when the last of them is gone.
+
+    Args:
+        folder: is made if need be.
+        waits_for_orphans: if jobs of a process that was killed hold it, wait until they have ended.
 
     Raises:
         UserError: another process holds it, or the folder cannot be written into.
@@ -93,17 +97,24 @@ def sole_use(folder: Path) -> Iterator[IO[str]]:
     make_folder(folder)
     path = folder / ".lock"
     try:
-        file = path.open("w")
+        file = path.open("a+")
     except OSError as error:
         raise cannot_write(path, error) from error
     with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{folder} is in use by another process: wait for it, or for the runs that it left "
-                "behind"
-            ) from None
+            owner = path.read_text().strip()
+            if not (waits_for_orphans and owner.isdecimal() and not is_running(int(owner))):
+                raise UserError(
+                    f"{folder} is in use by another process: wait for it, or for the runs that it "
+                    "left behind"
+                ) from None
+            print(f"waiting for the runs that a killed process left in {folder}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         yield lock
 
 
@@ -127,26 +138,36 @@ def run_jobs(
 
     Returns:
         0, or the number of the signal that stopped the jobs.
+
+    Raises:
+        UserError: a log cannot be written. After this and any other error no job is left running.
     """
     waiting, free = deque(jobs), deque(environments)
     running: list[tuple[_Process, Mapping[str, str]]] = []
     passed_on = False
     with StopSignal() as stop:
-        while running or (waiting and not stop.number):
-            while waiting and free and not stop.number:
-                environment = free.popleft()
-                running.append((_Process(waiting.popleft(), environment, lock), environment))
-            if stop.number and not passed_on:
-                passed_on = True
-                for process, _ in running:
-                    process.stop()
-            ended = [pair for pair in running if pair[0].has_ended()]
-            for process, environment in ended:
-                running.remove((process, environment))
-                free.append(environment)
-                on_end(process.result())
-            if not ended:
-                time.sleep(_POLL_SECONDS)
+        try:
+            while running or (waiting and not stop.number):
+                while waiting and free and not stop.number:
+                    environment = free.popleft()
+                    running.append((_Process(waiting.popleft(), environment, lock), environment))
+                if stop.number and not passed_on:
+                    passed_on = True
+                    for process, _ in running:
+                        process.stop()
+                ended = [pair for pair in running if pair[0].has_ended()]
+                for process, environment in ended:
+                    running.remove((process, environment))
+                    free.append(environment)
+                    on_end(process.result())
+                if not ended:
+                    time.sleep(_POLL_SECONDS)
+        except Exception:  # such as a full disk: nobody would wait for the others
+            for process, _ in running:
+                process.stop()
+            for process, _ in running:
+                process.result()
+            raise
     return stop.number
 
 
@@ -156,7 +177,11 @@ class _Process:
     def __init__(self, job: Job, environment: Mapping[str, str], lock: IO[str]) -> None:
         self.job, self.began = job, time.monotonic()
         make_folder(job.log.parent)
-        with job.log.open("a") as log:
+        try:
+            file = job.log.open("a")
+        except OSError as error:
+            raise cannot_write(job.log, error) from error
+        with file as log:
             self.process = subprocess.Popen(
                 job.command,
                 stdin=subprocess.DEVNULL,

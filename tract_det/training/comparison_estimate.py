@@ -1,10 +1,12 @@
 """Estimates what the runs of a comparison will take, from a few measured steps."""
 
 import contextlib
+import heapq
 import io
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +54,7 @@ def estimate(planned: Comparison, jobs: int, threads: int) -> str:
     """
     todo = missing(planned)
     measured: dict[tuple, Measured] = {}
-    lines, total, disk = [], 0.0, 0
+    lines, seconds_of, disk = [], dict[str, float](), 0
     for variant in planned.variants:
         runs = [run for run in todo if run.variant == variant]
         finished = sum(run.variant == variant for run in planned.runs) - len(runs)
@@ -62,8 +64,8 @@ def estimate(planned: Comparison, jobs: int, threads: int) -> str:
         if variant.model not in measured:
             measured[variant.model] = measure(planned.task, runs[0].cfg, threads)
         cost = measured[variant.model]
-        seconds = sum(_seconds(planned, run, cost) for run in runs)
-        total += seconds
+        seconds_of |= {run.name: _seconds(planned, run, cost) for run in runs}
+        seconds = sum(seconds_of[run.name] for run in runs)
         disk += len(runs) * 2 * cost.weights  # model_best.pth and model_final.pth
         lines.append(
             f"{variant.name}: {len(runs)} runs to be made, {finished} done; {cost.step:.3g} s a "
@@ -71,12 +73,25 @@ def estimate(planned: Comparison, jobs: int, threads: int) -> str:
         )
     # A new checkpoint is complete before the oldest is deleted.
     kept = 1 + max((run.cfg.SOLVER.CHECKPOINT_KEEP for run in todo), default=0)
-    disk += kept * jobs * max((cost.checkpoint for cost in measured.values()), default=0)
+    disk += (
+        kept
+        * min(jobs, len(todo))
+        * max((cost.checkpoint for cost in measured.values()), default=0)
+    )
+    total = seconds_beside([seconds_of[run.name] for run in todo], jobs)
     lines.append(
-        f"{len(todo)} of {len(planned.runs)} runs, {jobs} at a time: {clock(total / jobs)}, "
+        f"{len(todo)} of {len(planned.runs)} runs, {jobs} at a time: {clock(total)}, "
         f"{disk / 2**30:.2f} GiB in {planned.output}"
     )
     return "\n".join(lines)
+
+
+def seconds_beside(runs: Sequence[float], jobs: int) -> float:
+    """Until the last of these runs has ended, each begun in turn when one before it ends."""
+    ends = [0.0] * jobs
+    for seconds in runs:
+        heapq.heapreplace(ends, ends[0] + seconds)
+    return max(ends)
 
 
 def _seconds(planned: Comparison, run: PlannedRun, cost: Measured) -> float:

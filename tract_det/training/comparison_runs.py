@@ -61,6 +61,21 @@ def _has_diverged(run: PlannedRun) -> bool:
     return (run.folder / _DIVERGED).is_file()
 
 
+def _is_done(planned: Comparison, run: PlannedRun) -> bool:
+    """Whether a run has finished, with all that it leaves, or diverged."""
+    record = read(planned, run)
+    if not (record and record.is_finished):
+        return _has_diverged(run)
+    # Killed between its last figure and its page, it may lack weights: what is left takes no time.
+    return not checkpoint.iterations(run.folder) or (run.folder / "report.html").is_file()
+
+
+def has_results(planned: Comparison) -> bool:
+    """Whether there is a run to report."""
+    records = (read(planned, run) for run in planned.runs)
+    return any(record is not None and record.is_finished for record in records)
+
+
 def missing(planned: Comparison) -> list[PlannedRun]:
     """The runs that are neither finished nor diverged.
 
@@ -71,8 +86,7 @@ def missing(planned: Comparison) -> list[PlannedRun]:
     for run in planned.runs:
         refuse_other_settings(run)
         _refuse_other_images(run, planned.images)
-        record = read(planned, run)
-        if not (record and record.is_finished) and not _has_diverged(run):
+        if not _is_done(planned, run):
             runs.append(run)
     return runs
 
@@ -146,6 +160,9 @@ def run_missing(
     remove_abandoned(planned.output)
     todo = missing(planned)
     _refuse_unfit(planned, todo)
+    for run in planned.runs:
+        if run not in todo and not _has_diverged(run):
+            _tidy(run)  # it ended after this program was killed
     done = len(planned.runs) - len(todo)
     print(
         f"{len(planned.runs)} runs, {done} of them done; {len(environments)} at a time", flush=True
@@ -208,6 +225,12 @@ def _can_go_on(planned: Comparison, run: PlannedRun) -> bool:
     return False
 
 
+def _tidy(run: PlannedRun) -> None:
+    """Nothing resumes a finished run, and an optimizer's state is larger than the weights."""
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    (run.folder / "last_checkpoint").unlink(missing_ok=True)
+
+
 def _settle(planned: Comparison, run: PlannedRun, ended: Ended) -> tuple[str, bool]:
     """Notes how a run has ended; returns it in words, and whether it has failed."""
     log = run.folder / _LOG
@@ -218,9 +241,7 @@ def _settle(planned: Comparison, run: PlannedRun, ended: Ended) -> tuple[str, bo
         return f"diverged: {last}", False
     record = read(planned, run)
     if ended.code == 0 and record and record.is_finished and record.curve:
-        # Nothing resumes a finished run, and an optimizer's state is larger than the weights.
-        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
-        (run.folder / "last_checkpoint").unlink(missing_ok=True)
+        _tidy(run)
         return f"{planned.metric} {record.curve.values[-1]:.2f}", False
     if ended.code in _STOPPED:
         return "stopped, its checkpoint is saved", False
