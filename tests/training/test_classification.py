@@ -207,6 +207,27 @@ def test_the_stem_may_stand_still_while_the_rest_learns(folder, tmp_path):
     assert [key for key in a if torch.equal(a[key], b[key])] == ["conv1.weight"]
 
 
+def test_the_factor_of_the_stem_multiplies_its_rate_and_no_other(folder, tmp_path):
+    """A step of SGD; the stem's own rate, if it has one, is multiplied as well."""
+    one_step = {"SOLVER__MAX_ITER": 1, "SOLVER__MOMENTUM": 0.0, "SOLVER__WEIGHT_DECAY": 0.0}
+    after = {}
+    for name, changes in {
+        "still": {"SOLVER__STEM__LR_FACTOR": 0.0},
+        "plain": {},
+        "fast": {"SOLVER__STEM__LR_FACTOR": 10.0},
+        "own": {"SOLVER__STEM__BASE_LR": 0.1, "SOLVER__STEM__LR_FACTOR": 5.0},  # 0.05 for others
+    }.items():
+        train(folder, tmp_path / name, **one_step, **changes)
+        after[name] = weights(tmp_path / name)
+    step = after["plain"]["conv1.weight"] - after["still"]["conv1.weight"]
+    assert step.abs().max() > 0
+    for name in ("fast", "own"):
+        faster = after[name]["conv1.weight"] - after["still"]["conv1.weight"]
+        torch.testing.assert_close(faster, 10 * step, rtol=1e-4, atol=1e-6)
+        others = [key for key in after[name] if key != "conv1.weight"]
+        assert all(torch.equal(after[name][key], after["plain"][key]) for key in others)
+
+
 def test_corrupt_images_are_replaced_or_left_out_and_counted(tmp_path):
     root = write_image_folder(tmp_path / "images", train=2, val=8)
     for name in ("train/bee/000.png", "val/cat/001.png"):

@@ -87,7 +87,13 @@ def solver_keys() -> dict[str, Any]:
         "WEIGHT_DECAY": 1e-4,  # of the weights of convolutional and linear layers
         "WEIGHT_DECAY_NORM": 0.0,  # of the scales and shifts of norms
         # Separate settings for the weight of the first layer; "" and -1 = as for other weights.
-        "STEM": {"OPTIMIZER": "", "BASE_LR": -1.0, "WEIGHT_DECAY": -1.0, "MOMENTUM": -1.0},
+        "STEM": {
+            "OPTIMIZER": "",
+            "BASE_LR": -1.0,
+            "LR_FACTOR": 1.0,  # multiplies the learning rate of the first layer's weight
+            "WEIGHT_DECAY": -1.0,
+            "MOMENTUM": -1.0,
+        },
         "LR_SCHEDULER_NAME": "WarmupMultiStepLR",  # WarmupMultiStepLR (STEPS) or WarmupCosineLR
         "GAMMA": 0.1,  # factor of the learning rate at each of STEPS (WarmupMultiStepLR)
         "BASE_LR_END": 0.0,  # learning rate at the end of the cosine (WarmupCosineLR)
@@ -157,6 +163,7 @@ SHARED_RANGES: dict[str, Rule] = {
     "SOLVER.WEIGHT_DECAY_NORM": NOT_NEGATIVE,
     "SOLVER.WEIGHT_DECAY_BIAS": NOT_NEGATIVE,
     "SOLVER.STEM.BASE_LR": Number(0, also=-1),
+    "SOLVER.STEM.LR_FACTOR": NOT_NEGATIVE,
     "SOLVER.STEM.WEIGHT_DECAY": Number(0, also=-1),
     "SOLVER.STEM.MOMENTUM": Number(0, 1, below=True, also=-1),
     "SOLVER.STEPS": Numbers(),

@@ -215,10 +215,11 @@ def _stem_rule(solver: CfgNode, stem: str) -> StemRule:
     """SOLVER.STEM, where "" and -1 stand for the values of SOLVER itself."""
     settings = solver.STEM
     momentum = solver.MOMENTUM if settings.MOMENTUM == -1 else settings.MOMENTUM
+    scale = 1.0 if settings.BASE_LR == -1 else settings.BASE_LR / solver.BASE_LR
     return StemRule(
         stem,
         _rule(solver, settings.OPTIMIZER or solver.OPTIMIZER, momentum),
-        1.0 if settings.BASE_LR == -1 else settings.BASE_LR / solver.BASE_LR,
+        scale * settings.LR_FACTOR,
         None if settings.WEIGHT_DECAY == -1 else settings.WEIGHT_DECAY,
     )
 
@@ -241,7 +242,8 @@ def optimizer_of(
     solver, settings = cfg.SOLVER, cfg.SOLVER.STEM
     stem_rule = None
     numbers = (settings.BASE_LR, settings.WEIGHT_DECAY, settings.MOMENTUM)
-    if settings.OPTIMIZER or any(number != -1 for number in numbers):
+    is_apart = any(number != -1 for number in numbers) or settings.LR_FACTOR != 1
+    if settings.OPTIMIZER or is_apart:
         stem_rule = _stem_rule(solver, stem or find_stem(network))
     groups = parameter_groups(
         network,
