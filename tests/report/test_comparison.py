@@ -131,6 +131,20 @@ def test_a_whisker_is_where_its_interval_is():
     assert svg.count("<path") == 1 and interval_chart([], x_label="") == ""
 
 
+def test_a_long_name_has_a_line_of_its_own_above_its_figures():
+    def lines(name):
+        svg = interval_chart([Whisker(name, 1.0, None, "+1.00, n = 3")], x_label="points")
+        return [
+            float(svg.split(f">{text}<")[0].rpartition(' y="')[2].split('"')[0])
+            for text in (name, "+1.00, n = 3")
+        ]
+
+    name, figures = lines("tract minus plain")
+    assert name == figures
+    name, figures = lines("tract of a long name " * 5)
+    assert name < figures
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [375, 1200])
 def test_a_browser_shows_it_without_errors(folder, width):

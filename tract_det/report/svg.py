@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 44
+_CHARACTER = 6.2  # mean width of a character in a row of figures
 
 
 class Series(NamedTuple):
@@ -206,7 +207,11 @@ def interval_chart(rows: Sequence[Whisker], *, x_label: str) -> str:
     """
     if not rows:
         return ""
-    row, margin = 40, 16
+    margin = 16
+    # The name and the figures of a row stand side by side if all rows have the room.
+    longest = max(len(whisker.name) + len(whisker.text) for whisker in rows)
+    second_line = 14 * (longest * _CHARACTER > WIDTH - 3 * margin)
+    row = 40 + second_line
     bottom = row * len(rows) + 6
     ends = [x for whisker in rows for x in (whisker.value, *(whisker.interval or ()))]
     low, high = _span([0.0, *ends])
@@ -223,9 +228,10 @@ def interval_chart(rows: Sequence[Whisker], *, x_label: str) -> str:
             f"{tick:g}</text>"
         )
     for i, whisker in enumerate(rows):
-        y, color = row * i + 28, f"s{whisker.color % 10}"
+        y, color = row * i + 28 + second_line, f"s{whisker.color % 10}"
         parts.append(
-            f'<text class="label" x="{margin}" y="{y - 12}">{escape(whisker.name)}</text>'
+            f'<text class="label" x="{margin}" y="{y - 12 - second_line}">'
+            f"{escape(whisker.name)}</text>"
             f'<text class="tick" x="{WIDTH - margin}" y="{y - 12}" text-anchor="end">'
             f"{escape(whisker.text)}</text>"
             f'<circle class="dot {color}" cx="{at(whisker.value):.1f}" cy="{y}" r="4.5"/>'
