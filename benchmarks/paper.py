@@ -129,14 +129,14 @@ def _experiment(
     measured: Measured,
     comparisons: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[str]:
-    """Heading, reduced runs and table of an experiment."""
+    """Heading, runs made instead and table of an experiment."""
     first = rows[0]
     yield from ("", f"## {first.name.partition('/')[0]}: {first.source}", "", f"{what}.", "")
     for name in first.reduced:
         if name in comparisons:
             link = f"[{name}](results/{name}/comparison.md)"
             sentences = " ".join(comparisons[name]["verdicts"])
-            yield from (f"Reduced run {link}: {sentences}", "")
+            yield from (f"Run instead, {link}: {sentences}", "")
     if not first.unit:
         yield from (f"The paper: {first.paper}.", "")
     variants = list(dict.fromkeys(row.variant for row in rows))

@@ -96,4 +96,4 @@ def test_an_installed_package_that_has_no_page_says_where_it_is_made(tmp_path, m
 def test_an_experiment_shows_the_verdict_of_its_reduced_run():
     text = paper.page({}, {"cifar10-cpu_small": {"verdicts": ["tract is better."]}})
     link = "[cifar10-cpu_small](results/cifar10-cpu_small/comparison.md)"
-    assert f"Reduced run {link}: tract is better." in text
+    assert f"Run instead, {link}: tract is better." in text

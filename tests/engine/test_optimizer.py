@@ -145,6 +145,25 @@ def test_the_step_of_muon_is_orthogonal_and_that_of_the_rest_is_adamws(generator
         torch.testing.assert_close(change.abs(), torch.full_like(change, 0.002), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_faster_stem_under_muon_keeps_the_optimizer_that_it_had(channels):
+    """Filters of one channel are no matrix, so that Muon leaves them to AdamW at its rate."""
+
+    def group_of_stem(stem=None):
+        model = nn.Sequential(nn.Conv2d(channels, 8, 2), nn.Linear(8, 4))
+        groups = parameter_groups(
+            model, weight_decay=0.1, weight_decay_norm=0.0, weight_decay_bias=0.0, stem=stem,
+            fallback=Fallback(["1"], lr_scale=0.015),
+        )  # fmt: skip
+        return next(g for g in groups if any(p is model[0].weight for p in g["params"]))
+
+    slow, fast = group_of_stem(), group_of_stem(StemRule("0", Rule("Muon"), lr_scale=10.0))
+    assert ("use_muon" in slow) == (channels == 3) == ("use_fallback" not in slow)
+    for key in ("use_muon", "use_fallback", "nesterov"):
+        assert fast.get(key) == slow.get(key)
+    assert fast["lr_scale"] == pytest.approx(10 * slow.get("lr_scale", 1.0))
+
+
 STEM = StemRule("0", Rule("SGD", momentum=0.5), lr_scale=10.0, weight_decay=0.3)
 
 

@@ -7,17 +7,18 @@ import torch
 from tests.evaluation.detections import evaluate, random_split
 from tract_det.errors import UserError
 from tract_det.evaluation.classification import TopK, sampled_accuracies
-from tract_det.evaluation.detection_results import compare, sampled_means
+from tract_det.evaluation.detection_results import compare, sampled_means, summary
 from tract_det.evaluation.samples import OverImages, over_images, read_samples, write_samples
+from tract_det.training.detection import means
 
 METRIC = "voc_area.mAP"
 RNG = np.random.default_rng(0)
 
 
-def write(folder, values, ids="abcd", metric="top1"):
+def write(folder, values, ids="abcd", figure=50.0):
     folder.mkdir()
-    write_samples(folder, ids, {metric: np.array(values, dtype=float)})
-    return read_samples(folder, metric)
+    write_samples(folder, ids, {"top1": figure}, {"top1": np.array(values, dtype=float)})
+    return read_samples(folder, "top1")
 
 
 def test_two_runs_each_by_itself_give_the_interval_of_both_evaluated_together(tmp_path):
@@ -29,7 +30,8 @@ def test_two_runs_each_by_itself_give_the_interval_of_both_evaluated_together(tm
     for name, evaluated in zip(("run", "baseline"), both, strict=True):
         (tmp_path / name).mkdir()
         ids = [image.image_id for image in images]
-        write_samples(tmp_path / name, ids, sampled_means(evaluated, 200))
+        figures = means(summary(evaluated))
+        write_samples(tmp_path / name, ids, figures, sampled_means(evaluated, 200))
         samples.append(read_samples(tmp_path / name, METRIC))
     interval = over_images([tuple(samples)], expected["difference"])
     assert (interval.low, interval.high) == expected["interval"]
@@ -84,16 +86,26 @@ def test_runs_without_samples_or_on_other_images_have_no_interval(tmp_path):
     assert over_images([(run, run), (run, None)], 0.0) is None
 
 
+def test_samples_of_other_weights_than_those_compared_give_no_interval(tmp_path):
+    """An evaluation of model_best.pth may have replaced those of the last weights."""
+    run, baseline = write(tmp_path / "a", [51, 53], figure=52.0), write(tmp_path / "b", [49, 51])
+    assert over_images([(run, baseline)], 2.0) is not None
+    assert over_images([(run, baseline)], 2.1) is None
+
+
 def test_the_figures_of_the_moving_average_have_names_of_their_own(tmp_path):
-    write_samples(tmp_path, "ab", {"top1": np.zeros(3)}, {"top1": np.ones(3)})
-    assert read_samples(tmp_path, "top1").values.tolist() == [0, 0, 0]
-    assert read_samples(tmp_path, "ema.top1").values.tolist() == [1, 1, 1]
+    figures = {"top1": 5.0, "ema.top1": 6.0}
+    write_samples(tmp_path, "ab", figures, {"top1": np.zeros(3)}, {"top1": np.ones(3)})
+    model, average = (read_samples(tmp_path, name) for name in ("top1", "ema.top1"))
+    assert (model.figure, model.values.tolist()) == (5, [0, 0, 0])
+    assert (average.figure, average.values.tolist()) == (6, [1, 1, 1])
     assert read_samples(tmp_path, "top5") is None
 
 
 def test_an_evaluation_without_samples_leaves_none_of_an_older_one(tmp_path):
     write(tmp_path / "run", [1, 2])
-    write_samples(tmp_path / "run", "ab", sampled_accuracies(np.ones((2, 2), dtype=bool), 0))
+    none = sampled_accuracies(np.ones((2, 2), dtype=bool), 0)
+    write_samples(tmp_path / "run", "ab", {"top1": 100.0}, none)
     assert read_samples(tmp_path / "run", "top1") is None
 
 

@@ -228,6 +228,14 @@ def test_the_factor_of_the_stem_multiplies_its_rate_and_no_other(folder, tmp_pat
         assert all(torch.equal(after[name][key], after["plain"][key]) for key in others)
 
 
+def test_a_run_whose_stem_had_no_rate_of_its_own_does_not_go_on_with_one(folder, tmp_path):
+    train(folder, tmp_path / "out", SOLVER__MAX_ITER=2, SOLVER__CHECKPOINT_EPOCHS=0.25)
+    (tmp_path / "out/last_checkpoint").write_text("iter_0000001")
+    changed = options(folder, tmp_path / "out", SOLVER__MAX_ITER=2, SOLVER__STEM__LR_FACTOR=10.0)
+    with pytest.raises(UserError, match=r"--resume: SOLVER\.STEM sets the stem's weight apart now"):
+        call("pretrain", ["--resume", *changed])
+
+
 def test_corrupt_images_are_replaced_or_left_out_and_counted(tmp_path):
     root = write_image_folder(tmp_path / "images", train=2, val=8)
     for name in ("train/bee/000.png", "val/cat/001.png"):

@@ -369,7 +369,8 @@ def test_the_report_has_a_table_verdicts_a_picture_and_every_run(tmp_path, image
         write_run(planned, run, 50.0 + run.seed + bonus)
         # The difference is 2 points higher in one half of the samples than in the other.
         values = np.repeat([0.0, 2.0 * (run.variant.arm == "tract")], 500)
-        write_samples(run.folder, ["a", "b"], {"top1": values})
+        figure = 50.0 + run.seed + bonus
+        write_samples(run.folder, ["a", "b"], {"top1": figure}, {"top1": values})
     report(planned, "tract-det compare")
     printed = capsys.readouterr().out
     assert "tract is better than plain by 3.1 points" in printed
@@ -381,7 +382,7 @@ def test_the_report_has_a_table_verdicts_a_picture_and_every_run(tmp_path, image
     assert content["runs"][0]["curve"]["values"] == [25.0, 50.0]
     assert content["verdicts"][0].startswith("tract")
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
-    words = "with these weights, other test images would give 2.1 to 4.1 (95 % interval, 2 images)"
+    words = "for these weights, over all images like the 2 of the test: 2.1 to 4.1 (95 % interval)"
     assert words in content["verdicts"][0]
     interval = content["rows"][1]["over_images"]
     assert interval == pytest.approx({"low": 2.1, "high": 4.1, "images": 2, "n": 2})

@@ -171,6 +171,8 @@ def test_every_zero_stage_makes_the_steps_of_one_process(two_ranks, folder, whol
     changes["DEEPSPEED__zero_optimization__stage3_param_persistence_threshold"] = 0
     two_ranks.run("pretrain", *options(folder, tmp_path, **changes))
     assert_close(tmp_path, whole)
+    turns = (log(run, "stem_turn") for run in (tmp_path, whole))
+    assert next(turns) == pytest.approx(next(turns), rel=1e-3)
     lambdas = list(log(tmp_path, "tract_lambda").values())
     assert lambdas == pytest.approx([0.1, 0.12, 0.14, 0.16, 0.18])
 

@@ -31,7 +31,7 @@ class Row:
         after: the row whose weights of the same seed this one starts from; "" = none.
         differs: how the model is not that of the code that the paper trained by; "" = not known to.
         not_carried: why the row cannot be run; "" = it can.
-        reduced: comparisons at a smaller size that were run instead, in benchmarks/results.
+        reduced: comparisons that were run instead, smaller or on other data, in benchmarks/results.
     """
 
     name: str

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections import deque
@@ -104,8 +105,7 @@ def sole_use(folder: Path, *, waits_for_orphans: bool = False) -> Iterator[IO[st
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = path.read_text().strip()
-            if not (waits_for_orphans and owner.isdecimal() and not is_running(int(owner))):
+            if not (waits_for_orphans and _was_killed(path.read_text())):
                 raise UserError(
                     f"{folder} is in use by another process: wait for it, or for the runs that it "
                     "left behind"
@@ -113,9 +113,19 @@ def sole_use(folder: Path, *, waits_for_orphans: bool = False) -> Iterator[IO[st
             print(f"waiting for the runs that a killed process left in {folder}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
-        lock.write(str(os.getpid()))
+        lock.write(f"{os.getpid()} {socket.gethostname()}")
         lock.flush()
-        yield lock
+        try:
+            yield lock
+        finally:
+            lock.truncate(0)
+
+
+def _was_killed(owner: str) -> bool:
+    """Whether the process that wrote itself into a lock has been killed, on this machine."""
+    process, _, host = owner.partition(" ")
+    is_here = process.isdecimal() and host == socket.gethostname()
+    return is_here and not is_running(int(process))
 
 
 def run_jobs(

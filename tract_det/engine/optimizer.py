@@ -124,6 +124,12 @@ def parameter_groups(
     if stem is not None:
         decay = weight_decay if stem.weight_decay is None else stem.weight_decay
         group = {"params": [stem_weight], "weight_decay": decay, "lr_scale": stem.lr_scale}
+        if stem.rule is None or stem.rule.name == "Muon":  # as the fallback would have it
+            options = _muon_options(
+                fallback, matrices is not None and id(stem_weight) not in matrices
+            )
+            scale = options.get("lr_scale", 1.0) * stem.lr_scale
+            group |= options | {"lr_scale": scale}
         result.append(group | {"stem": True})
     return result
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tract_det import distributed
+from tract_det.errors import UserError
 
 Part = dict[str, Any]
 
@@ -71,12 +72,21 @@ def restore(engine: Any, parts: Iterable[Part]) -> None:
         engine: as `ds.initialize` makes it, before its first step. Learning rate, weight decay and
             the like stay as they are.
         parts: as `part_of` returned them, in any order.
+
+    Raises:
+        UserError: the stem's weight has a learning rate of its own now, and had none, or the
+            reverse.
     """
     optimizer = _optimizer(engine)
     saved: dict[str, list[Mapping[str, Any]]] = {}
     for part in parts:
         for name, entry in part["parameters"].items():
             saved.setdefault(name, []).append(entry)
+        if len(part["groups"]) != len(optimizer.param_groups):
+            raise UserError(
+                "--resume: SOLVER.STEM sets the stem's weight apart now and did not before, or the "
+                "reverse: set it back, or start anew"
+            )
         for group, values in zip(optimizer.param_groups, part["groups"], strict=True):
             group.update(values)
     for piece in _slices(engine):

@@ -61,7 +61,8 @@ def read(output: Path) -> list[dict[str, Any]]:
             raise TypeError("a start is no mapping")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged: {error}: delete it, it only says where the run was made"
+            f"{path} is damaged: {error}: delete it; where the run was made, and on which images, "
+            "is then unknown"
         ) from error
     return starts
 

@@ -50,7 +50,8 @@ class Run:
         ema: the moving average of the weights, if any.
         saved_part: gives the part of the model whose weights are saved.
         diagnostics: gives further figures of the last step, for the log.
-        weight_figures: gives figures of the weights that are evaluated, noted with the evaluation.
+        weight_figures: gives figures of the model's weights, not of their moving average, which are
+            noted with every evaluation.
         loggers: names of the trackers that get the figures.
         config: of the run, plain values, for the trackers.
     """

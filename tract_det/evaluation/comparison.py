@@ -5,7 +5,7 @@ same seed share initial weights and the order of the data, so differences are ta
 Metrics are in per cent, greater is better, and the last evaluation of a run is its final one.
 
 Means and intervals are over the seeds that finished, for these test images; `samples.over_images`
-says how far other images could move a difference. If an arm fails for some seeds, its mean is that
+says how sure a difference is of these images. If an arm fails for some seeds, its mean is that
 of the easier seeds, so failures are counted and named wherever a mean is.
 
 Shapes: E evaluations of a run, S seeds.

@@ -34,7 +34,7 @@ class Group:
         runs: the run of each seed; None if it failed.
         seconds: training time of each finished run, by seed.
         baseline: the arm that it is judged against; None = it is a baseline.
-        samples: what finished runs have left of other draws of the test images, by seed.
+        samples: the figures of finished runs in samples of the test images, by seed.
         stem_turns: by how many degrees the stem's filters have turned in finished runs, by seed;
             without those where it is unknown.
     """
@@ -75,12 +75,13 @@ class Row:
         group: the runs.
         summary: of the final metrics.
         difference: to the baseline at the same length.
-        over_images: where it would lie on other images.
+        over_images: its interval over the test images, for these weights.
         to_longest: to the baseline at its greatest length, for a shorter group.
         speed_up: within this length.
         cost: of a run, against the baseline's at the same length; None also where the time of a
             run is not recorded.
-        stem_turn: the mean of the group's, in degrees.
+        stem_turn: the mean of the group's, in degrees; of the weights themselves, also where the
+            metric is that of their moving average.
     """
 
     group: Group

@@ -7,13 +7,14 @@ from tract_det.evaluation.comparison import (
     Arm,
     Difference,
     SpeedUp,
+    of_common_seeds,
     paired_difference,
     speed_up,
 )
 from tract_det.evaluation.samples import OverImages
 
-# A baseline that reaches its own final figure so much before its end, on every seed, has made no
-# progress since; then a speed-up tells nothing of two arms.
+# A baseline that reaches its own final figure so many times before its end, in the geometric mean
+# over seeds, has made no progress since; then a speed-up tells nothing of two arms.
 _FLAT = 1.05
 
 
@@ -34,16 +35,15 @@ def verdict(
     """
     clauses = [_difference_in_words(arm.name, baseline.name, paired_difference(arm, baseline))]
     if over_images is not None:
-        ends = over_images.low, over_images.high
-        digits = _digits(min(map(abs, ends)))
-        low, high = (_number(end, digits) for end in ends)
+        low, high = (_number(end, 1) for end in (over_images.low, over_images.high))
         clauses.append(
-            f"with these weights, other test images would give {low} to {high} (95 % interval, "
-            f"{over_images.images:,} images)"
+            f"for these weights, over all images like the {over_images.images:,} of the test: "
+            f"{low} to {high} (95 % interval)"
         )
     if within_length is not None:
         clauses.append(f"speed-up within one length: {_speed_up_in_words(within_length, '95 %')}")
-        itself = speed_up(baseline, baseline)
+        _, control = of_common_seeds(arm, baseline)
+        itself = speed_up(control, control)
         if itself.low > _FLAT:
             bounds = _range_in_words(itself.low, itself.high)
             clauses.append(f"that of {baseline.name} over itself is {bounds}, so this says nothing")

@@ -1,4 +1,4 @@
-"""How far other test images could move a comparison, from the samples that each run has left.
+"""How sure a difference is of its test images, from the samples that each run has left.
 
 All evaluations of a split draw the same samples of its images (see `bootstrap`), so that those of
 two runs are pairs, though each run draws its own.
@@ -9,7 +9,7 @@ Shapes: B samples.
 import hashlib
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -18,6 +18,7 @@ import numpy as np
 
 from tract_det.errors import UserError
 from tract_det.evaluation.bootstrap import Means, interval
+from tract_det.evaluation.comparison import ROUNDING
 from tract_det.files import write_binary
 
 SAMPLES = "samples.npz"  # in a run's folder
@@ -31,20 +32,22 @@ class Samples:
     Attributes:
         split: tells the images, in their order, from others.
         images: their number.
-        values: (B,) float, in per cent.
+        figure: on the split itself, in per cent.
+        values: (B,) float, likewise.
     """
 
     split: str
     images: int
+    figure: float
     values: np.ndarray
 
 
 @dataclass(frozen=True)
 class OverImages:
-    """Where the mean difference of n pairs of runs would lie on other images.
+    """How sure the mean difference of n pairs of runs is of the images that it is measured on.
 
     Attributes:
-        low: end of the 95 % interval, in points.
+        low: end of the 95 % interval of the mean difference over all images like these, in points.
         high: the other end.
         images: number of images of the split.
         n: number of pairs.
@@ -57,13 +60,18 @@ class OverImages:
 
 
 def write_samples(
-    folder: Path, ids: Iterable[str], of_model: Means, of_average: Means | None = None
+    folder: Path,
+    ids: Iterable[str],
+    figures: Mapping[str, float],
+    of_model: Means,
+    of_average: Means | None = None,
 ) -> None:
     """Writes `samples.npz`; without figures there is none, and an older one is removed.
 
     Args:
         folder: of the run.
         ids: of the images of the split, in its order.
+        figures: on the split itself, in per cent; those of the average by `ema.` and their name.
         of_model: (B,) float by name, in per cent.
         of_average: the same of the moving average of the weights, whose names get `ema.`.
 
@@ -76,7 +84,9 @@ def write_samples(
     ids = list(ids)
     digest = hashlib.sha256("\0".join(ids).encode("utf-8", "surrogatepass")).hexdigest()
     average = {f"ema.{name}": values for name, values in (of_average or {}).items()}
-    arrays = {_SPLIT: np.array([digest, str(len(ids))]), **of_model, **average}
+    arrays = {_SPLIT: np.array([digest, str(len(ids))])}
+    for name, values in (of_model | average).items():
+        arrays[name] = np.concatenate([[figures[name]], values])  # (1 + B,)
     write_binary(folder / SAMPLES, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
 
@@ -94,7 +104,8 @@ def read_samples(folder: Path, metric: str) -> Samples | None:
             if metric not in content:
                 return None
             digest, images = content[_SPLIT].tolist()
-            return Samples(digest, int(images), content[metric])
+            figure, *values = content[metric].tolist()
+            return Samples(digest, int(images), figure, np.array(values))
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
         raise UserError(
             f"{path} is damaged ({error}): delete it, and its arm does without the interval over "
@@ -115,11 +126,15 @@ def over_images(
         difference: the mean difference on the split, in points.
 
     Returns:
-        None if a run has no samples, or they are of different images.
+        None if a run has no samples, if they are of different images, or if they are not of the
+        weights that make the difference: an evaluation of others may have left them.
     """
     runs = [run for pair in pairs for run in pair if run is not None]
     kinds = {(run.split, run.values.shape) for run in runs}
     if len(runs) < 2 * len(pairs) or len(kinds) != 1:
+        return None
+    figures = [run.figure for run in runs]
+    if abs(np.mean(figures[::2]) - np.mean(figures[1::2]) - difference) > ROUNDING:
         return None
     values = [run.values for run in runs]
     sampled = np.mean(values[::2], axis=0) - np.mean(values[1::2], axis=0)  # (B,)

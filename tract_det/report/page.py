@@ -278,7 +278,8 @@ def _turn(run: RunFolder) -> str:
     start, now = run.stem
     if start is None or now is None or start.shape != now.shape:
         return "now"
-    return f"now: turned by {mean_turn(start, now):.0f} degrees in the mean"
+    turn = mean_turn(start, now)
+    return f"now: turned by {turn:.0f} degrees in the mean" if math.isfinite(turn) else "now"
 
 
 def _precision_recall(run: RunFolder) -> str:

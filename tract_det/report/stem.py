@@ -64,27 +64,28 @@ def read_filters(output: Path) -> Filters | None:
     try:
         with np.load(path, allow_pickle=False) as content:
             return Filters(str(content["name"]), content["weight"])
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}): delete it") from error
 
 
 def mean_turn(start: np.ndarray, now: np.ndarray) -> float:
     """The angle between a filter and what it was, in the mean over the filters.
 
-    A norm behind the stem undoes the scale of a filter, but not its direction, so that the angle is
-    what a training has changed: 0 degrees if the stem has learned nothing, 90 if nothing is left of
-    what it was.
+    Where a norm follows the stem, it undoes the scale of a filter, so that its direction is all
+    that a training changes: 0 degrees if the stem has learned nothing, 90 if nothing is left of
+    what it was. Elsewhere the length of a filter counts as well, which this leaves out.
 
     Args:
         start: `(M, C, kh, kw)`.
         now: likewise.
 
     Returns:
-        In degrees; filters that are 0 have none and are left out, NaN if all are.
+        In degrees; filters that are 0 or not finite have none and are left out, NaN if all are.
     """
     directions = [w.reshape(len(w), -1).astype(np.float64) for w in (start, now)]
     lengths = [np.linalg.norm(w, axis=1, keepdims=True) for w in directions]
-    is_there = (lengths[0] * lengths[1] > 0)[:, 0]
+    product = lengths[0] * lengths[1]
+    is_there = (np.isfinite(product) & (product > 0))[:, 0]
     if not is_there.any():
         return math.nan
     before, after = (w[is_there] / n[is_there] for w, n in zip(directions, lengths, strict=True))

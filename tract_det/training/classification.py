@@ -266,7 +266,7 @@ class ClassificationEvaluation:
             write_json(output / FIGURES, shown)
             samples = self.cfg.TEST.BOOTSTRAP
             sampled = [sampled_accuracies(correct, samples) for _, correct in images]
-            write_samples(output, images[0][0], *sampled)
+            write_samples(output, images[0][0], means(results), *sampled)
             for name, figures in (("", results), ("moving average: ", results.get("ema"))):
                 if figures:
                     say(

@@ -29,7 +29,11 @@ LoadCfg = Callable[..., CfgNode]
 _TAKEN = {"SEED": "--seeds", "OUTPUT_DIR": "--output", "ARM": "--arms"}
 _LENGTHS = ("SOLVER.MAX_ITER", "SOLVER.EPOCHS")
 # Beside DATASETS, what selects the images of an epoch.
-_SELECTING = ("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "DATALOADER.USE_DIFFICULT")
+_SELECTING = (
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS",
+    "DATALOADER.USE_DIFFICULT",
+    "INPUT.EXIF",  # YOLO's boxes depend on it
+)
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,7 @@ class DetectionEvaluation:
                 part | details(evaluator.evaluated, samples=samples)
                 for part, evaluator, samples in zip(results, evaluators, sampled, strict=True)
             ]
-            write_samples(output, evaluators[0].detections, *sampled)
+            write_samples(output, evaluators[0].detections, _figures(*results), *sampled)
             ending = {"stopped": stopped} if stopped else {}
             of_average = {"ema": detailed[1]} if average is not None else {}
             write_json(output / "results.json", detailed[0] | of_average | ending)
