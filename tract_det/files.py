@@ -5,12 +5,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
+from zipfile import BadZipFile
 
 from tract_det.errors import UserError
 
@@ -118,6 +120,23 @@ def write_binary(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
 
     atomically(path, write_open)
+
+
+@contextmanager
+def naming_damage(path: Path, mend: str) -> Iterator[None]:
+    """Around the reading of a file of numpy's arrays: whatever is wrong with it is one line.
+
+    Args:
+        path: the file, which is there.
+        mend: what to do about a damaged one.
+
+    Raises:
+        UserError: the file is damaged, or lacks what is looked for within.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}): {mend}") from error
 
 
 def append_line(path: Path, line: str) -> None:

@@ -15,8 +15,8 @@ The results are in `output/compare/<config>/`: `comparison.html` (table, verdict
 page that opens offline), `comparison.md`, `.png` and `.json`, and the folder of each run. The
 differences are paired: each seed against itself, with a 95 % interval by Student's t, for these
 test images. Beside it is the interval over images, for these weights, by resampling those of the
-test split. The speed-up is the baseline's length over the epoch at which
-an arm reaches the baseline's final figure; over several lengths, complete trainings are compared.
+test split. The speed-up is the baseline's length over the epoch at which an arm reaches the
+baseline's final figure; over several lengths, complete trainings are compared.
 tract_det/evaluation/comparison.py says what these figures cannot tell. How far the filters of the
 stem have turned from what they were, in degrees, says how much it has learned under this rule and
 rate; where that is little, SOLVER.STEM.LR_FACTOR is worth a try.

@@ -8,18 +8,15 @@ Shapes: B samples.
 
 import hashlib
 import math
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
-from tract_det.errors import UserError
 from tract_det.evaluation.bootstrap import Means, interval
 from tract_det.evaluation.comparison import ROUNDING
-from tract_det.files import write_binary
+from tract_det.files import naming_damage, write_binary
 
 SAMPLES = "samples.npz"  # in a run's folder
 _SPLIT = "split"  # the array that is no figure
@@ -99,18 +96,13 @@ def read_samples(folder: Path, metric: str) -> Samples | None:
     path = folder / SAMPLES
     if not path.is_file():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            if metric not in content:
-                return None
-            digest, images = content[_SPLIT].tolist()
-            figure, *values = content[metric].tolist()
-            return Samples(digest, int(images), figure, np.array(values))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"{path} is damaged ({error}): delete it, and its arm does without the interval over "
-            "images"
-        ) from error
+    mend = "delete it, and its arm does without the interval over images"
+    with naming_damage(path, mend), np.load(path, allow_pickle=False) as content:
+        if metric not in content:
+            return None
+        digest, images = content[_SPLIT].tolist()
+        figure, *values = content[metric].tolist()
+        return Samples(digest, int(images), figure, np.array(values))
 
 
 def over_images(

@@ -3,13 +3,11 @@
 import math
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 from torch import nn
 
-from tract_det.errors import UserError
-from tract_det.files import write_binary
+from tract_det.files import naming_damage, write_binary
 from tract_det.tract import TrActError, find_stem
 
 STEM_AT_START = "stem_at_start.npz"
@@ -61,11 +59,8 @@ def read_filters(output: Path) -> Filters | None:
     path = output / STEM_AT_START
     if not path.is_file():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            return Filters(str(content["name"]), content["weight"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it") from error
+    with naming_damage(path, "delete it"), np.load(path, allow_pickle=False) as content:
+        return Filters(str(content["name"]), content["weight"])
 
 
 def mean_turn(start: np.ndarray, now: np.ndarray) -> float:
