@@ -74,6 +74,17 @@ def test_a_speed_up_is_over_the_seeds_that_both_finished():
     assert "speed-up within one length: 1.00 (one seed)" in verdicts([PLAIN, tract])[0]
 
 
+def test_the_speed_up_over_a_flat_baseline_stands_beside_that_of_the_baseline_itself():
+    flat = curve(52, 50, 53, 52)  # it is at its final figure from the first of four evaluations
+    plain, tract = (
+        Group(arm, 4.0, {0: flat}, {0: 1.0}, baseline)
+        for arm, baseline in (("plain", None), ("tract", "plain"))
+    )
+    rows = cells(plain, tract)
+    assert [row["speed-up"] for row in rows] == ["", "> 4.00; plain itself > 4.00"]
+    assert "itself" not in cells(PLAIN, group("tract", [50, 52, 54]))[1]["speed-up"]
+
+
 def test_runs_that_are_missing_are_named():
     def run(arm, seed, status):
         return {"arm": arm, "epochs": 5.0, "seed": seed, "status": status}

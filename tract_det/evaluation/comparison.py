@@ -23,6 +23,9 @@ from tract_det.evaluation.student_t import t_interval, t_probability, t_quantile
 
 _RESAMPLES = 2000
 ROUNDING = 1e-9  # points: figures that differ by less are equal
+# A baseline that reaches its own final figure so many times before its end, in the geometric mean
+# over seeds, has made no progress since; then a speed-up tells nothing of two arms.
+_FLAT = 1.05
 
 Interval = tuple[float, float]
 
@@ -262,8 +265,9 @@ def speed_up(arm: Arm, baseline: Arm) -> SpeedUp:
     This is not the time that a shorter training saves. Under a schedule that anneals the learning
     rate, much of the gain comes in the last epochs whatever came before, which hides a head start;
     where annealing brings the baseline little, the arm with the faster early progress is flattered.
-    So is a curve that fluctuates, by its first crossing. An arm that equals the baseline misses its
-    mean on about half of the seeds. `speed_up_over_lengths` compares complete trainings instead.
+    So is a curve that fluctuates, by its first crossing: `speed_up_of_flat` finds baselines for
+    which that is all. An arm that equals the baseline misses its mean on about half of the seeds.
+    `speed_up_over_lengths` compares complete trainings instead.
 
     Raises:
         UserError: an arm has no finished run.
@@ -278,6 +282,19 @@ def speed_up(arm: Arm, baseline: Arm) -> SpeedUp:
         low_log, high_log = t_interval([math.log(factor) for factor in lows])
         interval = (math.exp(low_log), math.exp(high_log))
     return SpeedUp(low, high, interval, len(lows), never=lows.count(0.0))
+
+
+def speed_up_of_flat(baseline: Arm) -> SpeedUp | None:
+    """The speed-up of a baseline over itself; None unless it has made no progress before its end.
+
+    Without a difference between two arms, `speed_up` gives this instead of 1: such a baseline is at
+    its final figure, by chance, long before its end.
+
+    Raises:
+        UserError: no run of the baseline is finished.
+    """
+    over_itself = speed_up(baseline, baseline)
+    return over_itself if over_itself.low > _FLAT else None
 
 
 def speed_up_over_lengths(arms: Sequence[Arm], baseline: Arm, *, seed: int = 0) -> SpeedUp:

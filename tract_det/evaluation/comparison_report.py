@@ -16,6 +16,7 @@ from tract_det.evaluation.comparison import (
     of_common_seeds,
     paired_difference,
     speed_up,
+    speed_up_of_flat,
     speed_up_over_lengths,
     summarize,
 )
@@ -78,6 +79,8 @@ class Row:
         over_images: its interval over the test images, for these weights.
         to_longest: to the baseline at its greatest length, for a shorter group.
         speed_up: within this length.
+        baseline_over_itself: the same of a baseline without progress before its end, for which the
+            speed-up says nothing; None for others.
         cost: of a run, against the baseline's at the same length; None also where the time of a
             run is not recorded.
         stem_turn: the mean of the group's, in degrees; of the weights themselves, also where the
@@ -90,6 +93,7 @@ class Row:
     over_images: OverImages | None
     to_longest: Difference | None
     speed_up: SpeedUp | None
+    baseline_over_itself: SpeedUp | None
     cost: Cost | None
     stem_turn: float | None
 
@@ -114,21 +118,22 @@ def _row(group: Group, baseline: Group | None, full: Group | None) -> Row:
             return None
         return paired_difference(group.as_arm(), other.as_arm())
 
-    is_comparable = baseline is not None and bool(_common(group, baseline))
+    over_images = speed = over_itself = cost = None
+    if baseline is not None and _common(group, baseline):
+        arm, control = of_common_seeds(group.as_arm(), baseline.as_arm())
+        over_images, cost = _over_images(group, baseline), _cost(group, baseline)
+        speed, over_itself = speed_up(arm, control), speed_up_of_flat(control)
     return Row(
         group,
         summarize(group.as_arm()),
         difference(baseline),
-        _over_images(group, baseline) if baseline and is_comparable else None,
+        over_images,
         difference(full),
-        _speed_up(group.as_arm(), baseline.as_arm()) if baseline and is_comparable else None,
-        _cost(group, baseline) if baseline and is_comparable else None,
+        speed,
+        over_itself,
+        cost,
         mean(group.stem_turns.values()) if group.stem_turns else None,
     )
-
-
-def _speed_up(arm: Arm, baseline: Arm) -> SpeedUp:
-    return speed_up(*of_common_seeds(arm, baseline))
 
 
 def _common(group: Group, other: Group) -> list[int]:
@@ -182,7 +187,9 @@ def verdicts(groups: Sequence[Group]) -> list[str]:
         if len(lengths) > 1 and is_whole and _have_common_seed([*lengths, control]):
             over = speed_up_over_lengths(lengths, control)
         images = _over_images(group, baseline)
-        sentences.append(verdict(arm, control, _speed_up(arm, control), over, images))
+        sentences.append(
+            verdict(arm, control, speed_up(*of_common_seeds(arm, control)), over, images)
+        )
     return sentences
 
 
@@ -260,7 +267,7 @@ def table_cells(rows: Sequence[Row], metric: str) -> list[list[str]]:
             cells.append(f"{over.low:+.2f} to {over.high:+.2f}" if over else "")
         if has_lengths:
             cells.append(in_points(row.to_longest))
-        cells += [_speed_up_cell(row.speed_up), _ratio(row.cost)]
+        cells += [_speed_up_cell(row), _ratio(row.cost)]
         if has_turns:
             cells.append("" if row.stem_turn is None else f"{row.stem_turn:.0f}°")
         lines.append(cells)
@@ -287,7 +294,12 @@ def in_points(difference: Difference | None) -> str:
     return f"{difference.mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
-def _speed_up_cell(speed: SpeedUp | None) -> str:
+def _speed_up_cell(row: Row) -> str:
+    cell, over_itself = _factor(row.speed_up), row.baseline_over_itself
+    return f"{cell}; {row.group.baseline} itself {_factor(over_itself)}" if over_itself else cell
+
+
+def _factor(speed: SpeedUp | None) -> str:
     if speed is None:
         return ""
     if speed.interval is not None:

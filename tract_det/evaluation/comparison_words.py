@@ -9,13 +9,9 @@ from tract_det.evaluation.comparison import (
     SpeedUp,
     of_common_seeds,
     paired_difference,
-    speed_up,
+    speed_up_of_flat,
 )
 from tract_det.evaluation.samples import OverImages
-
-# A baseline that reaches its own final figure so many times before its end, in the geometric mean
-# over seeds, has made no progress since; then a speed-up tells nothing of two arms.
-_FLAT = 1.05
 
 
 def verdict(
@@ -42,10 +38,9 @@ def verdict(
         )
     if within_length is not None:
         clauses.append(f"speed-up within one length: {_speed_up_in_words(within_length, '95 %')}")
-        _, control = of_common_seeds(arm, baseline)
-        itself = speed_up(control, control)
-        if itself.low > _FLAT:
-            bounds = _range_in_words(itself.low, itself.high)
+        over_itself = speed_up_of_flat(of_common_seeds(arm, baseline)[1])
+        if over_itself:
+            bounds = _range_in_words(over_itself.low, over_itself.high)
             clauses.append(f"that of {baseline.name} over itself is {bounds}, so this says nothing")
     if over_lengths is not None:
         clauses.append(f"speed-up over lengths: {_speed_up_in_words(over_lengths, 'bootstrap')}")
