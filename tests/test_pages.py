@@ -66,7 +66,7 @@ STAND_INS = {
     "--nproc-per-node 8": "--nproc-per-node 1",
     "--nnodes 2": "--nnodes 1",
     "node1": "127.0.0.1",
-    "--arms plain,tract --seeds 5": "--arms plain,tract --seeds 1",
+    "--arms plain,tract,tract+fast_stem --seeds 5": "--arms plain,tract,tract+fast_stem --seeds 1",
     "bench gpu": "bench gpu --device cpu --small --minutes 0",
     "bench stem": "bench stem --repeats 1 --stems 3x3-cifar --no-memory",
 }

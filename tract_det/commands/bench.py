@@ -1,6 +1,7 @@
 """Runs a benchmark program; those that measure compare within one run, by ratios.
 
     tract-det bench stem             what TrAct costs: stem forward + backward, error, memory
+    tract-det bench gpu              on a GPU: its tests, whole training steps, stems
     tract-det bench train            the trainer against a bare PyTorch loop
     tract-det bench integrations     TrAct's share of a training step in Lightning's trainer
     tract-det bench data             reading and augmenting images against plain PIL + torchvision

@@ -142,7 +142,7 @@ def _data() -> dict[str, Any]:
             # Fraction of the training images of each class to evaluate on, if an imagefolder has
             # neither val nor test; 0 = such a folder is refused.
             "HOLDOUT": 0.0,
-            "HOLDOUT_SEED": 0,  # of the draw of these images
+            "HOLDOUT_SEED": 0,  # seed that chooses the images to evaluate on
             "LIMIT": 0,  # number of training images, spread evenly over the classes; 0 = all
             # True: an image that does not decode is replaced by another one in training and left
             # out in evaluation, and counted in both. False: it is an error.

@@ -146,7 +146,7 @@ def _data() -> dict[str, Any]:
             # Fraction of the images to evaluate on where the data at ROOT have no splits: TRAIN
             # [train] is then the rest of them, TEST [test] these; 0 = such data are refused.
             "HOLDOUT": 0.0,
-            "HOLDOUT_SEED": 0,  # of the draw of these images
+            "HOLDOUT_SEED": 0,  # seed that chooses the images to evaluate on
             # Class names in the order of the labels. [] = VOC's twenty, or in your own data the
             # sorted classes of the training split (--eval-only: those that the weights know).
             "CLASSES": [],

@@ -65,7 +65,7 @@ def tract_keys() -> dict[str, Any]:
 def ema_keys() -> dict[str, Any]:
     """MODEL.EMA: an exponential moving average of the weights, evaluated and saved beside them."""
     return {
-        "ENABLED": False,
+        "ENABLED": False,  # True: a moving average of the weights, evaluated and saved beside them
         "DECAY": 0.9999,  # weight of the previous average in an update
         "PERIOD": 1,  # steps between updates
         "WARMUP": False,  # True: a smaller decay at the start
@@ -99,8 +99,10 @@ def solver_keys() -> dict[str, Any]:
         "BASE_LR_END": 0.0,  # learning rate at the end of the cosine (WarmupCosineLR)
         # Learning rate at the first step of the warm-up, as a fraction of that at its end.
         "WARMUP_FACTOR": 0.001,
-        # CLIP_VALUE is the upper bound of the norm over all gradients.
-        "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_VALUE": 1.0},
+        "CLIP_GRADIENTS": {
+            "ENABLED": False,  # True: the gradients are scaled down where their norm is too large
+            "CLIP_VALUE": 1.0,  # largest norm over all gradients together
+        },
         # How many checkpoints are kept; when the newest is damaged, --resume takes the one before.
         "CHECKPOINT_KEEP": 3,
         "AMP": {"ENABLED": False},  # True: bf16 autocast around the forward pass
