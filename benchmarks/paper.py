@@ -7,11 +7,12 @@ The rows are those of `configs/paper.yaml`. A row that `tract-det paper ROW --ru
 end is found in `output/paper`, and its figure is kept in `benchmarks/results/rows.json`. `--add`
 keeps a comparison, as `tract-det compare` makes it, as `benchmarks/results/NAME/`; an experiment of
 `paper.yaml` that names it under `reduced` shows its verdict. Folders of the machine are left out of
-what is kept.
+what is kept. Tables and verdicts follow the statistics of the version that writes them.
 """
 
 import argparse
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,19 +21,23 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import yaml
-
 from tract_det.cli import run
+from tract_det.config import tasks
+from tract_det.config.files import flat, read_config
 from tract_det.config.paper import Row, read_rows
+from tract_det.config.resuming import decisive, differences
 from tract_det.engine import provenance
 from tract_det.errors import UserError
+from tract_det.evaluation.comparison_file import JSON, MARKDOWN, PICTURE, markdown, rows_of
+from tract_det.evaluation.comparison_report import as_values, unfinished, verdicts
 from tract_det.files import atomically, write_json, write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROWS = "rows.json"
 PAGE = Path(__file__).resolve().parent / "paper.md"
 
-# Keys of a command whose values are folders or files of the machine.
+_ABSOLUTE = re.compile(r"""(?<![\w.])~?/(?:[^,\]'"]*/)?([^/,\]'"]+)""")
+# Keys of a command whose values are folders or files, though they may be relative.
 _PLACES = {"DATASETS.ROOT", "MODEL.WEIGHTS", "OUTPUT_DIR", "--output"}
 
 Measured = dict[str, dict[str, Any]]  # by row, then by seed
@@ -44,6 +49,9 @@ def measured_rows(runs: Path, known: Measured) -> Measured:
     Args:
         runs: the folder that has `output/paper`.
         known: what is kept.
+
+    Raises:
+        UserError: a run is damaged, or is not the row's: shortened, say.
     """
     measured = {name: dict(seeds) for name, seeds in known.items()}
     for name, row in read_rows().items():
@@ -53,50 +61,92 @@ def measured_rows(runs: Path, known: Measured) -> Measured:
             seed = suffix.removeprefix("-seed") if suffix else "0"
             is_finished = (folder / "results.json").is_file()
             if seed.isdigit() and suffix in ("", f"-seed{seed}") and is_finished:
-                measured.setdefault(name, {})[seed] = _figure(folder)
+                measured.setdefault(name, {})[seed] = _figure(folder, row, seed)
     return measured
 
 
-def _figure(folder: Path) -> dict[str, Any]:
+def _figure(folder: Path, row: Row, seed: str) -> dict[str, Any]:
     """What a finished run says, and where it was made."""
-    cfg = yaml.safe_load((folder / "config.yaml").read_text())
-    value = json.loads((folder / "results.json").read_text())
-    metric = cfg["TEST"]["BEST_METRIC"]
-    for part in metric.split("."):
-        value = value[part]
+    cfg = flat(read_config(folder / "config.yaml"))
+    _refuse_other_settings(folder, cfg, row, seed)
+    metric = cfg["TEST.BEST_METRIC"]
+    try:
+        value = json.loads((folder / "results.json").read_text())
+        for part in metric.split("."):
+            value = value[part]
+        value = float(value)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'results.json'} has no {metric}: move the folder away, or run the row again"
+        ) from error
     start = (provenance.read(folder) or [{}])[-1]
     kept = {key: start.get(key, "unknown") for key in ("commit", "hardware", "date")}
     return {"metric": metric, "value": value, **kept}
+
+
+def _refuse_other_settings(folder: Path, cfg: Mapping[str, Any], row: Row, seed: str) -> None:
+    """Refuses a run that was given other settings than its row has.
+
+    Raises:
+        UserError: names the first key that differs.
+    """
+    task = tasks.task_of([row.config])
+    pairs = row.arguments(seed)[4:]  # behind --config-file FILE --arm ARM
+    expected = flat(tasks.loader_of(task)([row.config], pairs, row.arm))
+    defaults = flat(tasks.MODULES[task].get_cfg())
+    changes = differences(decisive(cfg), decisive(expected), defaults)
+    if changes:
+        change = changes[0].replace("now it is", "the row has")
+        raise UserError(
+            f"{folder} is not a run of {row.name}: {change}: move it out of output/paper"
+        )
 
 
 def add(folder: Path, name: str) -> None:
     """Keeps a comparison in `results/`.
 
     Raises:
-        UserError: the folder has none.
+        UserError: the folder has none, or not all of it.
     """
-    source = folder / "comparison.json"
-    if not source.is_file():
-        raise UserError(f"{source} is missing: give the folder of a `tract-det compare`")
-    content = json.loads(source.read_text())
-    command = content["command"]
-    content["command"] = without_places(command)
+    for part in (JSON, PICTURE):
+        if not (folder / part).is_file():
+            raise UserError(
+                f"{folder / part} is missing: give the folder of a `tract-det compare`, and its "
+                "command again if need be"
+            )
+    content = json.loads((folder / JSON).read_text())
+    content["command"] = without_places(content["command"])
     for record in content["runs"]:
         for start in record["starts"]:
             start["command"] = without_places(start["command"])
-    write_json(RESULTS / name / "comparison.json", content)
-    page = (folder / "comparison.md").read_text().replace(command, content["command"])
-    write_text(RESULTS / name / "comparison.md", page)
-    picture = RESULTS / name / "comparison.png"
-    atomically(picture, lambda path: shutil.copyfile(folder / "comparison.png", path))
+    write_json(RESULTS / name / JSON, content)
+    picture = RESULTS / name / PICTURE
+    atomically(picture, lambda path: shutil.copyfile(folder / PICTURE, path))
+
+
+def judged(content: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """A comparison that is kept, and its page, judged by the statistics of this version.
+
+    Args:
+        content: of comparison.json.
+    """
+    rows = rows_of(content)
+    sentences = verdicts(rows) + unfinished(content["runs"])
+    content = {**content, "rows": [as_values(row) for row in rows], "verdicts": sentences}
+    arms = list(dict.fromkeys(row.group.arm for row in rows))
+    return content, markdown(
+        arms, content["command"], content["runs"], rows, content["metric"], sentences
+    )
 
 
 def without_places(command: str) -> str:
     """A command with `path/to/NAME` for folders and files of the machine."""
     words = shlex.split(command)
-    for i, word in enumerate(words[:-1]):
-        if word in _PLACES:
-            words[i + 1] = f"path/to/{Path(words[i + 1]).name}"
+    for i, word in enumerate(words):
+        if i and words[i - 1] in _PLACES and word:
+            words[i] = f"path/to/{Path(word).name}"
+        # Absolute ones stand by themselves, behind `--option=`, and in lists and sweeps.
+        words[i] = _ABSOLUTE.sub(r"path/to/\1", words[i])
     return shlex.join(words)
 
 
@@ -186,10 +236,12 @@ def main(argv: list[str] | None = None) -> None:
     measured = measured_rows(Path(), known)
     if measured != known:
         write_json(rows, measured)
-    comparisons = {
-        path.parent.name: json.loads(path.read_text())
-        for path in sorted(RESULTS.glob("*/comparison.json"))
-    }
+    comparisons = {}
+    for path in sorted(RESULTS.glob(f"*/{JSON}")):
+        content, text = judged(json.loads(path.read_text()))
+        write_json(path, content)
+        write_text(path.with_name(MARKDOWN), text)
+        comparisons[path.parent.name] = content
     write_text(PAGE, page(measured, comparisons))
     print(f"wrote {PAGE}")
 

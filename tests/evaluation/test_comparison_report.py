@@ -62,8 +62,8 @@ def test_a_shorter_training_is_also_held_against_the_longest():
 def test_verdicts_are_on_complete_trainings_of_the_greatest_length():
     full = group("plain", [60, 62, 64], baseline=None, epochs=4.0)
     short, long = group("tract", [59, 61.1, 63]), group("tract", [66, 68, 70.3], epochs=4.0)
-    (sentence,) = verdicts([PLAIN, full, short, long])
-    assert sentence.startswith("tract is better than plain by 6.1 points")
+    (sentence,) = verdicts(judge([PLAIN, full, short, long]))
+    assert sentence.startswith("At 4 epochs: tract is better than plain by 6.1 points")
     assert "speed-up over lengths: 1.8" in sentence
 
 
@@ -71,7 +71,7 @@ def test_a_speed_up_is_over_the_seeds_that_both_finished():
     """On each seed the arm is the baseline; it has finished but the easiest."""
     tract = group("tract", [None, None, 54])
     assert cells(PLAIN, tract)[1]["speed-up"] == "1.00"
-    assert "speed-up within one length: 1.00 (one seed)" in verdicts([PLAIN, tract])[0]
+    assert "speed-up within one length: 1.00 (one seed)" in verdicts(judge([PLAIN, tract]))[0]
 
 
 def test_the_speed_up_over_a_flat_baseline_stands_beside_that_of_the_baseline_itself():
@@ -107,7 +107,7 @@ def test_runs_that_are_missing_are_named():
 
 def test_an_arm_without_a_finished_run_is_said_to_have_none():
     failed = group("tract", [None, None, None])
-    assert verdicts([PLAIN, failed]) == ["tract: no seed was finished by it and by plain."]
+    assert verdicts(judge([PLAIN, failed])) == ["tract: no seed was finished by it and by plain."]
     row = cells(PLAIN, failed)[1]
     assert row["runs"] == "0, 3 failed" and row["top1, %"] == "" == row["against plain"]
 

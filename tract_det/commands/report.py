@@ -27,11 +27,12 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         "here",
     )
     args = parser.parse_args(argv)
-    from tract_det.report.comparison import COMPARISON, write_comparison
+    from tract_det.evaluation.comparison_file import JSON
+    from tract_det.report.comparison import write_comparison
     from tract_det.report.page import write_report
 
     folder = args.runs[0] if len(args.runs) == 1 else Path()
-    if len(args.runs) == 1 and (folder / COMPARISON).is_file():
+    if len(args.runs) == 1 and (folder / JSON).is_file():
         out = args.out or folder / "comparison.html"
         write_comparison(folder, out)
     else:

@@ -3,7 +3,7 @@
 A key that is not listed here must be equal. So no key is ignored, and none that comes later.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fvcore.common.config import CfgNode
@@ -23,11 +23,16 @@ INCIDENTAL = frozenset(
     }
 )
 
+# Keys, and sections, that say how a step is computed: the same but for rounding.
+ROUNDING = frozenset(
+    {
+        *("DEEPSPEED", "SOLVER.ACCUMULATION"),
+        *("MODEL.COMPILE", "MODEL.CHANNELS_LAST", "MODEL.CHECKPOINTING"),
+    }
+)
+
 # Keys, and sections, that `--resume` takes as they are now.
-TAKES_EFFECT = INCIDENTAL | {
-    # How a step is computed: the same but for rounding.
-    *("DEEPSPEED", "SOLVER.ACCUMULATION"),
-    *("MODEL.COMPILE", "MODEL.CHANNELS_LAST", "MODEL.CHECKPOINTING"),
+TAKES_EFFECT = (INCIDENTAL | ROUNDING) | {
     # The length, and the learning rates of the steps to come.
     *("SOLVER.MAX_ITER", "SOLVER.EPOCHS", "SOLVER.PATIENCE", "SOLVER.STEPS", "SOLVER.GAMMA"),
     "SOLVER.BASE_LR",
@@ -38,10 +43,19 @@ TAKES_EFFECT = INCIDENTAL | {
 
 def must_be_equal(cfg: CfgNode) -> dict[str, Any]:
     """The values that a resumed run must share, by their dotted keys."""
+    return _without(flat(plain(cfg)), TAKES_EFFECT)
+
+
+def decisive(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those values, by their dotted keys, on which the result of a run depends but for rounding."""
+    return _without(values, INCIDENTAL | ROUNDING | {"SEED"})
+
+
+def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {
         key: value
-        for key, value in flat(plain(cfg)).items()
-        if not any(key == name or key.startswith(f"{name}.") for name in TAKES_EFFECT)
+        for key, value in values.items()
+        if not any(key == name or key.startswith(f"{name}.") for name in names)
     }
 
 

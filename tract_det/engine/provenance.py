@@ -24,6 +24,8 @@ from tract_det.version import __version__
 
 NAME = "provenance.json"
 
+_TEXTS = ("command", "date", "version", "commit", "hardware")
+_MAPPINGS = ("versions", "images")
 _PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "detectron2")
 
 
@@ -49,6 +51,8 @@ def record(
 def read(output: Path) -> list[dict[str, Any]]:
     """The starts of the run in this folder; [] where nothing is recorded.
 
+    What a start does not tell, such as one of an earlier version, is "" or empty.
+
     Raises:
         UserError: the file is damaged.
     """
@@ -56,15 +60,27 @@ def read(output: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        starts = json.loads(path.read_text())
-        if not all(isinstance(start, dict) for start in starts):
-            raise TypeError("a start is no mapping")
+        starts = [_start(entry) for entry in json.loads(path.read_text())]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{path} is damaged: {error}: delete it; where the run was made, and on which images, "
             "is then unknown"
         ) from error
     return starts
+
+
+def _start(entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise TypeError("a start is no mapping")
+    start = {**dict.fromkeys(_TEXTS, ""), **{key: {} for key in _MAPPINGS}, **entry}
+    for key in _TEXTS:
+        if not isinstance(start[key], str):
+            raise TypeError(f"{key} is no text")
+    for key in _MAPPINGS:
+        values = start[key]
+        if not (isinstance(values, dict) and all(isinstance(v, str) for v in values.values())):
+            raise TypeError(f"{key} is no mapping of texts")
+    return start
 
 
 def describe(device: torch.device) -> dict[str, Any]:

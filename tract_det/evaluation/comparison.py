@@ -23,8 +23,8 @@ from tract_det.evaluation.student_t import t_interval, t_probability, t_quantile
 
 _RESAMPLES = 2000
 ROUNDING = 1e-9  # points: figures that differ by less are equal
-# A baseline that reaches its own final figure so many times before its end, in the geometric mean
-# over seeds, has made no progress since; then a speed-up tells nothing of two arms.
+# A baseline that reaches its own final figures so many times earlier than at its end, in the
+# geometric mean over seeds, has stopped improving, or fluctuates.
 _FLAT = 1.05
 
 Interval = tuple[float, float]
@@ -172,7 +172,8 @@ class SpeedUp:
         low: the speed-up is at least this; 0 if the arm does not reach the target.
         high: the speed-up is at most this; infinite if the first measurement is above the target.
             Equal to `low` where the speed-up is measured.
-        interval: 95 %, less over lengths with few seeds; None for a bound or for n = 1.
+        interval: 95 %, less over lengths with few seeds; None for a bound, for n = 1, or where it
+            cannot be told.
         n: number of seeds.
         never: number of seeds that do not reach the target, where seeds are judged one by one.
     """
@@ -256,11 +257,14 @@ def mean_curve(arm: Arm) -> MeanCurve:
 def speed_up(arm: Arm, baseline: Arm) -> SpeedUp:
     """Length of the baseline over the epoch at which the arm's curves reach its mean final metric.
 
-    The epoch is the first at which a seed's curve, linear between evaluations, reaches the target.
-    The result is the geometric mean over seeds, the interval Student's t on the logarithms; the
-    target counts as known, though the baseline's mean is uncertain as well. A seed that never
-    reaches the target bounds the speed-up from above by what reaching it at the end would give; one
-    that is there at the first evaluation bounds it from below.
+    Over the seeds that both finished. The epoch is the first at which a seed's curve, linear
+    between evaluations, reaches the target; the result is the geometric mean over seeds. A seed
+    that never reaches the target bounds the speed-up from above by what reaching it at the end
+    would give; one that is there at the first evaluation bounds it from below.
+
+    The interval is Student's t with the jackknife's standard error of the logarithm: each seed is
+    left out of both arms in turn, so that the target's own uncertainty counts. There is none where
+    a mean that is left cannot be measured.
 
     This is not the time that a shorter training saves. Under a schedule that anneals the learning
     rate, much of the gain comes in the last epochs whatever came before, which hides a head start;
@@ -270,31 +274,58 @@ def speed_up(arm: Arm, baseline: Arm) -> SpeedUp:
     `speed_up_over_lengths` compares complete trainings instead.
 
     Raises:
-        UserError: an arm has no finished run.
+        UserError: no seed was finished by both arms.
     """
-    _require_finished(arm)
-    full, target = baseline.length, mean(baseline.finals.values())
-    bounds = [_speed_up_bounds(c.epochs, c.values, target, full) for c in arm.curves.values()]
+    arm, baseline = of_common_seeds(arm, baseline)
+    bounds = _bounds_by_seed(arm, baseline)
     lows, highs = zip(*bounds, strict=True)
     low, high = (geometric_mean(lows) if all(lows) else 0.0), geometric_mean(highs)
-    interval = None
-    if lows == highs and len(lows) > 1:
-        low_log, high_log = t_interval([math.log(factor) for factor in lows])
-        interval = (math.exp(low_log), math.exp(high_log))
+    interval = _jackknife(arm, baseline, math.log(low)) if lows == highs else None
     return SpeedUp(low, high, interval, len(lows), never=lows.count(0.0))
 
 
-def speed_up_of_flat(baseline: Arm) -> SpeedUp | None:
-    """The speed-up of a baseline over itself; None unless it has made no progress before its end.
+def _bounds_by_seed(arm: Arm, baseline: Arm) -> list[Interval]:
+    full, target = baseline.length, mean(baseline.finals.values())
+    return [_speed_up_bounds(c.epochs, c.values, target, full) for c in arm.curves.values()]
 
-    Without a difference between two arms, `speed_up` gives this instead of 1: such a baseline is at
-    its final figure, by chance, long before its end.
+
+def _jackknife(arm: Arm, baseline: Arm, center: float) -> Interval | None:
+    """The interval of a speed-up that is measured on every seed; `center` is its logarithm."""
+    seeds = [*arm.runs]
+    if len(seeds) == 1:
+        return None
+    logs = []
+    for left_out in seeds:
+        sides = (
+            Arm(side.name, {seed: run for seed, run in side.runs.items() if seed != left_out})
+            for side in (arm, baseline)
+        )
+        bounds = _bounds_by_seed(*sides)
+        if any(low != high for low, high in bounds):
+            return None
+        logs.append(mean(math.log(low) for low, _ in bounds))
+    n = len(logs)
+    error = math.sqrt((n - 1) ** 2 / n) * stdev(logs)
+    half = t_quantile(0.95, n - 1) * error
+    return math.exp(center - half), math.exp(center + half)
+
+
+def speed_up_of_flat(baseline: Arm) -> SpeedUp | None:
+    """How much earlier than at its end a baseline reaches its own final figures, if it does.
+
+    That is what `speed_up` gives for an arm that does not differ from a baseline which has stopped
+    improving, or which fluctuates. None for one that improves until its end.
 
     Raises:
         UserError: no run of the baseline is finished.
     """
-    over_itself = speed_up(baseline, baseline)
-    return over_itself if over_itself.low > _FLAT else None
+    _require_finished(baseline)
+    bounds = [
+        _speed_up_bounds(c.epochs, c.values, float(c.values[-1]), float(c.epochs[-1]))
+        for c in baseline.curves.values()
+    ]
+    low, high = map(geometric_mean, zip(*bounds, strict=True))
+    return SpeedUp(low, high, None, len(bounds)) if low > _FLAT else None
 
 
 def speed_up_over_lengths(arms: Sequence[Arm], baseline: Arm, *, seed: int = 0) -> SpeedUp:

@@ -38,6 +38,7 @@ class Group:
         samples: the figures of finished runs in samples of the test images, by seed.
         stem_turns: by how many degrees the stem's filters have turned in finished runs, by seed;
             without those where it is unknown.
+        hardware: what each finished run was made on, by seed.
     """
 
     arm: str
@@ -47,6 +48,7 @@ class Group:
     baseline: str | None
     samples: Mapping[int, Samples | None] = field(default_factory=dict)
     stem_turns: Mapping[int, float] = field(default_factory=dict)
+    hardware: Mapping[int, str] = field(default_factory=dict)
 
     def as_arm(self) -> Arm:
         """For the functions of `comparison`."""
@@ -82,7 +84,7 @@ class Row:
         baseline_over_itself: the same of a baseline without progress before its end, for which the
             speed-up says nothing; None for others.
         cost: of a run, against the baseline's at the same length; None also where the time of a
-            run is not recorded.
+            run is not recorded, or where the two were not made on the same hardware.
         stem_turn: the mean of the group's, in degrees; of the weights themselves, also where the
             metric is that of their moving average.
     """
@@ -153,6 +155,8 @@ def _cost(group: Group, baseline: Group) -> Cost | None:
     seeds = _common(group, baseline)
     if not all(side.seconds[seed] for side in (group, baseline) for seed in seeds):
         return None  # the time of a run is not recorded
+    if any(group.hardware.get(seed) != baseline.hardware.get(seed) for seed in seeds):
+        return None
     ratios = [group.seconds[seed] / baseline.seconds[seed] for seed in seeds]
     if len(ratios) == 1:
         return Cost(ratios[0], None, 1)
@@ -167,30 +171,63 @@ def as_values(row: Row) -> dict[str, Any]:
     return {"arm": group.arm, "epochs": group.epochs, "baseline": group.baseline, **values}
 
 
-def verdicts(groups: Sequence[Group]) -> list[str]:
-    """A sentence on each arm that has a baseline: at the greatest length, and over lengths."""
-    longest = max(group.epochs for group in groups)
-    by_key = {(group.arm, group.epochs): group for group in groups}
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """A sentence on each arm that has a baseline: at the greatest length of both, and over lengths.
+
+    Args:
+        rows: of all arms and lengths, as `judge` makes them.
+    """
+    lengths = {row.group.epochs for row in rows}
     sentences = []
-    for group in groups:
-        baseline = by_key.get((group.baseline or "", longest))
-        if group.epochs < longest or baseline is None:
+    for arm in dict.fromkeys(row.group.arm for row in rows if row.group.baseline):
+        of_arm = [row for row in rows if row.group.arm == arm]
+        judged = [row for row in of_arm if row.difference is not None]
+        if not judged:
+            baseline = of_arm[0].group.baseline
+            sentences.append(f"{arm}: no seed was finished by it and by {baseline}.")
             continue
-        if not _common(group, baseline):
-            sentences.append(f"{group.arm}: no seed was finished by it and by {baseline.arm}.")
-            continue
-        arm, control = group.as_arm(), baseline.as_arm()
-        lengths = [other.as_arm() for other in groups if other.arm == group.arm]
-        over = None
-        # Trainings that ended early are not of the lengths that were to be compared.
-        is_whole = not any(side.early for side in (*lengths, control))
-        if len(lengths) > 1 and is_whole and _have_common_seed([*lengths, control]):
-            over = speed_up_over_lengths(lengths, control)
-        images = _over_images(group, baseline)
-        sentences.append(
-            verdict(arm, control, speed_up(*of_common_seeds(arm, control)), over, images)
+        row = max(judged, key=lambda row: row.group.epochs)
+        key = row.group.baseline, row.group.epochs
+        control = next(
+            other.group.as_arm() for other in rows if (other.group.arm, other.group.epochs) == key
         )
+        over_lengths = _over_lengths([other.group.as_arm() for other in of_arm], control)
+        sentence = verdict(row.group.as_arm(), control, row.speed_up, over_lengths, row.over_images)
+        at = f"At {row.group.epochs:g} epochs: " if len(lengths) > 1 else ""
+        sentences.append(at + sentence)
     return sentences
+
+
+def _over_lengths(arms: Sequence[Arm], control: Arm) -> SpeedUp | None:
+    """The speed-up over complete trainings; None where there are not enough of them."""
+    arms = [arm for arm in arms if arm.curves]
+    # Trainings that ended early are not of the lengths that were to be compared.
+    is_whole = not any(side.early for side in (*arms, control))
+    if len(arms) < 2 or not is_whole or not _have_common_seed([*arms, control]):
+        return None
+    return speed_up_over_lengths(arms, control)
+
+
+def without_samples(groups: Sequence[Group]) -> list[str]:
+    """A sentence on the runs that leave an arm without its interval over images, if others have it.
+
+    Samples that no run has were not asked for (TEST.BOOTSTRAP 0).
+    """
+    lacking = {
+        group.arm: [seed for seed in group.as_arm().curves if not group.samples.get(seed)]
+        for group in groups
+    }
+    if not any(lacking.values()) or not any(
+        sample for group in groups for sample in group.samples.values()
+    ):
+        return []
+    which = "; ".join(
+        f"{arm}, seed {', '.join(map(str, seeds))}" for arm, seeds in lacking.items() if seeds
+    )
+    return [
+        f"Runs without the metric's samples (TEST.BOOTSTRAP), so that their arm has no interval "
+        f"over images: {which}."
+    ]
 
 
 def unfinished(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -209,6 +246,11 @@ def unfinished(records: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{sum(map(len, seeds.values()))} of {len(records)} runs are missing here: {which}; the "
         "same command makes them."
     ]
+
+
+def hardware_of(starts: Sequence[Mapping[str, Any]]) -> str:
+    """What a run was made on, by the starts that its provenance has; "" if that is not known."""
+    return " or ".join(dict.fromkeys(start["hardware"] for start in starts))
 
 
 def origin(records: Sequence[Mapping[str, Any]]) -> str:
@@ -264,7 +306,7 @@ def table_cells(rows: Sequence[Row], metric: str) -> list[list[str]]:
         cells.append(in_points(row.difference))
         if images:
             over = row.over_images
-            cells.append(f"{over.low:+.2f} to {over.high:+.2f}" if over else "")
+            cells.append(f"{_signed(over.low)} to {_signed(over.high)}" if over else "")
         if has_lengths:
             cells.append(in_points(row.to_longest))
         cells += [_speed_up_cell(row), _ratio(row.cost)]
@@ -289,9 +331,13 @@ def in_points(difference: Difference | None) -> str:
     if difference is None:
         return ""
     if difference.interval is None:
-        return f"{difference.mean:+.2f}"
+        return _signed(difference.mean)
     low, high = difference.interval
-    return f"{difference.mean:+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{_signed(difference.mean)} ({_signed(low)} to {_signed(high)})"
+
+
+def _signed(points: float) -> str:
+    return f"{round(points, 2) + 0.0:+.2f}"  # -0.0 + 0.0 is 0.0
 
 
 def _speed_up_cell(row: Row) -> str:
@@ -305,7 +351,7 @@ def _factor(speed: SpeedUp | None) -> str:
     if speed.interval is not None:
         return f"{speed.low:.2f} ({speed.interval[0]:.2f} to {speed.interval[1]:.2f})"
     if speed.low == speed.high:
-        return f"{speed.low:.2f}"
+        return f"{speed.low:.2f}" + (" (uncertain)" if speed.n > 1 else "")
     low = f"{speed.low:.2f}" if speed.low else ""
     high = f"{speed.high:.2f}" if math.isfinite(speed.high) else ""
     return f"{low} to {high}" if low and high else f"> {low}" if low else f"< {high}"

@@ -31,7 +31,9 @@ def verdict(
     """
     clauses = [_difference_in_words(arm.name, baseline.name, paired_difference(arm, baseline))]
     if over_images is not None:
-        low, high = (_number(end, 1) for end in (over_images.low, over_images.high))
+        ends = over_images.low, over_images.high
+        digits = max(map(_digits, ends))
+        low, high = (_number(end, digits) for end in ends)
         clauses.append(
             f"for these weights, over all images like the {over_images.images:,} of the test: "
             f"{low} to {high} (95 % interval)"
@@ -41,7 +43,8 @@ def verdict(
         over_itself = speed_up_of_flat(of_common_seeds(arm, baseline)[1])
         if over_itself:
             bounds = _range_in_words(over_itself.low, over_itself.high)
-            clauses.append(f"that of {baseline.name} over itself is {bounds}, so this says nothing")
+            why = "as it reaches its final figures before its end"
+            clauses.append(f"{baseline.name} itself has {bounds}, {why}")
     if over_lengths is not None:
         clauses.append(f"speed-up over lengths: {_speed_up_in_words(over_lengths, 'bootstrap')}")
     clauses += [
@@ -95,7 +98,10 @@ def _speed_up_in_words(speed: SpeedUp, kind: str) -> str:
         return f"{words} ({kind} interval {_range_in_words(*speed.interval)}, {speed.n} seeds)"
     if speed.never:
         return f"{words} ({speed.never} of {speed.n} seeds never got there)"
-    return f"{words} (one seed)" if speed.n == 1 else words
+    if speed.n == 1:
+        return f"{words} (one seed)"
+    measured = speed.low == speed.high
+    return f"{words} ({speed.n} seeds, too uncertain for an interval)" if measured else words
 
 
 def _range_in_words(low: float, high: float) -> str:

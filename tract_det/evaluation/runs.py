@@ -20,7 +20,8 @@ class Record:
     """A run, as far as it has come.
 
     Attributes:
-        curve: the evaluations; None before the first one.
+        curve: the evaluations that gave a figure; None before the first one, and where the last
+            one gave none.
         is_finished: whether the last step was evaluated: that of the full length, or the one after
             which SOLVER.PATIENCE ended the run.
         seconds: wall time of the training steps, without evaluations and checkpoints.
@@ -55,9 +56,10 @@ def read_run(folder: Path, metric: str, *, steps: int, batch: int, images: int) 
         if metric in entry
     }
     curve = None
-    if points and all(map(math.isfinite, points.values())):
-        epochs = np.array(sorted(points)) * batch / images
-        curve = Curve(epochs, np.array([points[step] for step in sorted(points)], dtype=float))
+    if points and math.isfinite(points[max(points)]):
+        measured = [step for step in sorted(points) if math.isfinite(points[step])]
+        epochs = np.array(measured) * batch / images
+        curve = Curve(epochs, np.array([points[step] for step in measured], dtype=float))
     seconds, done = 0.0, 0
     for entry in entries:
         if "images_per_second" in entry:
@@ -81,7 +83,7 @@ def _entries(path: Path, metric: str) -> list[dict[str, Any]]:
     except UserError as error:
         raise UserError(f"{error}: {mend}") from error
     for number, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
+        if not isinstance(entry, dict) or not _is_step(entry.get("iteration")):
             raise UserError(f"{path} is damaged: line {number} has no iteration: {mend}")
         speed = entry.get("images_per_second", 1.0)
         figures = entry.get(metric), entry.get(_TURN)
@@ -89,6 +91,10 @@ def _entries(path: Path, metric: str) -> list[dict[str, Any]]:
         if not are_numbers or not _is_positive(speed):
             raise UserError(f"{path} is damaged: line {number} has no number: {mend}")
     return entries
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 def _is_positive(value: Any) -> bool:

@@ -118,8 +118,9 @@ def over_images(
         difference: the mean difference on the split, in points.
 
     Returns:
-        None if a run has no samples, if they are of different images, or if they are not of the
-        weights that make the difference: an evaluation of others may have left them.
+        None if a run has no samples, if they are of different images, if those of every run are
+        all equal (one image), or if they are not of the weights that make the difference: an
+        evaluation of others may have left them.
     """
     runs = [run for pair in pairs for run in pair if run is not None]
     kinds = {(run.split, run.values.shape) for run in runs}
@@ -131,4 +132,7 @@ def over_images(
     values = [run.values for run in runs]
     sampled = np.mean(values[::2], axis=0) - np.mean(values[1::2], axis=0)  # (B,)
     low, high = interval(difference, sampled)
-    return OverImages(low, high, runs[0].images, len(pairs)) if math.isfinite(low) else None
+    has_spread = any(np.ptp(run.values) > ROUNDING for run in runs)
+    if not (math.isfinite(low) and has_spread):
+        return None
+    return OverImages(low, high, runs[0].images, len(pairs))

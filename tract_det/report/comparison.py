@@ -3,30 +3,19 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 from markupsafe import Markup
 
 from tract_det.errors import UserError
-from tract_det.evaluation.comparison import Curve, mean_curve
-from tract_det.evaluation.comparison_report import (
-    Group,
-    Row,
-    in_points,
-    judge,
-    origin,
-    table_cells,
-)
-from tract_det.evaluation.samples import OverImages
+from tract_det.evaluation.comparison import mean_curve
+from tract_det.evaluation.comparison_file import JSON, rows_of
+from tract_det.evaluation.comparison_report import Group, Row, in_points, origin, table_cells
 from tract_det.files import write_text
 from tract_det.report.page import fill
 from tract_det.report.svg import Series, Whisker, interval_chart, line_chart
-
-COMPARISON = "comparison.json"
 
 
 def write_comparison(folder: Path, path: Path) -> None:
@@ -39,7 +28,7 @@ def write_comparison(folder: Path, path: Path) -> None:
     Raises:
         UserError: comparison.json is missing or damaged.
     """
-    source = folder / COMPARISON
+    source = folder / JSON
     try:
         content = json.loads(source.read_text())
         text = _render(content, folder, path.parent)
@@ -53,12 +42,8 @@ def write_comparison(folder: Path, path: Path) -> None:
 
 
 def _render(content: Mapping[str, Any], folder: Path, place: Path) -> str:
-    groups = _groups(content)
-    metric = content["metric"]
-    rows = [
-        replace(row, over_images=_over_images(values))  # a page has no samples of its own
-        for row, values in zip(judge(groups), content["rows"], strict=True)
-    ]
+    rows = rows_of(content)
+    groups, metric = [row.group for row in rows], content["metric"]
     head, *cells = table_cells(rows, metric)
     arms = list(dict.fromkeys(group.arm for group in groups))
     charts = [
@@ -80,35 +65,6 @@ def _render(content: Mapping[str, Any], folder: Path, place: Path) -> str:
         runs=[_run(run, folder, place) for run in content["runs"]],
         command=content["command"],
     )
-
-
-def _groups(content: Mapping[str, Any]) -> list[Group]:
-    """The runs by arm and length, in the order of the rows."""
-    groups = []
-    for row in content["rows"]:
-        arm, epochs = row["arm"], row["epochs"]
-        mine = [run for run in content["runs"] if (run["arm"], run["epochs"]) == (arm, epochs)]
-        curves = {run["seed"]: _curve(run) for run in mine if run["status"] != "missing"}
-        seconds = {
-            run["seed"]: run["training_seconds"] for run in mine if run["status"] == "finished"
-        }
-        turns = {run["seed"]: run.get("stem_turn") for run in mine if run["seed"] in seconds}
-        known = {seed: turn for seed, turn in turns.items() if turn is not None}
-        groups.append(Group(arm, epochs, curves, seconds, row["baseline"], stem_turns=known))
-    return groups
-
-
-def _over_images(row: Mapping[str, Any]) -> OverImages | None:
-    values = row.get("over_images")  # older files have none
-    return OverImages(**values) if values else None
-
-
-def _curve(run: Mapping[str, Any]) -> Curve | None:
-    if run["status"] != "finished":
-        return None
-    curve = run["curve"]
-    epochs, values = (np.array(curve[key], dtype=float) for key in ("epochs", "values"))
-    return Curve(epochs, values, curve.get("is_early", False))
 
 
 def _curves(groups: Sequence[Group], arms: Sequence[str], metric: str) -> str:

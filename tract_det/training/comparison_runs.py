@@ -14,14 +14,16 @@ from tract_det.engine.progress import Progress
 from tract_det.engine.writers import clock
 from tract_det.errors import DivergedError, UserError
 from tract_det.evaluation.comparison import mean_curve
+from tract_det.evaluation.comparison_file import JSON, MARKDOWN, PICTURE, markdown
 from tract_det.evaluation.comparison_report import (
     Group,
     as_values,
+    hardware_of,
     judge,
-    origin,
     table,
     unfinished,
     verdicts,
+    without_samples,
 )
 from tract_det.evaluation.runs import Record, read_run
 from tract_det.evaluation.samples import read_samples
@@ -303,6 +305,7 @@ def _group(
             for seed, (_, record) in finished.items()
             if record.stem_turn is not None
         },
+        {seed: hardware_of(provenance.read(run.folder)) for seed, (run, _) in finished.items()},
     )
 
 
@@ -322,12 +325,11 @@ def report(planned: Comparison, command: str) -> None:
         why = f"{diverged} of {len(records)} diverged" if diverged else "nothing to compare yet"
         raise UserError(f"no run in {planned.output} is finished: {why}")
     rows = judge(arms)
-    sentences = verdicts(arms) + unfinished(records)
-    text = "\n\n".join([table(rows, planned.metric), *sentences])
-    print(f"\n{text}\n")
-    heading = f"# Comparison of {', '.join(variant.name for variant in planned.variants)}"
-    heading += f"\n\n`{command}`\n\n{origin(records)}\n\n![metric](comparison.png)"
-    write_text(planned.output / "comparison.md", f"{heading}\n\n{text}\n")
+    sentences = verdicts(rows) + without_samples(arms) + unfinished(records)
+    print("\n" + "\n\n".join([table(rows, planned.metric), *sentences]) + "\n")
+    names = [variant.name for variant in planned.variants]
+    text = markdown(names, command, records, rows, planned.metric, sentences)
+    write_text(planned.output / MARKDOWN, text)
     content = {
         "command": command,
         "metric": planned.metric,
@@ -336,13 +338,13 @@ def report(planned: Comparison, command: str) -> None:
         "verdicts": sentences,
         "runs": records,
     }
-    write_json(planned.output / "comparison.json", content)
+    write_json(planned.output / JSON, content)
     print(f"wrote comparison.md and .json to {planned.output}")
     page = planned.output / "comparison.html"
     with beside_the_results(page):
         write_comparison(planned.output, page)
         print(f"wrote {page}")
-    picture = planned.output / "comparison.png"
+    picture = planned.output / PICTURE
     with beside_the_results(picture):
         comparison(picture, [_line(group) for group in arms], planned.metric)
         print(f"wrote {picture}")
