@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 
 import pytest
 
@@ -149,6 +150,21 @@ def test_a_row_that_is_not_there_not_carried_or_not_one_is_refused():
         call("paper", ["voc2007/vgg16/plain", "SEED"])
     with pytest.raises(UserError, match="--run takes one row, such as transfer/cifar10/plain"):
         call("paper", ["transfer", "--run"])
+
+
+def test_a_row_s_run_takes_the_place_of_the_command(monkeypatch):
+    """So a signal to the command is one to the training, which then saves a checkpoint."""
+    started = []
+    monkeypatch.setattr("os.execv", lambda program, command: started.append((program, command)))
+    call("paper", ["cifar100/ResNet18/tract-200", "--run", "SEED", "1"])
+    ((program, command),) = started
+    assert program == sys.executable and command[:4] == [program, "-m", "tract_det.cli", "pretrain"]
+    assert command[-4:] == [
+        "OUTPUT_DIR",
+        "output/paper/cifar100/ResNet18/tract-200-seed1",
+        "SEED",
+        "1",
+    ]
 
 
 @pytest.mark.slow

@@ -95,7 +95,8 @@ def move_aside(folder: Path, entries: Sequence[Path]) -> Path:
 
 def cannot_write(path: Path, error: OSError) -> UserError:
     """The error that a file cannot be written, with the mend where there is one."""
-    mend = ": free some space, then go on with --resume" if error.errno == errno.ENOSPC else ""
+    full = ": free some space, then start again (a training: go on with --resume)"
+    mend = full if error.errno == errno.ENOSPC else ""
     return UserError(f"{path} cannot be written: {error.strerror or error}{mend}")
 
 

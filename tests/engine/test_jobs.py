@@ -181,3 +181,9 @@ def test_an_error_leaves_no_job_running(tmp_path):
     with sole_use(tmp_path) as lock, pytest.raises(UserError, match="ends"):
         run_jobs(jobs, [{}, {}], lock=lock, on_end=fail)
     assert (tmp_path / "waits/log.txt").read_text() == "saved\n"
+
+
+def test_a_lock_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / ".lock").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"\.lock cannot be written"), sole_use(tmp_path):
+        pass

@@ -103,7 +103,8 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         args.output,
     )
     planned = comparison.build(design)
-    gpus = jobs.visible_gpus(distributed.gpus())
+    is_for_cpu = all(run.cfg.MODEL.DEVICE == "cpu" for run in planned.runs)
+    gpus = [] if is_for_cpu else jobs.visible_gpus(distributed.gpus())
     number = args.jobs or len(gpus) or 1
     threads = jobs.threads_of_each(number, len(os.sched_getaffinity(0)))
     if args.plan:

@@ -11,8 +11,8 @@ many as there are. The rows are in `configs/paper.yaml`, each with its table or 
 """
 
 import argparse
+import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -56,7 +56,9 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     print(shlex.join([*_launcher(processes, python=False), *arguments]), flush=True)
     if not args.run:
         return 0
-    return subprocess.run([*_launcher(processes, python=True), *arguments], check=False).returncode
+    command = [*_launcher(processes, python=True), *arguments]
+    # In place of this process, so that every signal reaches the training, which saves a checkpoint.
+    os.execv(command[0], command)
 
 
 def _number(row: Row) -> str:

@@ -112,9 +112,12 @@ def sole_use(folder: Path, *, waits_for_orphans: bool = False) -> Iterator[IO[st
                 ) from None
             print(f"waiting for the runs that a killed process left in {folder}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()} {socket.gethostname()}")
-        lock.flush()
+        try:
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} {socket.gethostname()}")
+            lock.flush()
+        except OSError as error:
+            raise cannot_write(path, error) from error
         try:
             yield lock
         finally:

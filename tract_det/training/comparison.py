@@ -28,6 +28,8 @@ LoadCfg = Callable[..., CfgNode]
 # What a comparison sets itself, with what to use instead.
 _TAKEN = {"SEED": "--seeds", "OUTPUT_DIR": "--output", "ARM": "--arms"}
 _LENGTHS = ("SOLVER.MAX_ITER", "SOLVER.EPOCHS")
+# What is the same for all runs, so that their curves and figures can be compared.
+_OF_EVALUATION = ("TEST.EVAL_PERIOD", "TEST.EVAL_EPOCHS", "TEST.BEST_METRIC")
 # Beside DATASETS, what selects the images of an epoch.
 _SELECTING = (
     "DATALOADER.FILTER_EMPTY_ANNOTATIONS",
@@ -57,11 +59,8 @@ class Variant:
 
     @property
     def model(self) -> tuple[tuple[str, str] | str, ...]:
-        """Variants for which this is equal build and train the same kind of model.
-
-        TrAct's own numbers do not change what a step costs.
-        """
-        return self.arm, *(pair for pair in self.settings if not pair[0].startswith("MODEL.TRACT."))
+        """Variants for which this is equal build the same model, and their steps cost the same."""
+        return self.arm, *(pair for pair in self.settings if pair[0] != "MODEL.TRACT.LAMBDA")
 
     @property
     def folder(self) -> str:
@@ -86,7 +85,7 @@ class PlannedRun:
 
     Attributes:
         variant: arm and swept values.
-        epochs: length.
+        epochs: length, to four digits.
         steps: length in optimizer steps.
         seed: SEED.
         folder: OUTPUT_DIR.
@@ -217,7 +216,7 @@ def build(design: Design) -> Comparison:
     training, test = task.read_data(first)
     images = len(training)
     steps = task.plan(first, images).max_iter
-    lengths = sorted(design.lengths) or [_rounded(steps * first.SOLVER.IMS_PER_BATCH / images)]
+    lengths = sorted(design.lengths) or [steps * first.SOLVER.IMS_PER_BATCH / images]
     paths = [path for name in design.config_files for path in find_configs(name)[0]]
     output = design.output or Path("output/compare", run_name(paths))
     files = [part for name in design.config_files for part in ("--config-file", str(name))]
@@ -225,13 +224,15 @@ def build(design: Design) -> Comparison:
     for epochs, variant in itertools.product(lengths, variants):
         of_all_seeds = _pairs(design, task, load_cfg, variant, images, epochs)
         whole = load_cfg(design.config_files, of_all_seeds, variant.arm)
+        task.check(whole)
         max_iter = task.plan(whole, images).max_iter
         for seed in range(design.seeds):
-            folder = output / variant.folder / f"{epochs:g}-epochs" / f"seed{seed}"
+            folder = output / variant.folder / f"{_rounded(epochs):g}-epochs" / f"seed{seed}"
             pairs = [*of_all_seeds, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
             cfg = _with(whole, SEED=seed, OUTPUT_DIR=str(folder))
             arguments = [tasks.VERBS[name], *files, "--arm", variant.arm, *pairs]
-            runs.append(PlannedRun(variant, epochs, max_iter, seed, folder, arguments, cfg))
+            length = _rounded(epochs)
+            runs.append(PlannedRun(variant, length, max_iter, seed, folder, arguments, cfg))
     runs.sort(key=lambda run: run.seed)
     _refuse_shared_folders(runs)
     _refuse_equal_lengths(runs)
@@ -253,6 +254,8 @@ def _refuse_keys(design: Design) -> None:
     for key in design.sweeps:
         if key in _LENGTHS:
             raise UserError(f"--sweep {key}: lengths are compared by --lengths, in epochs")
+        if key in _OF_EVALUATION:
+            raise UserError(f"--sweep {key}: all runs are evaluated alike; give it as KEY VALUE")
         if key.startswith("DATASETS.") or key in _SELECTING:
             raise UserError(
                 f"--sweep {key}: all runs of a comparison have the same images; give each value a "
@@ -352,19 +355,26 @@ def _rounded(epochs: float) -> float:
 def baseline_of(variant: Variant, variants: Sequence[Variant], arm: str) -> Variant | None:
     """The variant of the baseline's arm that a variant is judged against.
 
-    It has the same values of the swept keys, as far as its arm has them. A variant of the same arm
-    as the baseline is judged against the first one. None for the baseline itself.
+    It has the same values of the swept keys that both arms have. A variant of the same arm as the
+    baseline is judged against the first one. None for the baseline itself.
     """
     candidates = [other for other in variants if other.arm == arm]
-    if variant.arm != arm:
-        settings = set(variant.settings)
-        matching = [other for other in candidates if set(other.settings) <= settings]
-        return (matching or candidates)[0]
-    return candidates[0] if variant != candidates[0] else None
+    if variant.arm == arm:
+        return candidates[0] if variant != candidates[0] else None
+    settings = dict(variant.settings)
+    return next(
+        other
+        for other in candidates
+        if all(settings.get(key, value) == value for key, value in other.settings)
+    )
 
 
-def refuse_other_settings(run: PlannedRun) -> None:
+def refuse_other_settings(run: PlannedRun, defaults: CfgNode) -> None:
     """Refuses to take the run in a folder for another one; what is incidental may differ.
+
+    Args:
+        run: as it is planned.
+        defaults: for keys that did not exist when the run there was made.
 
     Raises:
         UserError: the run there was made with other settings, and the message names the key; or
@@ -377,14 +387,17 @@ def refuse_other_settings(run: PlannedRun) -> None:
             raise UserError(f"{path} is missing, so whose run this is cannot be told: {mend}")
         return
     try:
-        before, now = flat(read_config(path)), flat(run.cfg)
+        stored, now = flat(read_config(path)), flat(run.cfg)
     except UserError as error:
         raise UserError(f"{error}: {mend}") from error
+    if not stored.keys() & now.keys():
+        raise UserError(f"{path} has no key of this task, so its run is unknown: {mend}")
+    before = {**flat(defaults), **stored}
     for key, value in now.items():
-        if key not in INCIDENTAL and _comparable(before.get(key, value)) != _comparable(value):
+        if key not in INCIDENTAL and _comparable(before.get(key)) != _comparable(value):
             raise UserError(
-                f"{run.folder} has a run with {key} {before[key]}, and this one has {value}: give "
-                "this comparison a folder of its own by --output"
+                f"{run.folder} has a run with {key} {before.get(key)}, and this one has {value}: "
+                "give this comparison a folder of its own by --output"
             )
 
 

@@ -138,12 +138,13 @@ def measure(task: Task, cfg: CfgNode, threads: int) -> Measured:
             raise KeyboardInterrupt
         network = ds.whole_model(engine)
         few = min(len(test), max(8, 2 * cfg.TEST.IMS_PER_BATCH))
+        more = min(len(test), 3 * few)
         times = []
-        for count in (few, 3 * few):
+        for count in (few, more):
             began = time.perf_counter()
             task.evaluation(cfg, test.first(count), built.meta, device)(network, average)
             times.append(time.perf_counter() - began)
-        an_image = max(0.0, times[1] - times[0]) / (2 * few)
+        an_image = max(0.0, times[1] - times[0]) / max(1, more - few)
         checkpoint.save_weights(Path(scratch, "weights.pth"), built.model, {})
         output = Path(scratch, "run")
         checkpoint.save(

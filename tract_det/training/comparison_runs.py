@@ -11,7 +11,7 @@ from typing import IO, Any
 from tract_det.engine import checkpoint, provenance, run_folder
 from tract_det.engine.jobs import Ended, Job, run_jobs
 from tract_det.engine.progress import Progress
-from tract_det.engine.writers import clock
+from tract_det.engine.writers import clock, say
 from tract_det.errors import DivergedError, UserError
 from tract_det.evaluation.comparison import mean_curve
 from tract_det.evaluation.comparison_file import JSON, MARKDOWN, PICTURE, markdown
@@ -29,6 +29,7 @@ from tract_det.evaluation.runs import Record, read_run
 from tract_det.evaluation.samples import read_samples
 from tract_det.files import make_folder, remove_abandoned, write_json, write_text
 from tract_det.report.comparison import write_comparison
+from tract_det.tract import TrActError
 from tract_det.training import session
 from tract_det.training.comparison import (
     Comparison,
@@ -84,9 +85,9 @@ def missing(planned: Comparison) -> list[PlannedRun]:
     Raises:
         UserError: a folder has a run with other settings or on other images.
     """
-    runs = []
+    runs, defaults = [], planned.task.defaults()
     for run in planned.runs:
-        refuse_other_settings(run)
+        refuse_other_settings(run, defaults)
         _refuse_other_images(run, planned.images)
         if not _is_done(planned, run):
             runs.append(run)
@@ -121,7 +122,7 @@ def _refuse_unfit(planned: Comparison, todo: Sequence[PlannedRun]) -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 weights = planned.task.read_weights(run.cfg)
                 session.build(planned.task, run.cfg, planned.training, weights)
-        except UserError as error:
+        except (UserError, TrActError) as error:
             raise UserError(f"arm {run.variant.name}: {error}") from error
 
 
@@ -154,7 +155,7 @@ def run_missing(
         lock: of the comparison's folder.
 
     Returns:
-        An exit code: 0 if every run finished or diverged.
+        An exit code: 0 if every run has finished or diverged.
 
     Raises:
         UserError: a run was made with other settings, or an arm does not fit the model.
@@ -166,31 +167,28 @@ def run_missing(
         if run not in todo and not _has_diverged(run):
             _tidy(run)  # it ended after this program was killed
     done = len(planned.runs) - len(todo)
-    print(
-        f"{len(planned.runs)} runs, {done} of them done; {len(environments)} at a time", flush=True
-    )
+    say(f"{len(planned.runs)} runs, {done} of them done; {len(environments)} at a time")
     if todo and (warning := _other_code(planned)):
-        print(warning, flush=True)
+        say(warning)
     by_name = {run.name: run for run in todo}
-    failures: list[str] = []
+    left: list[str] = []
 
     def on_end(ended: Ended) -> None:
         nonlocal done
         done += 1
         run = by_name[ended.job.name]
-        outcome, has_failed = _settle(planned, run, ended)
-        if has_failed:
-            failures.append(run.name)
-        progress = f"[{done}/{len(planned.runs)}] {run.name}"
-        print(f"{progress}: {outcome} ({clock(ended.seconds)})", flush=True)
+        outcome, has_ended = _settle(planned, run, ended)
+        if not has_ended:
+            left.append(run.name)
+        say(f"[{done}/{len(planned.runs)}] {run.name}: {outcome} ({clock(ended.seconds)})")
 
     stopped_by = run_jobs(
         [_job(planned, run) for run in todo], environments, lock=lock, on_end=on_end
     )
     if stopped_by:
-        print("stopped: the same command goes on from here", flush=True)
+        say("stopped: the same command goes on from here")
         return 128 + stopped_by
-    return 1 if failures else 0
+    return 1 if left else 0
 
 
 def _job(planned: Comparison, run: PlannedRun) -> Job:
@@ -201,7 +199,8 @@ def _job(planned: Comparison, run: PlannedRun) -> Job:
         start = ["--resume"]
     else:
         # Here and not by the run's own --overwrite, which would move the open log as well.
-        run_folder.move_aside(run.folder)
+        with run_folder.sole_use(run.folder):
+            run_folder.move_aside(run.folder)
     command = [sys.executable, "-m", "tract_det.cli", verb, *start, *arguments]
     return Job(run.name, command, run.folder / _LOG)
 
@@ -223,7 +222,7 @@ def _can_go_on(planned: Comparison, run: PlannedRun) -> bool:
         why = f"{metrics} lacks the last evaluation, and no checkpoint is left"
     else:
         return False
-    print(f"{run.name} is made again: {why}", flush=True)
+    say(f"{run.name} is made again: {why}")
     return False
 
 
@@ -234,20 +233,30 @@ def _tidy(run: PlannedRun) -> None:
 
 
 def _settle(planned: Comparison, run: PlannedRun, ended: Ended) -> tuple[str, bool]:
-    """Notes how a run has ended; returns it in words, and whether it has failed."""
+    """Notes how a run has ended; returns it in words, and whether it has finished or diverged."""
     log = run.folder / _LOG
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     last = lines[-1].removeprefix("error: ") if lines else "without a word"
     if ended.code == DivergedError.exit_code:
         write_text(run.folder / _DIVERGED, last + "\n")
-        return f"diverged: {last}", False
+        return (
+            f"diverged: {last} (it counts as failed; to make it again, delete {run.folder})",
+            True,
+        )
     record = read(planned, run)
-    if ended.code == 0 and record and record.is_finished and record.curve:
+    if ended.code == 0 and record and record.is_finished:
+        if not record.curve:
+            return (
+                f"{planned.metric} of the last evaluation is no number: it counts as failed",
+                True,
+            )
         _tidy(run)
-        return f"{planned.metric} {record.curve.values[-1]:.2f}", False
+        return f"{planned.metric} {record.curve.values[-1]:.2f}", True
     if ended.code in _STOPPED:
         return "stopped, its checkpoint is saved", False
-    return f"failed: {last} (see {log})", True
+    if ended.code < 0:
+        return f"killed by {signal.Signals(-ended.code).name}; the end of {log}: {last}", False
+    return f"failed: {last} (see {log})", False
 
 
 # The report
@@ -326,7 +335,7 @@ def report(planned: Comparison, command: str) -> None:
         raise UserError(f"no run in {planned.output} is finished: {why}")
     rows = judge(arms)
     sentences = verdicts(rows) + without_samples(arms) + unfinished(records)
-    print("\n" + "\n\n".join([table(rows, planned.metric), *sentences]) + "\n")
+    say("\n" + "\n\n".join([table(rows, planned.metric), *sentences]) + "\n")
     names = [variant.name for variant in planned.variants]
     text = markdown(names, command, records, rows, planned.metric, sentences)
     write_text(planned.output / MARKDOWN, text)
@@ -339,15 +348,15 @@ def report(planned: Comparison, command: str) -> None:
         "runs": records,
     }
     write_json(planned.output / JSON, content)
-    print(f"wrote comparison.md and .json to {planned.output}")
+    say(f"wrote {MARKDOWN} and {JSON} to {planned.output}")
     page = planned.output / "comparison.html"
     with beside_the_results(page):
         write_comparison(planned.output, page)
-        print(f"wrote {page}")
+        say(f"wrote {page}")
     picture = planned.output / PICTURE
     with beside_the_results(picture):
         comparison(picture, [_line(group) for group in arms], planned.metric)
-        print(f"wrote {picture}")
+        say(f"wrote {picture}")
 
 
 def _line(group: Group) -> Line:
