@@ -213,11 +213,14 @@ def _cell(row: Row, measured: Measured) -> str:
 
 def _origin(row: Row, figures: Mapping[str, Mapping[str, Any]]) -> str:
     """Where a measured figure comes from."""
-    *_, last = figures.values()
+    first, *_ = figures.values()
     seeds = ", ".join(f"seed {seed}: {figure['value']:.2f}" for seed, figure in figures.items())
     config = f"[{row.config}](../configs/{row.config})"
-    where = f"commit {last['commit']}, {last['hardware']}, {last['date'][:10]}"
-    return f"{last['metric']}, {seeds}; {config}, {where}"
+    made = dict.fromkeys(
+        f"commit {figure['commit']}, {figure['hardware']}, {figure['date'][:10]}"
+        for figure in figures.values()
+    )
+    return f"{first['metric']}, {seeds}; {config}, {' and '.join(made)}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from tract_det.training.comparison import (
     parse_sweep,
     parse_sweeps,
 )
-from tract_det.training.comparison_estimate import seconds_beside
+from tract_det.training.comparison_estimate import _extrapolated, seconds_beside
 from tract_det.training.comparison_runs import missing
 
 
@@ -176,6 +176,12 @@ def test_runs_beside_each_other_take_as_long_as_the_last_of_them():
     assert seconds_beside([3.0, 3.0, 3.0], 1) == 9
     assert seconds_beside([3.0, 3.0, 3.0], 2) == 6
     assert seconds_beside([3.0], 4) == 3 and seconds_beside([], 2) == 0
+
+
+@pytest.mark.parametrize("images", [8, 10, 24, 100])
+def test_an_evaluation_of_all_images_is_estimated_from_a_few(images):
+    assert _extrapolated(lambda count: 3 + 0.5 * count, 8, images) == 3 + 0.5 * images
+    assert _extrapolated(lambda count: 3.0, min(8, images), images) == 3
 
 
 def test_a_run_s_configuration_is_that_of_its_command(tmp_path, images):

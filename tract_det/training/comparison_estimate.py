@@ -6,9 +6,10 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -113,38 +114,17 @@ def measure(task: Task, cfg: CfgNode, threads: int) -> Measured:
         built = session.build(task, cfg, training, task.read_weights(cfg))
         engine, ema = session.prepare(cfg, built, device)
         average = ema.model if ema is not None else None
-        steps: list[Step] = []
-
-        def note(step: Step) -> None:
-            step.read()  # its time is that of the device, too
-            steps.append(step)
-            is_long = sum(step.seconds for step in steps) > _SECONDS
-            if len(steps) >= _WARM_UP + 2 and is_long:
-                stop.number = stop.number or _ENOUGH
-
-        with StopSignal() as stop:
-            train(
-                engine,
-                task.loader(cfg, training, built.meta, 0),
-                start=0,
-                max_iter=_WARM_UP + _MEASURED,
-                accumulation=cfg.SOLVER.ACCUMULATION,
-                lr_at=lambda step: 0.0,
-                after_step=note,
-                stop=stop,
-                memory_format=built.memory_format,
-            )
-        if stop.number not in (0, _ENOUGH):
-            raise KeyboardInterrupt
+        loader = task.loader(cfg, training, built.meta, 0)
+        step = _seconds_of_a_step(engine, loader, cfg.SOLVER.ACCUMULATION, built.memory_format)
         network = ds.whole_model(engine)
-        few = min(len(test), max(8, 2 * cfg.TEST.IMS_PER_BATCH))
-        more = min(len(test), 3 * few)
-        times = []
-        for count in (few, more):
+
+        def evaluate(images: int) -> float:
             began = time.perf_counter()
-            task.evaluation(cfg, test.first(count), built.meta, device)(network, average)
-            times.append(time.perf_counter() - began)
-        an_image = max(0.0, times[1] - times[0]) / max(1, more - few)
+            task.evaluation(cfg, test.first(images), built.meta, device)(network, average)
+            return time.perf_counter() - began
+
+        few = min(len(test), max(8, 2 * cfg.TEST.IMS_PER_BATCH))
+        evaluation = _extrapolated(evaluate, few, len(test))
         checkpoint.save_weights(Path(scratch, "weights.pth"), built.model, {})
         output = Path(scratch, "run")
         checkpoint.save(
@@ -152,8 +132,46 @@ def measure(task: Task, cfg: CfgNode, threads: int) -> Measured:
         ).result()
         ds.stop()
         return Measured(
-            statistics.median(step.seconds for step in steps[_WARM_UP:]),
-            times[0] + an_image * (len(test) - few),
+            step,
+            evaluation,
             Path(scratch, "weights.pth").stat().st_size * (1 if average is None else 2),
             sum(path.stat().st_size for path in output.rglob("*") if path.is_file()),
         )
+
+
+def _seconds_of_a_step(
+    engine: Any, loader: Iterable[Any], accumulation: int, memory_format: torch.memory_format
+) -> float:
+    """The median of a few training steps, without those that warm up."""
+    steps: list[Step] = []
+
+    def note(step: Step) -> None:
+        step.read()  # its time is that of the device, too
+        steps.append(step)
+        is_long = sum(step.seconds for step in steps) > _SECONDS
+        if len(steps) >= _WARM_UP + 2 and is_long:
+            stop.number = stop.number or _ENOUGH
+
+    with StopSignal() as stop:
+        train(
+            engine,
+            loader,
+            start=0,
+            max_iter=_WARM_UP + _MEASURED,
+            accumulation=accumulation,
+            lr_at=lambda step: 0.0,
+            after_step=note,
+            stop=stop,
+            memory_format=memory_format,
+        )
+    if stop.number not in (0, _ENOUGH):
+        raise KeyboardInterrupt
+    return statistics.median(step.seconds for step in steps[_WARM_UP:])
+
+
+def _extrapolated(seconds: Callable[[int], float], few: int, images: int) -> float:
+    """Seconds of all images, from those of a few and of three times as many, or of all."""
+    more = min(images, 3 * few)
+    first, second = seconds(few), seconds(more)
+    an_image = max(0.0, second - first) / max(1, more - few)
+    return first + an_image * (images - few)
