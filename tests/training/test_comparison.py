@@ -15,7 +15,7 @@ from tract_det.training.comparison import (
     parse_sweeps,
 )
 from tract_det.training.comparison_estimate import _extrapolated, seconds_beside
-from tract_det.training.comparison_runs import missing
+from tract_det.training.comparison_folders import missing
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,9 @@ from tract_det.engine.jobs import Ended
 from tract_det.errors import DivergedError, UserError
 from tract_det.evaluation.samples import write_samples
 from tract_det.training import comparison_runs
-from tract_det.training.comparison import build, refuse_other_settings
-from tract_det.training.comparison_runs import groups, has_results, missing, report, run_missing
+from tract_det.training.comparison import build
+from tract_det.training.comparison_folders import has_results, missing, refuse_other_settings
+from tract_det.training.comparison_runs import groups, report, run_missing
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ differences are paired: each seed against itself, with a 95 % interval by Studen
 test images. Beside it is the interval over images, for these weights, by resampling those of the
 test split. The speed-up is the baseline's length over the epoch at which an arm reaches the
 baseline's final figure; over several lengths, complete trainings are compared.
-tract_det/evaluation/comparison.py says what these figures cannot tell. How far the filters of the
+tract_det/evaluation/speed_up.py says what these figures cannot tell. How far the filters of the
 stem have turned from what they were, in degrees, says how much it has learned under this rule and
 rate; where that is little, SOLVER.STEM.LR_FACTOR is worth a try.
 """
@@ -89,7 +89,8 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     from tract_det.engine import jobs
     from tract_det.training import comparison
     from tract_det.training.comparison_estimate import estimate
-    from tract_det.training.comparison_runs import has_results, report, run_missing
+    from tract_det.training.comparison_folders import has_results
+    from tract_det.training.comparison_runs import report, run_missing
 
     sweeps = comparison.parse_sweeps(args.sweep)
     design = comparison.Design(

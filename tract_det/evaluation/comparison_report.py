@@ -11,17 +11,14 @@ from tract_det.evaluation.comparison import (
     Curve,
     Difference,
     Interval,
-    SpeedUp,
     Summary,
     of_common_seeds,
     paired_difference,
-    speed_up,
-    speed_up_of_flat,
-    speed_up_over_lengths,
     summarize,
 )
 from tract_det.evaluation.comparison_words import verdict
 from tract_det.evaluation.samples import OverImages, Samples, over_images
+from tract_det.evaluation.speed_up import SpeedUp, speed_up, speed_up_of_flat, speed_up_over_lengths
 from tract_det.evaluation.student_t import t_interval
 
 

@@ -6,12 +6,11 @@ from tract_det.evaluation.comparison import (
     ROUNDING,
     Arm,
     Difference,
-    SpeedUp,
     of_common_seeds,
     paired_difference,
-    speed_up_of_flat,
 )
 from tract_det.evaluation.samples import OverImages
+from tract_det.evaluation.speed_up import SpeedUp, speed_up_of_flat
 
 
 def verdict(

@@ -16,8 +16,7 @@ from fvcore.common.config import CfgNode
 
 from tract_det.config import tasks
 from tract_det.config.arms import the_one
-from tract_det.config.files import find_configs, flat, read_config, run_name
-from tract_det.config.resuming import INCIDENTAL
+from tract_det.config.files import find_configs, flat, run_name
 from tract_det.errors import UserError
 from tract_det.files import file_name_part
 from tract_det.training.session import fingerprints
@@ -367,40 +366,3 @@ def baseline_of(variant: Variant, variants: Sequence[Variant], arm: str) -> Vari
         for other in candidates
         if all(settings.get(key, value) == value for key, value in other.settings)
     )
-
-
-def refuse_other_settings(run: PlannedRun, defaults: CfgNode) -> None:
-    """Refuses to take the run in a folder for another one; what is incidental may differ.
-
-    Args:
-        run: as it is planned.
-        defaults: for keys that did not exist when the run there was made.
-
-    Raises:
-        UserError: the run there was made with other settings, and the message names the key; or
-            they cannot be told.
-    """
-    path = run.folder / "config.yaml"
-    mend = f"delete {run.folder} to make the run again"
-    if not path.is_file():
-        if (run.folder / "metrics.jsonl").is_file():
-            raise UserError(f"{path} is missing, so whose run this is cannot be told: {mend}")
-        return
-    try:
-        stored, now = flat(read_config(path)), flat(run.cfg)
-    except UserError as error:
-        raise UserError(f"{error}: {mend}") from error
-    if not stored.keys() & now.keys():
-        raise UserError(f"{path} has no key of this task, so its run is unknown: {mend}")
-    before = {**flat(defaults), **stored}
-    for key, value in now.items():
-        if key not in INCIDENTAL and _comparable(before.get(key)) != _comparable(value):
-            raise UserError(
-                f"{run.folder} has a run with {key} {before.get(key)}, and this one has {value}: "
-                "give this comparison a folder of its own by --output"
-            )
-
-
-def _comparable(value: Any) -> Any:
-    """A value whose type may have changed between versions: "", [] and 0 all mean none."""
-    return (list(value) if isinstance(value, tuple) else value) or None

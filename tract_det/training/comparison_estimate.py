@@ -20,7 +20,7 @@ from tract_det.engine.step import Step
 from tract_det.engine.writers import clock
 from tract_det.training import assembly, session
 from tract_det.training.comparison import Comparison, PlannedRun
-from tract_det.training.comparison_runs import missing
+from tract_det.training.comparison_folders import missing
 from tract_det.training.task import Task
 
 _WARM_UP, _MEASURED = 3, 10  # steps until the speed is steady, and those that count

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from tract_det.engine import checkpoint, provenance, run_folder
+from tract_det.engine import provenance, run_folder
 from tract_det.engine.jobs import Ended, Job, run_jobs
-from tract_det.engine.progress import Progress
 from tract_det.engine.writers import clock, say
 from tract_det.errors import DivergedError, UserError
 from tract_det.evaluation.comparison import mean_curve
@@ -25,90 +24,26 @@ from tract_det.evaluation.comparison_report import (
     verdicts,
     without_samples,
 )
-from tract_det.evaluation.runs import Record, read_run
+from tract_det.evaluation.runs import Record
 from tract_det.evaluation.samples import read_samples
 from tract_det.files import make_folder, remove_abandoned, write_json, write_text
 from tract_det.report.comparison import write_comparison
 from tract_det.tract import TrActError
 from tract_det.training import session
-from tract_det.training.comparison import (
-    Comparison,
-    PlannedRun,
-    Variant,
-    refuse_other_settings,
+from tract_det.training.comparison import Comparison, PlannedRun, Variant
+from tract_det.training.comparison_folders import (
+    DIVERGED,
+    can_go_on,
+    has_diverged,
+    missing,
+    read,
 )
 from tract_det.visualize import Line, beside_the_results, comparison
 
-# A run that diverged has this file, with the error: it would diverge again.
-_DIVERGED = "diverged.txt"
 _LOG = "log.txt"
 
 # Exit codes of a trainer that a signal has stopped: it has saved a checkpoint.
 _STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
-
-
-def read(planned: Comparison, run: PlannedRun) -> Record | None:
-    """What a run has left; None if it has not begun."""
-    if not (run.folder / "metrics.jsonl").is_file():
-        return None
-    return read_run(
-        run.folder,
-        planned.metric,
-        steps=run.steps,
-        batch=run.cfg.SOLVER.IMS_PER_BATCH,
-        images=len(planned.training),
-    )
-
-
-def _has_diverged(run: PlannedRun) -> bool:
-    return (run.folder / _DIVERGED).is_file()
-
-
-def _is_done(planned: Comparison, run: PlannedRun) -> bool:
-    """Whether a run has finished, with all that it leaves, or diverged."""
-    record = read(planned, run)
-    if not (record and record.is_finished):
-        return _has_diverged(run)
-    # Killed between its last figure and its page, it may lack weights: what is left takes no time.
-    return not checkpoint.iterations(run.folder) or (run.folder / "report.html").is_file()
-
-
-def has_results(planned: Comparison) -> bool:
-    """Whether there is a run to report."""
-    records = (read(planned, run) for run in planned.runs)
-    return any(record is not None and record.is_finished for record in records)
-
-
-def missing(planned: Comparison) -> list[PlannedRun]:
-    """The runs that are neither finished nor diverged.
-
-    Raises:
-        UserError: a folder has a run with other settings or on other images.
-    """
-    runs, defaults = [], planned.task.defaults()
-    for run in planned.runs:
-        refuse_other_settings(run, defaults)
-        _refuse_other_images(run, planned.images)
-        if not _is_done(planned, run):
-            runs.append(run)
-    return runs
-
-
-def _refuse_other_images(run: PlannedRun, images: Mapping[str, str]) -> None:
-    """Refuses to take a run on other images for one on these, wherever they lie.
-
-    Raises:
-        UserError: names the folder and which images are others.
-    """
-    for start in provenance.read(run.folder):
-        before = start.get("images") or {}
-        for part, print_now in images.items():
-            if before.get(part, print_now) != print_now:
-                raise UserError(
-                    f"{run.folder} has a run on other {part} images than those of DATASETS.ROOT "
-                    f"{run.cfg.DATASETS.ROOT or '(the default)'}: give this comparison a folder of "
-                    "its own by --output"
-                )
 
 
 def _refuse_unfit(planned: Comparison, todo: Sequence[PlannedRun]) -> None:
@@ -164,7 +99,7 @@ def run_missing(
     todo = missing(planned)
     _refuse_unfit(planned, todo)
     for run in planned.runs:
-        if run not in todo and not _has_diverged(run):
+        if run not in todo and not has_diverged(run):
             _tidy(run)  # it ended after this program was killed
     done = len(planned.runs) - len(todo)
     say(f"{len(planned.runs)} runs, {done} of them done; {len(environments)} at a time")
@@ -195,7 +130,7 @@ def _job(planned: Comparison, run: PlannedRun) -> Job:
     verb, *arguments = run.arguments
     make_folder(run.folder)  # one that cannot be is said before the first run
     start = []
-    if _can_go_on(planned, run):
+    if can_go_on(planned, run):
         start = ["--resume"]
     else:
         # Here and not by the run's own --overwrite, which would move the open log as well.
@@ -203,27 +138,6 @@ def _job(planned: Comparison, run: PlannedRun) -> Job:
             run_folder.move_aside(run.folder)
     command = [sys.executable, "-m", "tract_det.cli", verb, *start, *arguments]
     return Job(run.name, command, run.folder / _LOG)
-
-
-def _can_go_on(planned: Comparison, run: PlannedRun) -> bool:
-    """Whether a run has a checkpoint to go on from; says so where it should have."""
-    metrics = run.folder / "metrics.jsonl"
-    if checkpoint.iterations(run.folder):
-        try:
-            progress = Progress.of(checkpoint.newest(run.folder).shared()["best"])
-        except UserError:
-            why = f"no checkpoint in {run.folder} is whole"
-        else:
-            record = read(planned, run)
-            if progress.evaluated <= (record.evaluated if record else 0):
-                return True
-            why = f"{metrics} lacks evaluations before the checkpoint"
-    elif (run.folder / "results.json").is_file():
-        why = f"{metrics} lacks the last evaluation, and no checkpoint is left"
-    else:
-        return False
-    say(f"{run.name} is made again: {why}")
-    return False
 
 
 def _tidy(run: PlannedRun) -> None:
@@ -238,7 +152,7 @@ def _settle(planned: Comparison, run: PlannedRun, ended: Ended) -> tuple[str, bo
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     last = lines[-1].removeprefix("error: ") if lines else "without a word"
     if ended.code == DivergedError.exit_code:
-        write_text(run.folder / _DIVERGED, last + "\n")
+        write_text(run.folder / DIVERGED, last + "\n")
         return (
             f"diverged: {last} (it counts as failed; to make it again, delete {run.folder})",
             True,
@@ -272,7 +186,7 @@ def groups(planned: Comparison) -> tuple[list[Group], list[dict[str, Any]]]:
         if record and record.is_finished and record.curve:
             status = "finished"
             ended.setdefault(key, {})[run.seed] = run, record
-        elif _has_diverged(run) or (record and record.is_finished):  # the last figure is no number
+        elif has_diverged(run) or (record and record.is_finished):  # the last figure is no number
             status = "diverged"
             ended.setdefault(key, {})[run.seed] = run, None
         records.append(
