@@ -338,20 +338,25 @@ def _signed(points: float) -> str:
 
 
 def _speed_up_cell(row: Row) -> str:
-    cell, over_itself = _factor(row.speed_up), row.baseline_over_itself
+    speed, over_itself = row.speed_up, row.baseline_over_itself
+    if speed is None:
+        return ""
+    cell = _factor(speed)
+    if speed.interval is not None:
+        cell += f" ({speed.interval[0]:.2f} to {speed.interval[1]:.2f})"
+    elif speed.low == speed.high and speed.n > 1:
+        cell += " (uncertain)"
     return f"{cell}; {row.group.baseline} itself {_factor(over_itself)}" if over_itself else cell
 
 
-def _factor(speed: SpeedUp | None) -> str:
-    if speed is None:
-        return ""
-    if speed.interval is not None:
-        return f"{speed.low:.2f} ({speed.interval[0]:.2f} to {speed.interval[1]:.2f})"
+def _factor(speed: SpeedUp) -> str:
     if speed.low == speed.high:
-        return f"{speed.low:.2f}" + (" (uncertain)" if speed.n > 1 else "")
+        return f"{speed.low:.2f}"
     low = f"{speed.low:.2f}" if speed.low else ""
     high = f"{speed.high:.2f}" if math.isfinite(speed.high) else ""
-    return f"{low} to {high}" if low and high else f"> {low}" if low else f"< {high}"
+    return (
+        f"{low} to {high}" if low and high else f"> {low}" if low else f"< {high}" if high else ""
+    )
 
 
 def _ratio(cost: Cost | None) -> str:
