@@ -80,7 +80,7 @@ def _figure(folder: Path, row: Row, seed: str) -> dict[str, Any]:
             f"{folder / 'results.json'} has no {metric}: move the folder away, or run the row again"
         ) from error
     start = (provenance.read(folder) or [{}])[-1]
-    kept = {key: start.get(key, "unknown") for key in ("commit", "hardware", "date")}
+    kept = {key: start.get(key) or "unknown" for key in ("commit", "hardware", "date")}
     return {"metric": metric, "value": value, **kept}
 
 

@@ -73,6 +73,13 @@ def test_a_run_that_was_shortened_or_changed_is_not_the_row_s(tmp_path, change, 
         paper.measured_rows(tmp_path, {})
 
 
+def test_what_a_run_does_not_record_is_unknown(tmp_path):
+    write_run(tmp_path / ROW.output(), 75.0)
+    (tmp_path / ROW.output() / "provenance.json").write_text('[{"commit": "abc123"}]')
+    (figure,) = paper.measured_rows(tmp_path, {})[ROW.name].values()
+    assert (figure["commit"], figure["hardware"]) == ("abc123", "unknown")
+
+
 @pytest.mark.parametrize("content", ['{"top1": ', '{"top1": null}', "{}", "[]"])
 def test_a_run_whose_results_have_no_figure_is_named(tmp_path, content):
     write_run(tmp_path / ROW.output(), 1.0)

@@ -117,15 +117,17 @@ def _row(group: Group, baseline: Group | None, full: Group | None) -> Row:
             return None
         return paired_difference(group.as_arm(), other.as_arm())
 
+    to_baseline = difference(baseline)
     over_images = speed = over_itself = cost = None
-    if baseline is not None and _common(group, baseline):
+    if baseline is not None and to_baseline is not None:
         arm, control = of_common_seeds(group.as_arm(), baseline.as_arm())
-        over_images, cost = _over_images(group, baseline), _cost(group, baseline)
+        over_images = _over_images(group, baseline, to_baseline.mean)
+        cost = _cost(group, baseline)
         speed, over_itself = speed_up(arm, control), speed_up_of_flat(control)
     return Row(
         group,
         summarize(group.as_arm()),
-        difference(baseline),
+        to_baseline,
         over_images,
         difference(full),
         speed,
@@ -140,12 +142,11 @@ def _common(group: Group, other: Group) -> list[int]:
     return [seed for seed in group.as_arm().curves if seed in other.as_arm().curves]
 
 
-def _over_images(group: Group, baseline: Group) -> OverImages | None:
+def _over_images(group: Group, baseline: Group, difference: float) -> OverImages | None:
     pairs = [
         (group.samples.get(seed), baseline.samples.get(seed)) for seed in _common(group, baseline)
     ]
-    difference = paired_difference(group.as_arm(), baseline.as_arm())
-    return over_images(pairs, difference.mean)
+    return over_images(pairs, difference)
 
 
 def _cost(group: Group, baseline: Group) -> Cost | None:

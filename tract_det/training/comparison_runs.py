@@ -75,8 +75,8 @@ def _other_code(planned: Comparison) -> str:
 
 
 def _in_words(code: Mapping[str, str]) -> str:
-    version, commit = code.get("version", "unknown"), code.get("commit")
-    return f"version {version}" + (f", commit {commit}" if commit else "")
+    commit = code["commit"]
+    return f"version {code['version'] or 'unknown'}" + (f", commit {commit}" if commit else "")
 
 
 def run_missing(
