@@ -153,6 +153,7 @@ def test_the_json_has_classes_mistakes_confusion_and_intervals(tmp_path, capsys)
     assert low <= 75 <= high
     printed = capsys.readouterr().out
     assert "95% intervals, images resampled 50 times" in printed
+    assert "too narrow, perhaps: objects in fewer than 5 images have cat, dog" in printed
     main([*arguments, "--bootstrap", "0"])
     assert "intervals" not in json.loads((tmp_path / "out.json").read_text())
 
@@ -167,8 +168,10 @@ def test_detections_are_compared_with_others_of_the_split(tmp_path, capsys):
     against = json.loads((tmp_path / "out.json").read_text())["against"]
     assert against["detections"] == str(other)
     assert against["voc_area.mAP"]["difference"] == pytest.approx(25)
-    assert 0 < against["voc_area.mAP"]["p"] <= 1
-    assert f"minus {other}" in capsys.readouterr().out
+    assert against["voc_area.mAP"]["p"] > 0.4
+    assert against["images_that_differ"] == 1
+    printed = capsys.readouterr().out
+    assert f"minus {other}" in printed and "detections differ in 1 of 3 images" in printed
     main([*arguments, *out, "--detections", str(found), "--against", str(found)])
     against = json.loads((tmp_path / "out.json").read_text())["against"]
     assert against["voc_07.mAP"] == {"difference": 0, "interval": [0, 0], "p": 1}
@@ -240,6 +243,7 @@ def test_missing_devkit_split_and_detections_are_errors_that_name_them(tmp_path)
         (["--root", "r", "--devkit", "d"], "not allowed with"),
         (["--coco-truth", "f", "--classes", "cat"], "--classes goes with --root"),
         (["--root", "r", "--against", "d", "--bootstrap", "0"], "--against needs --bootstrap"),
+        (["--root", "r", "--bootstrap", "1"], "--bootstrap is a number of samples from 20, or 0"),
         (["--root", "r", "--bootstrap", "-1"], "--bootstrap is a number of samples"),
         ([], "one of the arguments --devkit --root --coco-truth is required"),
     ],

@@ -1,4 +1,4 @@
-"""Resampled images: weights are repetitions, intervals cover, p-values keep their level."""
+"""Resampled images: weights are repetitions, and intervals cover."""
 
 import math
 
@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from tract_det.evaluation.bootstrap import (
-    differences,
+    difference_interval,
     draw,
     interval,
     intervals,
-    p_value,
     weighted_means,
+    with_zero,
 )
 from tract_det.evaluation.boxes import Detections, Objects
 from tract_det.evaluation.coco_ap import coco_rankings
@@ -128,7 +128,6 @@ def test_samples_of_images_without_objects_are_left_out_of_the_interval():
     assert 40 < low < 42
     assert 58 < high < 60
     assert all(map(math.isnan, interval(math.nan, np.full(3, np.nan))))
-    assert math.isnan(p_value(math.nan, np.full(3, np.nan)))
 
 
 def test_draws_have_as_many_images_as_the_split_and_depend_on_the_seed_alone():
@@ -144,20 +143,32 @@ def test_the_interval_is_that_of_the_percentiles_around_the_figure():
     assert (low, high) == pytest.approx((70 - 1.96 * 2, 70 + 1.96 * 2), abs=0.15)
 
 
-@pytest.mark.parametrize("difference", [0.2, 1.5, 2.5, -1.9])
-def test_an_interval_ends_at_zero_where_the_p_value_is_five_per_cent(difference):
-    """A difference is outside of the interval exactly if its p-value is below 1 - level."""
-    sampled = np.random.default_rng(1).normal(difference + 0.2, 1, 2000)
-    low, high = interval(difference, sampled)
-    assert (p_value(difference, sampled) < 0.05) == (not low <= 0 <= high)
+def test_samples_that_are_all_equal_have_no_interval():
+    """Those of one image, of a single sample, of perfect detections."""
+    for sampled in (np.full(100, 40.0), np.array([40.0]), np.array([40.0, np.nan])):
+        assert all(map(math.isnan, interval(40.0, sampled)))
 
 
-def test_equal_detections_do_not_differ():
-    objects, detect = made_split(30, seed=5)
-    both = figures(objects, detect(0)), figures(objects, detect(0))
-    sampled = means(objects, detect(0), draw(30, 50))
-    for difference in differences(both, (sampled, sampled)).values():
-        assert difference == pytest.approx((0, 0, 0, 1))
+def test_two_that_agree_in_every_sample_do_not_differ():
+    assert difference_interval(0.0, np.zeros(100)) == (0, 0)
+    assert all(map(math.isnan, difference_interval(3.0, np.full(100, 3.0))))
+    sampled = np.random.default_rng(0).normal(3, 1, 100)
+    assert difference_interval(3.0, sampled) == interval(3.0, sampled)
+
+
+def test_no_interval_ends_where_no_figure_can_be():
+    sampled = np.random.default_rng(0).normal(97, 5, 2000)
+    low, high = intervals({"AP": 98.0}, {"AP": sampled})["AP"]
+    assert 85 < low < 95 and high == 100
+    low, high = interval(-97.0, sampled - 194)
+    assert low == -100 and -95 < high < -85
+
+
+def test_an_interval_is_extended_to_zero():
+    assert with_zero((1.0, 2.0)) == (0.0, 2.0)
+    assert with_zero((-2.0, -1.0)) == (-2.0, 0.0)
+    assert with_zero((-1.0, 1.0)) == (-1.0, 1.0)
+    assert all(map(math.isnan, with_zero((math.nan, math.nan))))
 
 
 def test_the_paired_interval_is_narrower_than_that_of_either():
@@ -166,23 +177,21 @@ def test_the_paired_interval_is_narrower_than_that_of_either():
     fewer = np.random.default_rng(0).random(len(detections.scores)) < 0.97
     worse = Detections(*(getattr(detections, name)[fewer] for name in detections.__dict__))
     weights = draw(100, 200)
-    samples = means(objects, detections, weights), means(objects, worse, weights)
-    both = figures(objects, detections), figures(objects, worse)
     name = "voc_area.mAP"
-    paired = differences(both, samples)[name]
-    low, high = intervals(both[0], samples[0])[name]
-    assert paired.difference == pytest.approx(both[0][name] - both[1][name])
-    assert paired.high - paired.low < (high - low) / 2
+    samples = [means(objects, side, weights)[name] for side in (detections, worse)]
+    both = [figures(objects, side)[name] for side in (detections, worse)]
+    paired = interval(both[0] - both[1], samples[0] - samples[1])
+    assert np.ptp(paired) < np.ptp(interval(both[0], samples[0])) / 2
 
 
 @pytest.mark.slow
-def test_intervals_cover_the_known_mean_and_tests_keep_their_level():
+def test_intervals_cover_the_known_mean_and_the_difference_of_none():
     """400 repetitions; the mean over splits of this size is known from 2,000 others."""
     repetitions, images = 400, 400
     others = [made_split(images, seed) for seed in range(10_000, 12_000)]
     of_others = [figures(objects, detect(0)) for objects, detect in others]
     known = {name: np.mean([others[name] for others in of_others]) for name in METRICS}
-    covered, rejected = dict.fromkeys(METRICS, 0.0), dict.fromkeys(METRICS, 0.0)
+    covered, excluded = dict.fromkeys(METRICS, 0.0), dict.fromkeys(METRICS, 0.0)
     for seed in range(repetitions):
         objects, detect = made_split(images, seed)
         weights = draw(images, 300, seed)
@@ -191,7 +200,9 @@ def test_intervals_cover_the_known_mean_and_tests_keep_their_level():
         samples = tuple(weighted_means(*ranks, "devkit", weights) for ranks in matched)
         for name, (low, high) in intervals(both[0], samples[0]).items():
             covered[name] += 100 / repetitions * (low <= known[name] <= high)
-        for name, difference in differences(both, samples).items():
-            rejected[name] += 100 / repetitions * (difference.p < 0.05)
+        for name in METRICS:
+            sampled = samples[0][name] - samples[1][name]
+            low, high = interval(both[0][name] - both[1][name], sampled)
+            excluded[name] += 100 / repetitions * (not low <= 0 <= high)
     assert covered == pytest.approx(dict.fromkeys(METRICS, 95), abs=3.01)
-    assert rejected == pytest.approx(dict.fromkeys(METRICS, 5.5), abs=2.51)
+    assert excluded == pytest.approx(dict.fromkeys(METRICS, 6.0), abs=3.01)

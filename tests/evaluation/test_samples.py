@@ -1,5 +1,7 @@
 """What runs leave of other draws of their images gives the paired bootstrap of their difference."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ def test_two_runs_each_by_itself_give_the_interval_of_both_evaluated_together(tm
     images, detections = random_split(30)
     worse = [d._replace(scores=RNG.random(len(d.scores))) for d in detections]
     both = [evaluate(images, d)[0].evaluated for d in (detections, worse)]
-    expected = compare(*both, 200)[METRIC]
+    expected = compare(*both, sampled_means(both[0], 200))[METRIC]
     samples = []
     for name, evaluated in zip(("run", "baseline"), both, strict=True):
         (tmp_path / name).mkdir()
@@ -36,6 +38,20 @@ def test_two_runs_each_by_itself_give_the_interval_of_both_evaluated_together(tm
     interval = over_images([tuple(samples)], expected["difference"])
     assert (interval.low, interval.high) == expected["interval"]
     assert (interval.images, interval.n) == (30, 1)
+
+
+def test_one_image_or_a_difference_that_most_images_do_not_make_is_no_evidence(tmp_path):
+    """Of a difference that one image makes, more than a third of the samples have nothing."""
+    run, baseline = write(tmp_path / "a", [53, 53, 52]), write(tmp_path / "b", [50, 50, 50])
+    assert over_images([(run, baseline)], 0.0) is not None
+    of_one = [replace(side, images=1) for side in (run, baseline)]
+    assert over_images([tuple(of_one)], 0.0) is None
+    drawn = np.random.default_rng(0).poisson(1, 1000)  # how often an image is in each sample
+    few = write(tmp_path / "c", 50 + drawn, figure=51.0)
+    many = write(tmp_path / "d", 51 + 0.2 * RNG.normal(size=1000), figure=51.0)
+    plain = write(tmp_path / "e", np.full(1000, 50.0))
+    assert over_images([(few, plain)], 1.0).low <= 0
+    assert over_images([(many, plain)], 1.0).low > 0.5
 
 
 def test_the_accuracies_of_samples_are_those_of_the_images_drawn(generator):
@@ -88,7 +104,7 @@ def test_runs_without_samples_or_on_other_images_have_no_interval(tmp_path):
 
 def test_samples_of_other_weights_than_those_compared_give_no_interval(tmp_path):
     """An evaluation of model_best.pth may have replaced those of the last weights."""
-    run, baseline = write(tmp_path / "a", [51, 53], figure=52.0), write(tmp_path / "b", [49, 51])
+    run, baseline = write(tmp_path / "a", [51, 53], figure=52.0), write(tmp_path / "b", [48, 51])
     assert over_images([(run, baseline)], 2.0) is not None
     assert over_images([(run, baseline)], 2.1) is None
 

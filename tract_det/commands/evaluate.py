@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from tract_det.evaluation.boxes import Detections
     from tract_det.evaluation.ground_truth import GroundTruth
 
+_FEWEST_SAMPLES = 20  # fewer have no percentiles 2.5 and 97.5
+
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     data = parser.add_mutually_exclusive_group(required=True)
@@ -82,8 +84,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
         parser.error("--classes goes with --root: other data have their own")
     if args.year and not args.devkit:
         parser.error("--year goes with --devkit")
-    if args.bootstrap < 0:
-        parser.error("--bootstrap is a number of samples, or 0")
+    if args.bootstrap and args.bootstrap < _FEWEST_SAMPLES:
+        parser.error(f"--bootstrap is a number of samples from {_FEWEST_SAMPLES}, or 0")
     if args.against and not args.bootstrap:
         parser.error("--against needs --bootstrap")
     return args
@@ -122,7 +124,7 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     print(format_details(results))
     if others is not None:
         other = evaluate_detections(truth, others, args.rule)
-        comparison = compare(evaluated, other, args.bootstrap)
+        comparison = compare(evaluated, other, samples)
         results["against"] = {"detections": str(args.against), **comparison}
         print(format_comparison(comparison, str(args.against)))
     if args.json:

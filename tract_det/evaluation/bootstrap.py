@@ -6,8 +6,11 @@ that their difference is paired. Nothing is matched again.
 
 An average precision is a little higher the fewer images it has, since an envelope takes the best of
 its noise, and that of a sample, with repeated images, is higher still. So the samples are centred
-on the figure of the split: the interval is that of the mean over splits of as many images, and the
-p-value is the level at which it would end at 0.
+on the figure of the split: the interval is that of the mean over splits of as many images.
+
+Resampling can only show what many images show. A class with objects in a few images is missing from
+many samples, and there its AP leaves the mean; a difference that a few images make is missing too.
+Whether two sets of detections differ is therefore told by `permutation`, which is exact.
 
 Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 10 and 13.
 
@@ -16,33 +19,17 @@ Shapes: B samples, I images.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from tract_det.evaluation.coco_ap import ByArea, coco_ap, mean_without_nan
+from tract_det.evaluation.metrics import ROUNDING
 from tract_det.evaluation.ranking import RECALLS_07, Ranking
 from tract_det.evaluation.weighted_ap import weighted_ap
 
 LEVEL = 0.95
 
 Means = dict[str, np.ndarray]
-
-
-class Difference(NamedTuple):
-    """A difference of two means.
-
-    Attributes:
-        difference: as the figures, in per cent.
-        low: end of the interval.
-        high: the other end.
-        p: two-sided p-value.
-    """
-
-    difference: float
-    low: float
-    high: float
-    p: float
 
 
 def draws(num_images: int, samples: int, seed: int = 0) -> Iterator[np.ndarray]:
@@ -85,69 +72,45 @@ def weighted_means(
 def intervals(
     figures: Mapping[str, float], samples: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[float, float]]:
-    """The confidence interval of each mean; NaN where no sample has it.
+    """The confidence interval of each mean; NaN where `interval` has none.
 
     Args:
-        figures: the means on the split, by name.
+        figures: the means on the split, by name, in per cent.
         samples: the same in each of B samples.
     """
-    return {name: interval(value, samples[name]) for name, value in figures.items()}
+    return {name: interval(value, samples[name], (0, 100)) for name, value in figures.items()}
 
 
-def differences(
-    figures: tuple[Mapping[str, float], Mapping[str, float]],
-    samples: tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]],
-) -> dict[str, Difference]:
-    """Each mean of the first detections minus that of the second.
-
-    Args:
-        figures: the means on the split, by name, of both.
-        samples: the same in each of B samples, of the same draw.
-    """
-    compared = {}
-    for name, value in figures[0].items():
-        difference, sampled = value - figures[1][name], samples[0][name] - samples[1][name]
-        ends = interval(difference, sampled)
-        compared[name] = Difference(difference, *ends, p_value(difference, sampled))
-    return compared
-
-
-def interval(value: float, sampled: np.ndarray) -> tuple[float, float]:
-    """The percentile interval at `LEVEL` of the centred samples.
+def interval(
+    value: float, sampled: np.ndarray, limits: tuple[float, float] = (-100, 100)
+) -> tuple[float, float]:
+    """The percentile interval at `LEVEL` of the samples, centred on the value.
 
     Args:
-        value: the figure on the split.
-        sampled: (B,) float, the figure in each sample; NaN is left out.
+        value: a figure of the split, or a difference of two, in per cent.
+        sampled: (B,) float, the same in each sample; NaN is left out.
+        limits: what the figure cannot be below and above.
 
     Returns:
-        Both ends; NaN where every sample is NaN.
+        Both ends; NaN where the samples that are not NaN are all equal: they know of no spread, as
+        those of a single image.
     """
-    centred = _centred(value, sampled)
-    if not len(centred):
+    sampled = sampled[~np.isnan(sampled)]
+    if not len(sampled) or np.ptp(sampled) < ROUNDING:
         return math.nan, math.nan
-    low, high = np.quantile(centred, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    centred = sampled - sampled.mean() + value
+    low, high = np.clip(np.quantile(centred, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]), *limits)
     return float(low), float(high)
 
 
-def p_value(difference: float, sampled: np.ndarray) -> float:
-    """The two-sided p-value of a difference: 1 - the level at which `interval` would end at 0.
-
-    Args:
-        difference: on the split.
-        sampled: (B,) float, in each sample; NaN is left out.
-
-    Returns:
-        1 / (B + 1) at least; 1 if all samples are 0, NaN if all are NaN.
-    """
-    centred = _centred(difference, sampled)
-    if not len(centred):
-        return math.nan
-    below = np.count_nonzero(centred < 0) + np.count_nonzero(centred == 0) / 2
-    share = (below + 0.5) / (len(centred) + 1)
-    return float(2 * min(share, 1 - share))
+def difference_interval(difference: float, sampled: np.ndarray) -> tuple[float, float]:
+    """The `interval` of a difference, but 0 to 0 for two that agree in every sample."""
+    if (np.abs(sampled) < ROUNDING).all():
+        return 0.0, 0.0
+    return interval(difference, sampled)
 
 
-def _centred(value: float, sampled: np.ndarray) -> np.ndarray:
-    """The samples that are not NaN, moved so that their mean is the value."""
-    sampled = sampled[~np.isnan(sampled)]
-    return sampled - sampled.mean() + value if len(sampled) else sampled
+def with_zero(ends: tuple[float, float]) -> tuple[float, float]:
+    """An interval of a difference, extended to 0; NaN remains."""
+    low, high = ends
+    return min(low, 0.0), max(high, 0.0)

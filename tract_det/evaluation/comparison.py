@@ -19,9 +19,8 @@ from statistics import mean, stdev
 import numpy as np
 
 from tract_det.errors import UserError
+from tract_det.evaluation.metrics import ROUNDING
 from tract_det.evaluation.student_t import t_interval, t_probability, t_quantile
-
-ROUNDING = 1e-9  # points: figures that differ by less are equal
 
 Interval = tuple[float, float]
 

@@ -3,12 +3,12 @@
 import math
 
 from tract_det.evaluation.comparison import (
-    ROUNDING,
     Arm,
     Difference,
     of_common_seeds,
     paired_difference,
 )
+from tract_det.evaluation.metrics import ROUNDING
 from tract_det.evaluation.samples import OverImages
 from tract_det.evaluation.speed_up import SpeedUp, speed_up_of_flat
 

@@ -10,10 +10,11 @@ import numpy as np
 from tract_det.evaluation.bootstrap import (
     LEVEL,
     Means,
-    differences,
+    difference_interval,
     draw,
     intervals,
     weighted_means,
+    with_zero,
 )
 from tract_det.evaluation.boxes import Detections
 from tract_det.evaluation.coco_ap import ByArea, coco_ap, coco_rankings
@@ -21,6 +22,12 @@ from tract_det.evaluation.confusion import confusion_matrix
 from tract_det.evaluation.error_breakdown import KINDS, find_errors, gains
 from tract_det.evaluation.ground_truth import GroundTruth
 from tract_det.evaluation.metrics import METRICS
+from tract_det.evaluation.permutation import (
+    differing_images,
+    draw_swaps,
+    p_values,
+    swapped_differences,
+)
 from tract_det.evaluation.ranking import Ranking, best_f1, mean_ap
 from tract_det.evaluation.voc_ap import Matching, VOCResult, class_aps, match, warn_of_empty
 
@@ -144,7 +151,7 @@ def class_figures(evaluated: Evaluated) -> dict[str, dict[str, float]]:
         By class name: `AP_50`, `AP_75` and `AP_50_95` by both rules (`voc_07.AP_50`, ...), best
         `f1` with its `precision`, `recall` and `score`, and the `max_recall` of all detections, all
         at IoU 0.5; in per cent but for the score, which is a threshold. `objects` without the
-        difficult ones, `difficult` and `detections` are numbers.
+        difficult ones, the `images` that have them, `difficult` and `detections` are numbers.
     """
     labels, difficult = evaluated.truth.objects.labels, evaluated.truth.objects.difficult
     figures = {}
@@ -167,6 +174,7 @@ def class_figures(evaluated: Evaluated) -> dict[str, dict[str, float]]:
             "score": best.score,
             "max_recall": 100 * _max_recall(ranking),
             "objects": ranking.num_objects,
+            "images": len(np.unique(ranking.object_image)),
             "difficult": int(np.count_nonzero(difficult[labels == label])),
             "detections": len(ranking.scores),
         }
@@ -194,27 +202,42 @@ def error_figures(evaluated: Evaluated) -> dict[str, Any]:
     }
 
 
-def compare(evaluated: Evaluated, other: Evaluated, bootstrap: int) -> dict[str, Any]:
+def compare(evaluated: Evaluated, other: Evaluated, samples: Means) -> dict[str, Any]:
     """The means of the first detections minus those of the second, on the same split.
+
+    An interval holds 0 wherever the test that gives the p-value does not see a difference: where a
+    few images make it, the bootstrap cannot tell.
 
     Args:
         evaluated: the first.
         other: the second.
-        bootstrap: number of samples.
+        samples: the first's, from `sampled_means`; the others are as many.
 
     Returns:
-        `samples`, `level`, and by name of the mean its `difference`, `interval` and `p`.
+        `samples`, `level`, numbers of `images` and of `images_that_differ`, and by name of the mean
+        its `difference`, `interval` and `p`.
     """
-    figures = (_means(evaluated), _means(other))
-    samples = (sampled_means(evaluated, bootstrap), sampled_means(other, bootstrap))
-    return {
-        "samples": bootstrap,
-        "level": LEVEL,
-        **{
-            name: {"difference": d.difference, "interval": (d.low, d.high), "p": d.p}
-            for name, d in differences(figures, samples).items()
-        },
-    }
+    number, images = len(next(iter(samples.values()))), len(evaluated.truth.image_ids)
+    of_other, means, other_means = sampled_means(other, number), _means(evaluated), _means(other)
+    differences = {name: value - other_means[name] for name, value in means.items()}
+    both = (evaluated.detections, other.detections)
+    swapped = swapped_differences(
+        evaluated.truth.objects,
+        both,
+        num_images=images,
+        num_classes=evaluated.num_classes,
+        rule=evaluated.matching.rule,
+        swaps=draw_swaps(images, number),
+    )
+    p = p_values(differences, swapped)
+    rows = {}
+    for name, difference in differences.items():
+        ends = difference_interval(difference, samples[name] - of_other[name])
+        ends = with_zero(ends) if p[name] >= 1 - LEVEL else ends
+        rows[name] = {"difference": difference, "interval": ends, "p": p[name]}
+    differing = differing_images(*both, images)
+    counts = {"samples": number, "images": images, "images_that_differ": differing}
+    return {**counts, "level": LEVEL, **rows}
 
 
 def sampled_means(evaluated: Evaluated, bootstrap: int) -> Means:

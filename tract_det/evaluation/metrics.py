@@ -21,5 +21,8 @@ TOP_K = (1, 5)
 # The same for a classifier.
 CLASSIFICATION_METRICS = tuple(f"{model}top{k}" for model in _MODELS for k in TOP_K)
 
+# Figures in per cent that differ by less are equal.
+ROUNDING = 1e-9
+
 # What can be done about scores that are not finite, for messages.
 DIVERGED_MEND = "the training diverged (lower SOLVER.BASE_LR), or check MODEL.WEIGHTS"

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tract_det.evaluation.bootstrap import Means, interval
-from tract_det.evaluation.comparison import ROUNDING
+from tract_det.evaluation.bootstrap import Means, difference_interval, with_zero
+from tract_det.evaluation.metrics import ROUNDING
 from tract_det.files import naming_damage, write_binary
 
 SAMPLES = "samples.npz"  # in a run's folder
 _SPLIT = "split"  # the array that is no figure
+# A share of samples that miss each of five images is e^-5. Even if all five favour one side, that
+# is chance in 2^-4 of cases, more than an interval of 95 % may leave.
+_MISSED = math.exp(-5)
 
 
 @dataclass(frozen=True)
@@ -118,21 +121,22 @@ def over_images(
         difference: the mean difference on the split, in points.
 
     Returns:
-        None if a run has no samples, if they are of different images, if those of every run are
-        all equal (one image), or if they are not of the weights that make the difference: an
-        evaluation of others may have left them.
+        None if a run has no samples, if they are of different images, of a single one, or all
+        equally different, or if they are not of the weights that make the difference: an evaluation
+        of others may have left them. The interval holds 0 where so few images make the difference
+        that samples miss them all.
     """
     runs = [run for pair in pairs for run in pair if run is not None]
     kinds = {(run.split, run.values.shape) for run in runs}
-    if len(runs) < 2 * len(pairs) or len(kinds) != 1:
+    if len(runs) < 2 * len(pairs) or len(kinds) != 1 or runs[0].images < 2:
         return None
     figures = [run.figure for run in runs]
     if abs(np.mean(figures[::2]) - np.mean(figures[1::2]) - difference) > ROUNDING:
         return None
     values = [run.values for run in runs]
     sampled = np.mean(values[::2], axis=0) - np.mean(values[1::2], axis=0)  # (B,)
-    low, high = interval(difference, sampled)
-    has_spread = any(np.ptp(run.values) > ROUNDING for run in runs)
-    if not (math.isfinite(low) and has_spread):
+    ends = difference_interval(difference, sampled)
+    if math.isnan(ends[0]):
         return None
+    low, high = with_zero(ends) if np.mean(np.abs(sampled) < ROUNDING) > _MISSED else ends
     return OverImages(low, high, runs[0].images, len(pairs))

@@ -6,6 +6,8 @@ from typing import Any
 from tract_det.errors import shortened
 from tract_det.evaluation.metrics import METRICS
 
+_FEW = 5  # images: samples often miss them all
+
 
 def format_table(results: dict[str, Any]) -> str:
     """Formats the results of `detection_results.summary`: a row per class, means, and COCO."""
@@ -64,6 +66,10 @@ def format_details(results: dict[str, Any]) -> str:
             f"{name:20}{_percent(_at(results, name)):>10}{_interval(intervals[name])}"
             for name in METRICS
         ]
+        if rare := [shortened(name) for name, row in classes.items() if 0 < row["images"] < _FEW]:
+            lines.append(
+                f"too narrow, perhaps: objects in fewer than {_FEW} images have {', '.join(rare)}"
+            )
     return "\n".join(lines)
 
 
@@ -74,7 +80,12 @@ def format_comparison(comparison: dict[str, Any], other: str) -> str:
         comparison: the differences.
         other: where the detections came from that were subtracted.
     """
-    lines = ["", f"minus {other}; {comparison['level']:.0%} intervals of the paired difference"]
+    lines = [
+        "",
+        f"minus {other}; {comparison['level']:.0%} intervals of the paired difference",
+        f"p-values by swapping images; detections differ in {comparison['images_that_differ']} "
+        f"of {comparison['images']} images",
+    ]
     for name in METRICS:
         row = comparison[name]
         difference = f"{_signed(row['difference']):>10}{_interval(row['interval'])}"

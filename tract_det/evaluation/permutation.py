@@ -1,0 +1,117 @@
+"""Whether two sets of detections differ: their images are swapped.
+
+If it does not matter which of two detectors made which detections, then those of an image can be
+swapped between both sets, and the difference of their means is as likely to be that of any of the
+2^I ways to do so. The p-value is the share of ways whose difference is at least as great, of a
+random sample of them. That holds for every figure and any number of images: for k images whose
+detections differ it is never below 2^(1 - k), and a class with a single object makes no difference
+significant.
+
+Source: Noreen, "Computer-Intensive Methods for Testing Hypotheses", 1989, chapter 2 (approximate
+randomization); Phipson and Smyth, "Permutation P-values Should Never Be Zero", 2010.
+
+Shapes: B samples, I images.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tract_det.evaluation.bootstrap import Means, weighted_means
+from tract_det.evaluation.boxes import Detections, Objects
+from tract_det.evaluation.coco_ap import coco_rankings
+from tract_det.evaluation.metrics import ROUNDING
+from tract_det.evaluation.voc_ap import match
+
+Boxes = TypeVar("Boxes", Objects, Detections)
+
+
+def swapped_differences(
+    objects: Objects,
+    detections: tuple[Detections, Detections],
+    *,
+    num_images: int,
+    num_classes: int,
+    rule: str,
+    swaps: np.ndarray,
+) -> Means:
+    """The differences of the means, the first detections' minus the second's, after each swap.
+
+    Args:
+        objects: the ground truth.
+        detections: both sets, in any order of images, but within an image in the detector's order.
+        num_images: I.
+        num_classes: K.
+        rule: one of `voc_ap.RULES`.
+        swaps: (B, I) bool, whether an image's detections are swapped; see `draw_swaps`.
+
+    Returns:
+        By the names of `metrics.METRICS`, in per cent, (B,) float each; NaN where a mean is.
+    """
+    # A split in which each image occurs twice, once with the detections of each set: weights of 1
+    # and 0 choose one of the two. Copies lie side by side, so that ties keep the split's order.
+    copies = _joined(objects, objects), _joined(*detections)
+    voc = match(*copies, rule).rankings(num_classes)
+    coco = coco_rankings(*copies, num_classes)
+    weights = np.empty((len(swaps), 2 * num_images), dtype=np.int32)
+    weights[:, 0::2], weights[:, 1::2] = ~swaps, swaps
+    first = weighted_means(voc, coco, rule, weights)
+    second = weighted_means(voc, coco, rule, 1 - weights)
+    return {name: values - second[name] for name, values in first.items()}
+
+
+def draw_swaps(num_images: int, samples: int, seed: int = 0) -> np.ndarray:
+    """Whether each image is swapped in each sample, (B, I) bool."""
+    return np.random.default_rng(seed).random((samples, num_images)) < 0.5
+
+
+def p_values(
+    differences: Mapping[str, float], swapped: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+    """The two-sided p-value of each difference; NaN where it is NaN.
+
+    Args:
+        differences: on the split as it is, by name.
+        swapped: (B,) float by name, after random swaps.
+
+    Returns:
+        1 / (B + 1) at least, since the split as it is counts as one of the samples.
+    """
+    return {name: _p_value(value, swapped[name]) for name, value in differences.items()}
+
+
+def _p_value(difference: float, swapped: np.ndarray) -> float:
+    if math.isnan(difference):
+        return math.nan
+    as_great = np.count_nonzero(np.abs(swapped) >= abs(difference) - ROUNDING)
+    return (1 + as_great) / (1 + len(swapped))
+
+
+def differing_images(first: Detections, second: Detections, num_images: int) -> int:
+    """Number of images whose detections are not the same in both sets, whatever their order."""
+    counts = [np.bincount(side.image, minlength=num_images) for side in (first, second)]
+    differs = counts[0] != counts[1]
+    first_rows, second_rows = (_sorted_rows(side, ~differs) for side in (first, second))
+    unequal = (first_rows != second_rows).any(axis=1)
+    differs[first_rows[unequal, 0].astype(np.int64)] = True
+    return int(np.count_nonzero(differs))
+
+
+def _sorted_rows(detections: Detections, of_images: np.ndarray) -> np.ndarray:
+    """Image, label, score and box of the detections of some images, sorted. (n, 7) float."""
+    columns = (detections.image, detections.labels, detections.scores, *detections.boxes.T)
+    rows = np.column_stack(columns).astype(np.float64)[of_images[detections.image]]
+    return rows[np.lexsort(rows.T[::-1])]
+
+
+def _joined(first: Boxes, second: Boxes) -> Boxes:
+    """Both in one split: image i of the first is 2 i there, that of the second 2 i + 1."""
+    columns: dict[str, Any] = {
+        name: None if values is None else np.concatenate([values, getattr(second, name)])
+        for name, values in vars(first).items()
+    }
+    columns["image"] = np.concatenate([2 * first.image, 2 * second.image + 1])
+    return replace(first, **columns)
