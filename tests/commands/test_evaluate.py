@@ -203,7 +203,8 @@ def test_coco_files_give_the_figures_of_the_challenges_files(tmp_path):
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     (tmp_path / "results.json").write_text(json.dumps(results))
     outputs = []
-    for data in (("--root", root), ("--coco-truth", tmp_path / "truth.json")):
+    classes = ["--classes", "cat", "dog"]
+    for data in (("--root", root, *classes), ("--coco-truth", tmp_path / "truth.json")):
         for detections in (found, tmp_path / "results.json"):
             out = tmp_path / "out.json"
             main(list(map(str, (*data, "--detections", detections, "--json", out))))
@@ -245,6 +246,8 @@ def test_missing_devkit_split_and_detections_are_errors_that_name_them(tmp_path)
         (["--root", "r", "--against", "d", "--bootstrap", "0"], "--against needs --bootstrap"),
         (["--root", "r", "--bootstrap", "1"], "--bootstrap is a number of samples from 20, or 0"),
         (["--root", "r", "--bootstrap", "-1"], "--bootstrap is a number of samples"),
+        (["--devkit", "d", "--holdout", "0.2"], "--holdout goes with --root"),
+        (["--root", "r", "--holdout", "1"], "--holdout is a share, from 0 to below 1"),
         ([], "one of the arguments --devkit --root --coco-truth is required"),
     ],
 )

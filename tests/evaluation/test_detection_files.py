@@ -86,6 +86,12 @@ def test_image_id_with_blanks_is_read_when_it_is_in_the_split(tmp_path):
     assert (read.image.tolist(), read.scores.tolist()) == ([1, 0], [0.5, 0.25])
 
 
+def test_an_underscore_belongs_to_a_name_and_to_no_number(tmp_path):
+    write_files(tmp_path, "2007_000032 0.5 1 1 10 10\n")
+    read = read_detections(tmp_path, "test", CLASSES, {"2007_000032": 0})
+    assert read.boxes.tolist() == [[0, 0, 10, 10]]
+
+
 def test_a_box_of_less_than_a_pixel_is_written_and_read(tmp_path):
     thin = ImageDetections(np.array([[3.0, 0.0, 3.0, 0.25]]), np.ones(1), np.zeros(1, dtype=int))
     write_detections(tmp_path, "test", CLASSES, {"a": thin})
@@ -102,7 +108,8 @@ def test_a_box_of_less_than_a_pixel_is_written_and_read(tmp_path):
         ("a 0.5 1 one 10 10", "line 2: .*numbers"),
         ("a nan 1 1 10 10", "line 2: .*finite numbers"),
         ("a 0.5 1 1 inf 10", "line 2: .*finite numbers"),
-        ("z 0.5 1 1 10 10", "line 2: image 'z' is not in the split"),
+        ("a 0.5 1 1 1_0 10", "line 2: .*finite numbers"),
+        ("z 0.5 1 1 10 10", "line 2: image 'z' is not in the split, whose .* such as 'a': evalu"),
         ("a 0.5 10 1 5 10", "line 2: .*xmax < xmin"),
         ("a 0.5 1 10 10 5", "line 2: .*ymax < ymin"),
     ],

@@ -100,7 +100,7 @@ def test_a_class_with_a_single_object_makes_no_difference_significant():
     boxes = np.repeat(box, images, axis=0)
     objects = Objects(np.arange(images), boxes, labels, np.zeros(images, dtype=bool))
     names = tuple(map(str, range(images)))
-    truth = GroundTruth(names, ("common", "rare"), objects, {}, {})
+    truth = GroundTruth(names, ("common", "rare"), objects, {}, {}, {})
     scores = np.linspace(0.5, 0.9, images)
     first = Detections(np.arange(images), boxes, scores, labels)
     second = Detections(np.arange(images), boxes, scores, np.zeros(images, dtype=int))

@@ -18,7 +18,7 @@ def evaluated(found):
         np.arange(n), np.array([BOX] * n), np.zeros(n, dtype=int), np.zeros(n, dtype=bool)
     )
     ids = tuple("abcd")
-    truth = GroundTruth(ids, ("disc",), objects, {name: i for i, name in enumerate(ids)}, {})
+    truth = GroundTruth(ids, ("disc",), objects, {name: i for i, name in enumerate(ids)}, {}, {})
     detections = Detections(
         np.array([image for image, _, _ in found], dtype=int),
         np.array([BOX if right else ELSEWHERE for _, _, right in found]).reshape(-1, 4),

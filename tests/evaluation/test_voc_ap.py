@@ -342,9 +342,20 @@ def test_overlaps_do_not_depend_on_how_they_are_split_into_blocks(monkeypatch):
     iou, best = best_overlaps(*case)
     assert (best[images >= 6] == -1).all() and (iou[images >= 6] == -np.inf).all()
     assert (object_images[best[best >= 0]] == images[best >= 0]).all()
-    monkeypatch.setattr(module, "_BLOCK", 7)
-    for whole, blocks in zip((iou, best), best_overlaps(*case), strict=True):
-        np.testing.assert_array_equal(whole, blocks)
+    for size in (1, 7):
+        monkeypatch.setattr(module, "_BLOCK", size)
+        for whole, blocks in zip((iou, best), best_overlaps(*case), strict=True):
+            np.testing.assert_array_equal(whole, blocks)
+
+
+def test_a_block_has_a_limited_number_of_pairs_or_those_of_one_box(monkeypatch):
+    """A box of the crowded image has 50 pairs, the others have 3, and those without any none."""
+    monkeypatch.setattr(module, "_BLOCK", 10)
+    images, object_images = np.repeat([0, 1, 2], 8), np.repeat([0, 1], [50, 3])
+    blocks = list(module.pairs_in_groups(images, object_images))
+    assert [len(block.rows) for block in blocks] == [1] * 8 + [3, 3, 2]
+    assert [len(block.object) for block in blocks] == [50] * 8 + [9, 9, 6]
+    assert np.concatenate([block.rows for block in blocks]).tolist() == list(range(16))
 
 
 @given(st.floats(-1e4, 1e4), st.integers(1, 3))

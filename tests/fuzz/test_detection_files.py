@@ -9,11 +9,11 @@ import random
 import numpy as np
 import pytest
 
-from tests.evaluation.test_coco_files import RESULTS, TRUTH
+from tests.evaluation.test_coco_results import RESULTS, TRUTH, read_coco_ground_truth
 from tests.fuzz.mutations import damaged
 from tests.fuzz.refusals import cases
 from tract_det.errors import UserError
-from tract_det.evaluation.coco_files import read_coco_ground_truth, read_coco_results
+from tract_det.evaluation.coco_results import read_coco_results
 from tract_det.evaluation.detection_files import read_detections
 from tract_det.evaluation.detection_results import details, evaluate_detections, summary
 

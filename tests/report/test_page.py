@@ -14,6 +14,7 @@ from tests.training.image_folder import options, write_image_folder
 from tests.training.runs import run_here
 from tract_det.cli import call
 from tract_det.errors import UserError
+from tract_det.evaluation.metrics import METRICS
 from tract_det.report.page import write_report
 from tract_det.report.svg import Series, bar_chart, line_chart, log_ticks, ticks
 
@@ -48,6 +49,19 @@ def test_a_detectors_report_has_its_figures(detector):
     assert len(filters) == 2 and filters[0]["src"] != filters[1]["src"]
     links = [attrs.get("href", "") + attrs.get("src", "") for _, attrs in page.seen]
     assert all(link.startswith(("data:", "#")) or not link for link in links), "it opens offline"
+
+
+def test_figures_without_an_interval_have_none_in_the_report(detector, tmp_path):
+    """As those of a single image, for which results.json has null."""
+    for name in ("metrics.jsonl", "results.json"):
+        (tmp_path / name).write_bytes((detector / name).read_bytes())
+    results = json.loads((tmp_path / "results.json").read_text())
+    for metric in METRICS:
+        results["intervals"][metric] = [None, None]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    call("report", [str(tmp_path)])
+    text = parse(tmp_path / "report.html").text
+    assert f"mAP (area) {results['voc_area']['mAP']:.1f} %" in text and "interval" not in text
 
 
 def test_a_classifiers_report_has_its_figures(classifier):

@@ -71,7 +71,7 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, images):
     planned = build(design(tmp_path, images))
     write_run(planned, planned.runs[0], 50.0)
     other = build(design(tmp_path, images, pairs=["SOLVER.BASE_LR", "0.05"]))
-    with pytest.raises(UserError, match=r"SOLVER.BASE_LR 0.1, and this one has 0.05.*--output"):
+    with pytest.raises(UserError, match=r"SOLVER.BASE_LR was 0.1, now it is 0.05.*--output"):
         missing(other)
     harmless = ["DATALOADER.NUM_WORKERS", "0", "TEST.EVAL_EPOCHS", "2.0", "LOG_PERIOD", "1"]
     assert len(missing(build(design(tmp_path, images, pairs=harmless)))) == 3
@@ -334,5 +334,5 @@ def test_a_key_that_an_older_run_does_not_have_has_had_its_default(tmp_path, ima
     del tree["SOLVER"]["STEM"]
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    with pytest.raises(UserError, match=r"SOLVER.STEM.LR_FACTOR 1.0, and this one has 10.0"):
+    with pytest.raises(UserError, match=r"SOLVER.STEM.LR_FACTOR was 1.0, now it is 10.0"):
         refuse_other_settings(run, get_cfg())

@@ -10,7 +10,8 @@ or a video, and there may be several. --out gets, by --format:
 
     images   images/<name>.jpg and videos/<name>.mp4 (without sound), with what is detected on them
     voc      voc/<name>.xml, a VOC annotation for each image: to be corrected, or trained on
-    coco     coco.json, a COCO result file; category_id is the position of the class, from 1
+    coco     coco.json, a COCO result file; category_id is the position of the class, from 1, and
+             category_name the class
     comp4    comp4/comp4_det_<split>_<class>.txt, the VOC challenge's files
 
 and always detect.json: every file with its name, size and number of detections. `tract-det

@@ -1,4 +1,4 @@
-r"""Evaluates detections in files: no model and no images are needed.
+r"""Evaluates detections in files: no model is needed, and images for data in YOLO's format alone.
 
     tract-det evaluate --devkit datasets --year 2007 --split test \
         --detections output/detections --json output/voc.json
@@ -10,9 +10,15 @@ r"""Evaluates detections in files: no model and no images are needed.
 
 DETECTIONS is a folder or a file. The folder holds the PASCAL VOC challenge's files
 `comp4_det_<split>_<class>.txt` (or comp3) for each class, with a line `image_id score xmin ymin
-xmax ymax` for each detection; pixels count from 1. The file is a COCO result file. Without a COCO
-ground truth, its `image_id` is the image's name or its number, its `category_id` the position of
-the class, from 1.
+xmax ymax` for each detection; pixels count from 1. The file is a COCO result file. Its `image_id`
+and `category_id` are those of COCO's data, where the data are in its format; else the image's name
+or the number that it is, and the class's number in YOLO's list or its position in --classes,
+counted from 1. Where an entry has `image_name` and `category_name`, as `tract-det detect` writes
+them, these count.
+
+The classes are those that have objects in the split, unless --classes lists them; with --coco-truth
+they are all categories of the file, and boxes without an area count as objects, as in COCO's own
+program. Detections of other classes are left out with a warning.
 
 Printed are AP by class, the best F1 and its score threshold, the mistakes by kind with what mending
 them adds to the mAP, and the confidence interval of every mean. With --against a second set of
@@ -26,10 +32,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tract_det.data.choices import DETECTION_FORMATS
+from tract_det.data.choices import DETECTION_FORMATS, EXIF_MODES
+from tract_det.errors import UserError
 from tract_det.evaluation.voc_ap import RULES
 
 if TYPE_CHECKING:
+    from tract_det.data.annotations import DetectionSplit
     from tract_det.evaluation.boxes import Detections
     from tract_det.evaluation.ground_truth import GroundTruth
 
@@ -53,6 +61,22 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
     )
     parser.add_argument(
         "--classes", nargs="+", help="of the data at --root (default: those in the split, sorted)"
+    )
+    parser.add_argument(
+        "--holdout",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="the share that was held out of data without splits, as DATASETS.HOLDOUT",
+    )
+    parser.add_argument(
+        "--holdout-seed", type=int, default=0, metavar="N", help="as DATASETS.HOLDOUT_SEED"
+    )
+    parser.add_argument(
+        "--exif",
+        choices=EXIF_MODES,
+        default="auto",
+        help="as INPUT.EXIF: by it, YOLO's boxes are fractions of upright or of stored images",
     )
     parser.add_argument(
         "--detections", type=Path, required=True, help="the challenge's folder or a COCO file"
@@ -82,6 +106,10 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
     args = parser.parse_args(argv)
     if args.classes and not args.root:
         parser.error("--classes goes with --root: other data have their own")
+    if args.holdout and not args.root:
+        parser.error("--holdout goes with --root: other data have their splits")
+    if not 0 <= args.holdout < 1:
+        parser.error("--holdout is a share, from 0 to below 1")
     if args.year and not args.devkit:
         parser.error("--year goes with --devkit")
     if args.bootstrap and args.bootstrap < _FEWEST_SAMPLES:
@@ -132,26 +160,59 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def _read_truth(args: argparse.Namespace) -> "GroundTruth":
-    if args.coco_truth:
-        from tract_det.evaluation.coco_files import read_coco_ground_truth
-
-        return read_coco_ground_truth(args.coco_truth)
-    from tract_det.data.datasets import read_dataset
-    from tract_det.data.voc import VOC_CLASSES, find_devkit, read_split
     from tract_det.evaluation.ground_truth import from_annotations
 
+    try:
+        split = _read_split(args)
+    except UserError as error:
+        raise _in_options(error, args) from None
+    categories = split.categories
+    if not categories and (args.devkit or args.classes):
+        categories = dict(enumerate(split.class_names, 1))
+    return from_annotations(split.annotations, split.class_names, categories)
+
+
+def _read_split(args: argparse.Namespace) -> "DetectionSplit":
+    if args.coco_truth:
+        from tract_det.data.coco import read_file
+
+        return read_file(args.coco_truth)
     if args.devkit:
+        from tract_det.data.voc import VOC_CLASSES, find_devkit, read_split
+
         root = find_devkit(args.devkit, args.year or 2007)
-        split = read_split(root, args.split, VOC_CLASSES, need_images=False)
-    else:
-        split = read_dataset(
-            [args.split], args.root, args.classes, format=args.format, need_images=False
-        )
-    return from_annotations(split.annotations, split.class_names)
+        return read_split(root, args.split, VOC_CLASSES, need_images=False)
+    from tract_det.data.datasets import Holdout, read_dataset
+
+    return read_dataset(
+        [args.split],
+        args.root,
+        args.classes,
+        format=args.format,
+        holdout=Holdout(args.holdout, args.holdout_seed),
+        need_images=False,
+        upright=args.exif != "ignore",
+    )
+
+
+def _in_options(error: UserError, args: argparse.Namespace) -> UserError:
+    """The error with this program's options instead of the keys of a configuration."""
+    text = str(error)
+    for key, option in (
+        ("DATASETS.ROOT", "--devkit" if args.devkit else "--root"),
+        ("DATASETS.HOLDOUT_SEED", "--holdout-seed"),
+        ("DATASETS.HOLDOUT", "--holdout"),
+        ("DATASETS.FORMAT", "--format"),
+        ("DATASETS.CLASSES; register_voc's class_names", "--classes"),
+        ("DATASETS.CLASSES", "--classes"),
+        ("INPUT.EXIF", "--exif"),
+    ):
+        text = text.replace(key, option)
+    return UserError(text)
 
 
 def _read(path: Path, split: str, truth: "GroundTruth") -> "Detections":
-    from tract_det.evaluation.coco_files import read_coco_results
+    from tract_det.evaluation.coco_results import read_coco_results
     from tract_det.evaluation.detection_files import read_detections
 
     if path.is_file():

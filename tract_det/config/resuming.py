@@ -46,6 +46,11 @@ def must_be_equal(cfg: CfgNode) -> dict[str, Any]:
     return _without(flat(plain(cfg)), TAKES_EFFECT)
 
 
+def not_incidental(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those values, by their dotted keys, on which the result of a run depends, to the last bit."""
+    return _without(values, INCIDENTAL)
+
+
 def decisive(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those values, by their dotted keys, on which the result of a run depends but for rounding."""
     return _without(values, INCIDENTAL | ROUNDING | {"SEED"})
@@ -79,7 +84,8 @@ def differences(
 
 def _difference(key: str, first: Any, last: Any) -> list[str]:
     first, last = (list(value) if isinstance(value, tuple) else value for value in (first, last))
-    if first == last:
+    # The type of a value may have changed between versions: "", [] and 0 all mean none.
+    if (first or None) == (last or None):
         return []
     if isinstance(first, list) and isinstance(last, list) and len(first) == len(last) > 1:
         pairs = enumerate(zip(first, last, strict=True))

@@ -7,9 +7,9 @@ that a width is a difference and a flip is `width - x`.
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -43,6 +43,10 @@ class Annotation:
         boxes: (n, 4) float64, pixel edges x1, y1, x2, y2; as read, not clipped to the image.
         labels: (n,) int64, 0..K-1, positions in the split's class names.
         difficult: (n,) bool, objects that the evaluation ignores.
+        area: (n,) float64, square pixels, by which COCO tells small objects from large ones; NaN
+            for those whose file does not say. None = those of the boxes.
+        crowd: (n,) bool, difficult objects that are regions of many to COCO; None = there are none.
+        number: What COCO's files call the image; None in other formats.
     """
 
     image_id: str
@@ -52,6 +56,9 @@ class Annotation:
     boxes: np.ndarray
     labels: np.ndarray
     difficult: np.ndarray
+    area: np.ndarray | None = None
+    crowd: np.ndarray | None = None
+    number: int | str | None = None
 
 
 @dataclass
@@ -67,6 +74,8 @@ class DetectionSplit:
         exif: What EXIF's orientation does to an image, one of `choices.EXIF_MODES`: see `exif.py`.
         channels: Of the images, as in `images.read_upright`.
         origin: Format and place that it was read from, for the log.
+        categories: Name of the class by what a COCO result file calls it, where the format of the
+            data numbers its classes.
     """
 
     name: str
@@ -77,6 +86,7 @@ class DetectionSplit:
     exif: str = "auto"
     channels: int = 3
     origin: str = ""
+    categories: Mapping[int | str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -111,6 +121,10 @@ class Record(NamedTuple):
         boxes: Pixel edges x1, y1, x2, y2.
         difficult: Whether the evaluation ignores the object.
         dropped: A description of each of the others.
+        areas: Square pixels as the file has them, NaN where it has none; None in other formats
+            than COCO's, as the following.
+        crowd: Whether the object is a region of many.
+        number: What the file calls the image.
     """
 
     source: Path | str
@@ -121,6 +135,21 @@ class Record(NamedTuple):
     boxes: list[tuple[float, float, float, float]]
     difficult: list[bool]
     dropped: list[str]
+    areas: list[float] | None = None
+    crowd: list[bool] | None = None
+    number: int | str | None = None
+
+
+class Contents(NamedTuple):
+    """What a reader finds of a split.
+
+    Attributes:
+        images: Of each image its id, its file and its record.
+        categories: As in `DetectionSplit`.
+    """
+
+    images: list[tuple[str, Path, Record]]
+    categories: Mapping[int | str, str] = {}
 
 
 def is_object(box: tuple[float, float, float, float]) -> bool:
@@ -187,6 +216,9 @@ def build_split(
             boxes=np.array(record.boxes, dtype=np.float64).reshape(-1, 4),
             labels=np.array([label_of[name] for name in record.labelled], dtype=np.int64),
             difficult=np.array(record.difficult, dtype=bool),
+            area=None if record.areas is None else np.array(record.areas, dtype=np.float64),
+            crowd=None if record.crowd is None else np.array(record.crowd, dtype=bool),
+            number=record.number,
         )
         for (image_id, path, record), (width, height) in zip(images, sizes, strict=True)
     ]

@@ -5,20 +5,29 @@
     root/<split>.json, root/result.json, ...    others, Label Studio's
 
 A box is (x, y, width, height) in pixels counted from 0, edges of pixels: so it is taken as it is.
-Crowds are difficult objects: the evaluation ignores them. So is what has a true `difficult` or
-`ignore`, keys that converters from VOC write.
+Crowds are difficult objects: VOC's rules ignore them, and COCO's treat them in their own way. So is
+what has a true `difficult` or `ignore`, keys that converters from VOC write.
 
 Format: https://cocodataset.org/#format-data.
 """
 
 import json
+import math
 import mmap
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tract_det.data.annotations import LARGEST, Record, is_object
+from tract_det.data.annotations import (
+    LARGEST,
+    Contents,
+    DetectionSplit,
+    Record,
+    build_split,
+    is_object,
+)
 from tract_det.data.faults import Faults
 from tract_det.data.files import Listing, Source, is_hidden
 from tract_det.errors import UserError, brief, shortened
@@ -91,16 +100,44 @@ def _split_name(path: Path, root: Path) -> str:
     return path.parent.name if is_named_by_folder else stem
 
 
+def read_file(path: Path) -> DetectionSplit:
+    """All of a ground truth file for an evaluation, as COCO's own program takes it.
+
+    Every category is a class, in the order of their ids, though none of its objects is there, and a
+    box without an area is an object. No images are needed.
+
+    Raises:
+        UserError: The file is malformed, or has no images or categories.
+    """
+    source = Source(path, (path.parent,))
+    images, categories = describe(path.parent, source, need_images=False, keep_all=True)
+    for key, entries in (("images", images), ("categories", categories)):
+        if not entries:
+            raise UserError(f"{path}: its list {key!r} is empty: export it again")
+    # Numbers before words, which have no order among each other.
+    by_id = sorted(categories, key=lambda key: (isinstance(key, str), str(key).zfill(20)))
+    names = tuple(dict.fromkeys(categories[key] for key in by_id))
+    split = build_split(path.stem, path, images, names, need_images=False)
+    return replace(split, origin=f"COCO, {path}", categories=categories)
+
+
 def describe(
-    root: Path, source: Source, *, need_images: bool, upright: bool = True
-) -> list[tuple[str, Path, Record]]:
-    """Id, file and record of every image in a JSON file, in its order.
+    root: Path,
+    source: Source,
+    *,
+    need_images: bool,
+    upright: bool = True,
+    keep_all: bool = False,
+) -> Contents:
+    """Id, file and record of every image in a JSON file, in its order, and its categories.
 
     Args:
         root: Of the data, for messages.
         source: From `find_splits`.
         need_images: Whether every image must be there.
         upright: Not needed: no image is opened.
+        keep_all: Whether boxes that are no objects (`is_object`) are kept, as COCO's own program
+            does. A negative width or height is refused then.
 
     Raises:
         UserError: The file is malformed, or an image is missing; says what is wrong with all its
@@ -109,15 +146,14 @@ def describe(
     content = _read(source.where)
     faults = Faults()
     names = _category_names(source.where, content["categories"], faults)
-    entries = dict(_images(source.where, content["images"], faults))
+    entries = dict(_images(source.where, content["images"], faults, need_images))
     faults.refuse()
     records = {
-        number: Record(_where(source.where, entry), entry["file_name"], _size(entry), *_empty())
-        for number, entry in entries.items()
+        number: _record(_where(source.where, entry), entry) for number, entry in entries.items()
     }
     for annotation in content["annotations"]:
         with faults.noted():
-            _add(source.where, annotation, names, records)
+            _add(source.where, annotation, names, records, keep_all)
     faults.refuse()
     find = _Finder(source, need_images)
     paths = []
@@ -126,7 +162,7 @@ def describe(
             paths.append(find.path(record, number))
     faults.refuse()
     ids = _ids(record.filename for record in records.values())
-    return list(zip(ids, paths, records.values(), strict=True))
+    return Contents(list(zip(ids, paths, records.values(), strict=True)), names)
 
 
 def _read(path: Path) -> dict[str, list[Any]]:
@@ -163,13 +199,15 @@ def _category_names(path: Path, categories: list[Any], faults: Faults) -> dict[A
     return names
 
 
-def _images(path: Path, images: list[Any], faults: Faults) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _images(
+    path: Path, images: list[Any], faults: Faults, need_images: bool
+) -> Iterator[tuple[Any, dict[str, Any]]]:
     ids, files = set(), set()
     for entry in images:
         with faults.noted():
             if not isinstance(entry, dict) or not _is_id(entry.get("id")):
                 raise UserError(f"{path}: image {brief(entry)} has no id: write one")
-            file = entry.get("file_name")
+            file = entry.get("file_name", None if need_images else str(entry["id"]))
             if not isinstance(file, str) or not file.strip():
                 raise UserError(f"{path}: image {brief(entry['id'])} has no file_name: write it")
             if PurePosixPath(_with_slashes(file)).name in ("", ".."):
@@ -180,7 +218,7 @@ def _images(path: Path, images: list[Any], faults: Faults) -> Iterator[tuple[Any
                 raise UserError(f"{path}: file_name {brief(file)} occurs twice: remove one of them")
             ids.add(entry["id"])
             files.add(file)
-            yield entry["id"], entry
+            yield entry["id"], entry | {"file_name": file}
 
 
 def _is_id(value: Any) -> bool:
@@ -196,8 +234,9 @@ def _where(path: Path, entry: Mapping[str, Any]) -> str:
     return f"{path}: image {entry['id']} ({shortened(entry['file_name'], 200)})"
 
 
-def _empty() -> tuple[list, list, list, list, list]:
-    return [], [], [], [], []
+def _record(where: str, entry: Mapping[str, Any]) -> Record:
+    file, size, number = entry["file_name"], _size(entry), entry["id"]
+    return Record(where, file, size, [], [], [], [], [], areas=[], crowd=[], number=number)
 
 
 def _size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -209,7 +248,11 @@ def _size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _add(
-    path: Path, annotation: Any, names: Mapping[Any, str], records: Mapping[Any, Record]
+    path: Path,
+    annotation: Any,
+    names: Mapping[Any, str],
+    records: Mapping[Any, Record],
+    keep_all: bool,
 ) -> None:
     """Adds an object to the record of its image."""
     if not isinstance(annotation, dict):
@@ -230,14 +273,39 @@ def _add(
     x, y, width, height = _box(path, annotation)
     record.classes.append(name)
     box = (x, y, x + width, y + height)
-    if not is_object(box):
+    if keep_all and min(width, height) < 0:
+        raise UserError(
+            f"{_place(path, annotation)}: bbox is {brief(annotation.get('bbox'))}, with a negative "
+            "width or height: write [x, y, width, height]"
+        )
+    if not (keep_all or is_object(box)):
         number = brief(annotation.get("id"))
         record.dropped.append(f"annotation {number} ({name}) of {shortened(record.filename)}")
         return
     record.labelled.append(name)
     record.boxes.append(box)
-    keys = ("iscrowd", "difficult", "ignore")
-    record.difficult.append(any(bool(annotation.get(key)) for key in keys))
+    crowd, *others = (_flag(path, annotation, key) for key in ("iscrowd", "difficult", "ignore"))
+    record.difficult.append(crowd or any(others))
+    assert record.areas is not None and record.crowd is not None
+    record.areas.append(_area(path, annotation))
+    record.crowd.append(crowd)
+
+
+def _flag(path: Path, annotation: Mapping[str, Any], key: str) -> bool:
+    value = annotation.get(key)
+    if not isinstance(value, int | float | None):
+        raise UserError(f"{_place(path, annotation)}: {key} is {brief(value)}: write 0 or 1")
+    return bool(value)
+
+
+def _area(path: Path, annotation: Mapping[str, Any]) -> float:
+    """Of the object's outline, in square pixels; NaN where the file does not say."""
+    area = annotation.get("area")
+    if area is None:
+        return math.nan
+    if not _are_numbers([area]):
+        raise UserError(f"{_place(path, annotation)}: area is {brief(area)}: write a number")
+    return float(area)
 
 
 def _stray(annotation: Mapping[str, Any], kind: str, ids: Mapping[Any, Any], mend: str) -> str:

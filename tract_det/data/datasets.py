@@ -123,6 +123,7 @@ def read_dataset(
         annotations,
         sum(split.dropped for split in splits),
         origin="; ".join(split.origin for split in splits),
+        categories=splits[0].categories if len(splits) == 1 else {},
     )
 
 
@@ -156,9 +157,10 @@ def read_whole(
         return _read_split(root, name, class_names, format, _NOTHING, True, upright)
     format, sources = _sources(root, format)
     source = sources[name]
-    images = _READERS[format].describe(root, source, need_images=True, upright=upright)
-    split = build_split("all", source.where, images, class_names, upright=upright)
-    return replace(split, origin=f"{_TITLES[format]}, {source.where}")
+    contents = _READERS[format].describe(root, source, need_images=True, upright=upright)
+    split = build_split("all", source.where, contents.images, class_names, upright=upright)
+    origin = f"{_TITLES[format]}, {source.where}"
+    return replace(split, origin=origin, categories=contents.categories)
 
 
 def _locate(name: str, root: Path | None) -> tuple[Path, str, tuple[str, ...]] | None:
@@ -192,7 +194,9 @@ def _read_split(
         return voc.read_split(root, name, class_names, need_images=need_images, upright=upright)
     format, sources = _sources(root, format)
     source, part = _choose(root, name, sources, holdout)
-    images = _READERS[format].describe(root, source, need_images=need_images, upright=upright)
+    images, categories = _READERS[format].describe(
+        root, source, need_images=need_images, upright=upright
+    )
     origin = f"{_TITLES[format]}, {source.where}"
     if part:
         images = _held_out(images, holdout) if part == "held out" else _kept(images, holdout)
@@ -202,7 +206,7 @@ def _read_split(
     split = build_split(
         name, source.where, images, class_names, need_images=need_images, upright=upright
     )
-    return replace(split, origin=origin)
+    return replace(split, origin=origin, categories=categories)
 
 
 def _sources(root: Path, format: str) -> tuple[str, Mapping[str, Source]]:

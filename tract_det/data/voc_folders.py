@@ -11,7 +11,7 @@ root/<id>.xml, <id>.jpg                                     labelImg, no splits
 import re
 from pathlib import Path
 
-from tract_det.data.annotations import Record
+from tract_det.data.annotations import Contents, Record
 from tract_det.data.faults import Faults
 from tract_det.data.files import IMAGE_SUFFIXES, Source, by_stem, folders_in, is_hidden
 from tract_det.data.voc_xml import parse_annotation
@@ -76,9 +76,7 @@ def _source(folder: Path, above: Path, root: Path | None = None) -> Source:
     return Source(folder, (*(path for path in beside if path.is_dir()), folder))
 
 
-def describe(
-    root: Path, source: Source, *, need_images: bool, upright: bool = True
-) -> list[tuple[str, Path, Record]]:
+def describe(root: Path, source: Source, *, need_images: bool, upright: bool = True) -> Contents:
     """Id, file and record of every image that has an XML file, sorted by id.
 
     Images without an XML file are not taken: nobody has looked at them.
@@ -98,7 +96,7 @@ def describe(
             record = parse_annotation(xml)
             described.append((image_id, _find(image_id, record, images, xmls, need_images), record))
     faults.refuse()
-    return described
+    return Contents(described)
 
 
 def _find(

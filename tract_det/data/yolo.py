@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from tract_det.data.annotations import Record, check_unique, in_threads
+from tract_det.data.annotations import Contents, Record, check_unique, in_threads
 from tract_det.data.files import Source, exists, is_file, is_hidden, is_image, read_text
 from tract_det.data.images import stored_size, upright_size
 from tract_det.data.yolo_labels import parse_labels
@@ -259,9 +259,7 @@ def _numbered(path: Path, names: Any) -> dict[int, str]:
     return numbered
 
 
-def describe(
-    root: Path, source: Source, *, need_images: bool, upright: bool = True
-) -> list[tuple[str, Path, Record]]:
+def describe(root: Path, source: Source, *, need_images: bool, upright: bool = True) -> Contents:
     """Id, file and record of every image of a split, in the order of its folder or list.
 
     Args:
@@ -296,7 +294,11 @@ def describe(
         return parse_labels(label, image, size_of(image), source.class_names)
 
     records = in_threads(read, zip(files, labels, strict=True))
-    return list(zip(_ids(files), files, records, strict=True))
+    # As Ultralytics numbers the classes in result files.
+    categories: dict[int | str, str] = {
+        number + 1: name for number, name in source.class_names.items()
+    }
+    return Contents(list(zip(_ids(files), files, records, strict=True)), categories)
 
 
 def label_file(image: Path) -> Path:

@@ -9,8 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Number of boxes whose overlaps are computed at once: bounds the memory on crowded images.
-_BLOCK = 32768
+# Added to pixel edges it gives the corners of VOC's files, which count pixels from 1.
+ONE_BASED = np.array([1.0, 1.0, 0.0, 0.0])
+# Number of pairs whose overlaps are computed at once, or those of one box if it has more: bounds
+# the memory on crowded images.
+_BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Pairs(NamedTuple):
 
 
 def pairs_in_groups(group: np.ndarray, object_group: np.ndarray) -> Iterator[Pairs]:
-    """All pairs of a box and an object of the same group, in blocks of boxes.
+    """All pairs of a box and an object of the same group, in blocks.
 
     Args:
         group: (D,) int, not negative: the group of each box, such as its image.
@@ -82,8 +85,13 @@ def pairs_in_groups(group: np.ndarray, object_group: np.ndarray) -> Iterator[Pai
     has_objects = np.append(groups, -1)[position] == group
     begin, count = np.append(begins, 0)[position], np.append(counts, 0)[position]
     with_objects = np.flatnonzero(has_objects)
-    for start in range(0, len(with_objects), _BLOCK):
-        rows = with_objects[start : start + _BLOCK]
+    total = np.cumsum(count[with_objects])  # pairs of the first 1, 2, ... boxes
+    start = 0
+    while start < len(with_objects):
+        before = total[start - 1] if start else 0
+        end = max(start + 1, int(np.searchsorted(total, before + _BLOCK, side="right")))
+        rows = with_objects[start:end]
+        start = end
         n = count[rows]
         first = np.cumsum(n) - n
         run = np.arange(n.sum()) + np.repeat(begin[rows] - first, n)

@@ -5,6 +5,7 @@ one, so `xmin` and `ymin` are greater by 1 there.
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tract_det.errors import UserError, shortened
-from tract_det.evaluation.boxes import Detections
+from tract_det.evaluation.boxes import ONE_BASED, Detections
 from tract_det.files import file_name_part, write_text
 
 # The challenge's detection competitions: trained on its own data only (3), or on any data (4).
 _COMPETITIONS = ("comp3", "comp4")
 _COLUMNS = "image_id score xmin ymin xmax ymax"
-_ONE_BASED = np.array([1.0, 1.0, 0.0, 0.0])
 
 
 class ImageDetections(NamedTuple):
@@ -60,7 +60,7 @@ def write_detections(
         rows = zip(
             labels.tolist(),
             scores.tolist(),
-            (boxes + _ONE_BASED).tolist(),
+            (boxes + ONE_BASED).tolist(),
             strict=True,
         )
         for label, score, box in rows:
@@ -86,13 +86,13 @@ def read_detections(
     Raises:
         UserError: a folder or file is missing, both competitions have files, a line is not an image
             id and five finite numbers, an image is not in the split, or a width or height is
-            negative.
+            negative. Files of other classes are named by a warning.
     """
     files = _find_detection_files(Path(folder), split, class_names)
     tables = [_read_file(path, positions) for path in files]
     labels = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
     table = np.concatenate([np.empty((0, 6)), *tables])
-    return Detections(table[:, 0].astype(np.int64), table[:, 2:] - _ONE_BASED, table[:, 1], labels)
+    return Detections(table[:, 0].astype(np.int64), table[:, 2:] - ONE_BASED, table[:, 1], labels)
 
 
 def _detection_file(folder: Path, competition: str, split: str, class_name: str) -> Path:
@@ -125,7 +125,24 @@ def _find_detection_files(folder: Path, split: str, class_names: Sequence[str]) 
     for path in class_files:
         if not path.exists():
             raise UserError(f"{path}: is missing: create it, empty if there are no detections")
+    _warn_of_others(folder, class_files, class_files[0].name.partition("_")[0], split)
     return class_files
+
+
+def _warn_of_others(
+    folder: Path, class_files: Sequence[Path], competition: str, split: str
+) -> None:
+    """Names the files of classes that the split does not have."""
+    begin = f"{competition}_det_{file_name_part(split)}_"
+    names = {path.name for path in folder.iterdir()} - {path.name for path in class_files}
+    others = sorted(name for name in names if name.startswith(begin) and name.endswith(".txt"))
+    if others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        warnings.warn(
+            f"{folder}: left out are {len(others)} files of classes that this split does not have: "
+            f"{shown}",
+            stacklevel=4,
+        )
 
 
 def _read_file(path: Path, positions: Mapping[Any, int]) -> np.ndarray:
@@ -159,6 +176,8 @@ def _table(text: str, positions: Mapping[Any, int]) -> np.ndarray | None:
     table = np.array(words, dtype=object).reshape(-1, 6)
     try:
         table[:, 0] = [positions[image_id] for image_id in words[::6]]
+        if text.count("_") > sum(image_id.count("_") for image_id in words[::6]):
+            return None
         numbers = table.astype(np.float64)
     except (KeyError, ValueError):
         return None
@@ -191,6 +210,8 @@ def _row(where: str, line: str, positions: Mapping[Any, int]) -> tuple[float, ..
         raise UserError(f"{where}: has {len(line.split())} columns: write {_COLUMNS}")
     try:
         values = [float(column) for column in columns[1:]]
+        if "_" in "".join(columns[1:]):  # Python reads 1_000 as a number
+            raise ValueError
     except ValueError:
         values = [math.nan]
     shown = shortened(line.strip(), 200)
@@ -198,8 +219,9 @@ def _row(where: str, line: str, positions: Mapping[Any, int]) -> tuple[float, ..
         raise UserError(f"{where}: {shown!r} is not {_COLUMNS}: write finite numbers")
     if not is_known:
         raise UserError(
-            f"{where}: image {shortened(image_id, 200)!r} is not in the split: evaluate the split"
-            " that these detections belong to, or remove the line"
+            f"{where}: image {shortened(image_id, 200)!r} is not in the split, whose images are "
+            f"such as {shortened(str(next(iter(positions), '')))!r}: evaluate the split that these "
+            "detections belong to, or write the image's name"
         )
     if _is_negative(np.array([values[1:]])).any():
         raise UserError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -37,26 +37,33 @@ class GroundTruth:
         image_ids: I names, in the order of the split.
         class_names: K names; label k is class_names[k].
         objects: of all images.
-        positions: the position of each image by what a file of detections may call it.
-        categories: the label of each class by its number in a COCO file.
+        positions: the position of each image by its name, as the challenge's files have it.
+        numbers: the same by what a COCO result file calls the image.
+        categories: the name of the class by what a COCO result file calls it; empty where the data
+            do not number their classes. Not every name is one of the K.
     """
 
     image_ids: tuple[str, ...]
     class_names: tuple[str, ...]
     objects: Objects
-    positions: Mapping[str | int, int]
-    categories: Mapping[int, int]
+    positions: Mapping[str, int]
+    numbers: Mapping[int | str, int]
+    categories: Mapping[int | str, str]
 
 
-def from_annotations(annotations: Sequence[Annotation], class_names: Sequence[str]) -> GroundTruth:
-    """The ground truth of a split in VOC layout.
-
-    In a COCO file, an image may be called by the number that its name is, and a class by its
-    position, counted from 1.
+def from_annotations(
+    annotations: Sequence[Annotation],
+    class_names: Sequence[str],
+    categories: Mapping[int | str, str] | None = None,
+) -> GroundTruth:
+    """The ground truth of a split.
 
     Args:
-        annotations: all images of the split, in order.
+        annotations: all images of the split, in order. What those of COCO's data have more, `area`,
+            `crowd` and `number` of `tract_det.data.annotations.Annotation`, is used where it is
+            there.
         class_names: the K names that the labels index.
+        categories: see `GroundTruth`.
 
     Raises:
         ValueError: a class name or image id occurs twice, or a label has no name.
@@ -65,19 +72,59 @@ def from_annotations(annotations: Sequence[Annotation], class_names: Sequence[st
     for kind, values in (("class names", names), ("image ids", ids)):
         if len(set(values)) < len(values):
             raise ValueError(f"{len(values) - len(set(values))} {kind} occur more than once")
+    image, boxes = flat([a.boxes for a in annotations])
+    crowd = _of_each(annotations, "crowd", False, bool)
     objects = Objects(
-        *flat([a.boxes for a in annotations]),
+        image,
+        boxes,
         joined([a.labels for a in annotations], np.int64),
         joined([a.difficult for a in annotations], bool),
+        _areas(annotations, boxes),
+        crowd if crowd.any() else None,
     )
     if not are_labels(objects.labels, len(names)):
         raise ValueError(f"ground truth has labels outside 0..{len(names) - 1}")
-    positions: dict[str | int, int] = {name: number for number, name in enumerate(ids)}
-    numbers = [int(name) if name.isascii() and name.isdigit() else None for name in ids]
-    if None not in numbers and len(set(numbers)) == len(numbers):
-        positions |= {number: k for k, number in enumerate(numbers) if number is not None}
-    categories = {label + 1: label for label in range(len(names))}
-    return GroundTruth(ids, names, objects, positions, categories)
+    numbers = [getattr(a, "number", None) for a in annotations]
+    by_name, by_number = _by_name(ids, numbers), _by_number(ids, numbers)
+    return GroundTruth(ids, names, objects, by_name, by_number, dict(categories or {}))
+
+
+def _of_each(annotations: Sequence[Annotation], name: str, default: Any, dtype: type) -> np.ndarray:
+    """An attribute of all objects, (n,), that an image may lack."""
+    columns = []
+    for annotation in annotations:
+        values = getattr(annotation, name, None)
+        columns.append(np.full(len(annotation.boxes), default) if values is None else values)
+    return joined(columns, dtype)
+
+
+def _areas(annotations: Sequence[Annotation], boxes: np.ndarray) -> np.ndarray | None:
+    """(n,) float; None where no file says any, so that they are those of the boxes."""
+    areas = _of_each(annotations, "area", np.nan, np.float64)
+    if np.isnan(areas).all():
+        return None
+    return np.where(np.isnan(areas), (boxes[:, 2:] - boxes[:, :2]).prod(axis=1), areas)
+
+
+def _by_name(ids: Sequence[str], numbers: Sequence[int | str | None]) -> dict[str, int]:
+    """Positions by names with and without folders, and by COCO's numbers that are no names."""
+    stems = [name.rpartition("/")[2] for name in ids]
+    positions = {str(number): k for k, number in enumerate(numbers) if number is not None}
+    if len(set(stems)) == len(stems):
+        positions |= {stem: k for k, stem in enumerate(stems)}
+    return positions | {name: k for k, name in enumerate(ids)}
+
+
+def _by_number(ids: Sequence[str], numbers: Sequence[int | str | None]) -> dict[int | str, int]:
+    """Positions by COCO's numbers and by names that are none; else by the numbers of the names."""
+    by_name: dict[int | str, int] = dict(_by_name(ids, [None] * len(ids)).items())
+    known = {number: k for k, number in enumerate(numbers) if number is not None}
+    if known:
+        return by_name | {str(number): k for number, k in known.items()} | known
+    values = [int(name) if name.isascii() and name.isdigit() else None for name in ids]
+    if None not in values and len(set(values)) == len(values):
+        by_name |= {number: k for k, number in enumerate(values) if number is not None}
+    return by_name
 
 
 def are_labels(labels: np.ndarray, num_classes: int) -> bool:

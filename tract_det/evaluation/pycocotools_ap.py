@@ -37,7 +37,7 @@ class _VOCasCOCO(COCOeval):
 def pycocotools_ap(
     objects: Objects, detections: Detections, num_images: int, num_classes: int
 ) -> dict[str, float]:
-    """COCO's average precision: 101 recall points, at most 100 detections per image.
+    """COCO's average precision: 101 recall points, at most 100 detections per image and class.
 
     Difficult objects are ignored, see `_VOCasCOCO`. The areas that separate small, medium and large
     objects are in pixels of the annotated image.

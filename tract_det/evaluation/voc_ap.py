@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tract_det.evaluation.boxes import Detections, Objects, best_overlaps
+from tract_det.evaluation.boxes import ONE_BASED, Detections, Objects, best_overlaps
 from tract_det.evaluation.ranking import Ranking, ap_11_point, ap_under_envelope, by_class
 
 RULES = ("devkit", "detectron2")
@@ -230,11 +230,10 @@ def view_of(objects: Objects, detections: Detections, rule: str) -> View:
         return View(detections.scores, detections.boxes, objects.boxes, 0.0)
     # detectron2 rounds 1-based inclusive boxes and computes the overlap from them. So does this, so
     # that an overlap near the threshold falls on the same side in floating point.
-    one_based = np.array([1.0, 1.0, 0.0, 0.0])
     return View(
         round_decimals(detections.scores, 3),
-        round_decimals(detections.boxes + one_based, 1),
-        objects.boxes + one_based,
+        round_decimals(detections.boxes + ONE_BASED, 1),
+        objects.boxes + ONE_BASED,
         1.0,
     )
 

@@ -39,7 +39,7 @@ def weighted_ap(
         weights = np.ones((1, num_images), dtype=np.int32)
     shape = len(weights), len(ranking.true_positive)
     interpolated, area = np.full(shape, np.nan), np.full(shape, np.nan)
-    num_objects = weights[:, ranking.object_image].sum(axis=1)
+    num_objects = _count_objects(ranking.object_image, weights)
     sampled = np.flatnonzero(num_objects)  # the samples that have objects
     curves = _Curves(ranking)
     step = max(1, _CACHED // max(1, curves.longest))
@@ -47,6 +47,14 @@ def weighted_ap(
         block = sampled[start : start + step]
         interpolated[block], area[block] = curves.ap(recalls, weights[block], num_objects[block])
     return interpolated, area
+
+
+def _count_objects(object_image: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Number of objects in each sample, (B,) int."""
+    step = max(1, _CACHED // max(1, len(object_image)))
+    blocks = [weights[start : start + step] for start in range(0, len(weights), step)]
+    counts = [block.take(object_image, axis=1).sum(axis=1) for block in blocks]
+    return np.concatenate([np.empty(0, dtype=np.int64), *counts])
 
 
 class _Curves:

@@ -132,15 +132,23 @@ class ResultFiles:
         """Writes a COCO result file.
 
         `image_id` is the image's id, or the number that it is where all ids are numbers, as COCO's
-        own are; `category_id` is the position of the class, counted from 1.
+        own are; `category_id` is the position of the class, counted from 1. Data may mean others
+        by these numbers, so `image_name` and `category_name` say what they stand for.
         """
         ids: list[str | int] = list(self._images)
         numbers = [int(name) if name.isascii() and name.isdigit() else -1 for name in self._images]
         if -1 not in numbers and len(set(numbers)) == len(numbers):
             ids = list(numbers)
         entries = [
-            {"image_id": name, "category_id": label + 1, "bbox": box, "score": score}
-            for name, image in zip(ids, self._images.values(), strict=True)
+            {
+                "image_id": number,
+                "image_name": name,
+                "category_id": label + 1,
+                "category_name": self.class_names[label],
+                "bbox": box,
+                "score": score,
+            }
+            for number, (name, image) in zip(ids, self._images.items(), strict=True)
             for label, box, score in zip(
                 image.labels.tolist(),
                 _with_sizes(image.boxes).tolist(),

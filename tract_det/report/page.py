@@ -170,10 +170,14 @@ def _at(results: dict[str, Any], metric: str) -> float | None:
 
 
 def _interval(results: dict[str, Any], metric: str) -> tuple[float, float] | None:
-    """The ends of a figure's interval; those of the moving average are with its own figures."""
+    """The ends of a figure's interval, None where there is none, as of one image.
+
+    Those of the moving average are with its own figures.
+    """
     if metric.startswith("ema."):
         results, metric = results.get("ema", {}), metric.removeprefix("ema.")
-    return results.get("intervals", {}).get(metric)
+    ends = results.get("intervals", {}).get(metric)
+    return None if ends is None or None in ends else ends
 
 
 def _figures(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:

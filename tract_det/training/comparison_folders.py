@@ -1,12 +1,11 @@
 """What the folders of a comparison have: runs that are finished, diverged, stopped, or others."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from fvcore.common.config import CfgNode
 
 from tract_det.config.files import flat, read_config
-from tract_det.config.resuming import INCIDENTAL
+from tract_det.config.resuming import differences, not_incidental
 from tract_det.engine import checkpoint, provenance
 from tract_det.engine.progress import Progress
 from tract_det.engine.writers import say
@@ -127,15 +126,9 @@ def refuse_other_settings(run: PlannedRun, defaults: CfgNode) -> None:
         raise UserError(f"{error}: {mend}") from error
     if not stored.keys() & now.keys():
         raise UserError(f"{path} has no key of this task, so its run is unknown: {mend}")
-    before = {**flat(defaults), **stored}
-    for key, value in now.items():
-        if key not in INCIDENTAL and _comparable(before.get(key)) != _comparable(value):
-            raise UserError(
-                f"{run.folder} has a run with {key} {before.get(key)}, and this one has {value}: "
-                "give this comparison a folder of its own by --output"
-            )
-
-
-def _comparable(value: Any) -> Any:
-    """A value whose type may have changed between versions: "", [] and 0 all mean none."""
-    return (list(value) if isinstance(value, tuple) else value) or None
+    changes = differences(not_incidental(stored), not_incidental(now), flat(defaults))
+    if changes:
+        raise UserError(
+            f"{run.folder} has a run with other settings ({changes[0]}): give this comparison a "
+            "folder of its own by --output"
+        )
