@@ -232,7 +232,7 @@ def test_missing_devkit_split_and_detections_are_errors_that_name_them(tmp_path)
         main(["--devkit", str(tmp_path), "--year", "2012", "--detections", found])
     with pytest.raises(UserError, match=r"val\.txt"):
         main(["--root", str(root), "--split", "val", "--detections", found])
-    with pytest.raises(UserError, match="nowhere: no such folder"):
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
         main(["--root", str(root), "--detections", str(tmp_path / "nowhere")])
 
 
@@ -247,6 +247,7 @@ def test_missing_devkit_split_and_detections_are_errors_that_name_them(tmp_path)
         (["--root", "r", "--bootstrap", "1"], "--bootstrap is a number of samples from 20, or 0"),
         (["--root", "r", "--bootstrap", "-1"], "--bootstrap is a number of samples"),
         (["--devkit", "d", "--holdout", "0.2"], "--holdout goes with --root"),
+        (["--coco-truth", "f", "--exif", "ignore"], "--exif goes with --root"),
         (["--root", "r", "--holdout", "1"], "--holdout is a share, from 0 to below 1"),
         ([], "one of the arguments --devkit --root --coco-truth is required"),
     ],

@@ -5,12 +5,16 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.ExifTags import Base
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from tract_det.cli import call
 from tract_det.data.datasets import Holdout, read_dataset
 from tract_det.errors import UserError
+from tract_det.evaluation.evaluators import DetectionEvaluator
+
+ORIENTATION = Base.Orientation
 
 # Ids that are neither positions nor in the order of the names, file names that are other ids.
 TRUTH = {
@@ -118,7 +122,7 @@ def test_the_challenges_files_call_an_image_by_its_name_though_that_is_anothers_
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(lines))
     (tmp_path / "found/comp4_det_val_bee.txt").write_text("")
-    with pytest.warns(UserWarning, match=r"left out are 1 files of classes .*comp4_det_val_bee"):
+    with pytest.warns(UserWarning, match=r"left out are 1 files of .*comp4_det_val_bee"):
         figures = evaluate(
             tmp_path, "--root", root, "--split", "val", "--detections", tmp_path / "found"
         )
@@ -148,6 +152,40 @@ def test_yolos_classes_have_their_number_in_the_list_and_one(tmp_path):
     assert evaluate(tmp_path, *data, held_out)["voc_area"]["mAP"] == 100
     with pytest.raises(UserError, match=r"results\.json, line 1: entry .*is not in the split"):
         evaluate(tmp_path, *data, tmp_path / "results.json")
+
+
+def test_yolos_boxes_are_fractions_of_the_images_as_exif_says(tmp_path):
+    """Turned upright, the image is 100 wide and 200 high; as it is stored, the other way round."""
+    (tmp_path / "data").mkdir()
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    picture = Image.fromarray(np.zeros((100, 200, 3), np.uint8))
+    picture.save(tmp_path / "data/a.jpg", exif=exif.tobytes())
+    (tmp_path / "data/a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "data/classes.txt").write_text("ape\n")
+    for mode, box in (("auto", [25, 50, 50, 100]), ("ignore", [50, 25, 100, 50])):
+        entry = {"image_id": "a", "category_id": 1, "bbox": box, "score": 1}
+        results = write(tmp_path / "results.json", [entry])
+        data = ("--root", tmp_path / "data", "--split", "test", "--holdout", 0.9, "--exif", mode)
+        assert evaluate(tmp_path, *data, "--detections", results)["voc_area"]["mAP"] == 100
+
+
+def test_a_training_evaluates_crowds_and_areas_as_the_command_does(tmp_path, root):
+    results = write(tmp_path / "results.json", FOUND)
+    options = ("--root", root, "--split", "val", "--detections", results)
+    split = read_dataset(["val"], root, None, need_images=False)
+    evaluator = DetectionEvaluator(split.annotations, split.class_names)
+    for annotation in split.annotations:
+        entries = [entry for entry in FOUND if entry["image_id"] == annotation.number]
+        boxes = np.array([entry["bbox"] for entry in entries], dtype=float).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        names = [CLASSES[entry["category_id"]] for entry in entries]
+        labels = [split.class_names.index(name) for name in names]
+        scores = [entry["score"] for entry in entries]
+        evaluator.add(annotation.image_id, boxes, np.array(scores), np.array(labels))
+    figures = evaluator.evaluate()["coco"]
+    assert figures == pytest.approx(dict.fromkeys(figures, 100))
+    assert figures == evaluate(tmp_path, *options)["coco"]
 
 
 def test_data_that_number_no_classes_need_them_listed(tmp_path):

@@ -50,7 +50,7 @@ def test_images_in_memory_have_a_fingerprint_too():
     assert split.fingerprint() != other.fingerprint()
 
 
-def test_a_box_its_class_or_its_difficulty_makes_another_split(tmp_path):
+def test_a_box_its_class_or_what_the_evaluation_makes_of_it_makes_another_split(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"pixels")
 
     def split(x=1.0, label=0, difficult=False, name="a", path=tmp_path / "a.jpg"):
@@ -60,7 +60,15 @@ def test_a_box_its_class_or_its_difficulty_makes_another_split(tmp_path):
 
     shutil.copy(tmp_path / "a.jpg", tmp_path / "moved.jpg")
     assert split(path=tmp_path / "moved.jpg").fingerprint() == split().fingerprint()
+
+    def of_coco(area, crowd):
+        (annotation,) = split(difficult=True).annotations
+        changes = {"area": np.array([area]), "crowd": np.array([crowd]), "number": 3}
+        return replace(split(), annotations=[replace(annotation, **changes)])
+
+    assert of_coco(np.nan, False).fingerprint() == split(difficult=True).fingerprint()
     others = [
+        of_coco(9.0, False), of_coco(8.0, False), of_coco(np.nan, True),
         split(), split(x=2.0), split(label=1), split(difficult=True), split(name="b"),
         split(path=tmp_path / "missing.jpg"), replace(split(), annotations=[]),
     ]  # fmt: skip

@@ -44,16 +44,17 @@ def write(path, content):
 
 def test_ground_truth_has_classes_by_number_and_edges_of_boxes(tmp_path):
     truth = read_coco_ground_truth(write(tmp_path / "truth.json", TRUTH))
-    assert truth.image_ids == ("a", "dir/b")
+    assert truth.image_ids == ("dir/b", "a")
     assert truth.class_names == ("cat", "dog")
-    assert truth.objects.image.tolist() == [0, 0, 1]
-    assert truth.objects.labels.tolist() == [0, 1, 1]
-    assert truth.objects.boxes[2].tolist() == [10, 20, 40, 60]
-    assert truth.objects.area.tolist() == [25, 32, 900.5]
-    assert truth.objects.difficult.tolist() == [True, True, False]
-    assert truth.objects.crowd.tolist() == [True, False, False]
-    assert [truth.numbers[name] for name in (7, "7", "a")] == [0, 0, 0]
-    assert [truth.numbers[name] for name in (3, "3", "b", "dir/b")] == [1, 1, 1, 1]
+    assert truth.objects.image.tolist() == [0, 1, 1]
+    assert truth.objects.labels.tolist() == [1, 0, 1]
+    assert truth.objects.boxes[0].tolist() == [10, 20, 40, 60]
+    assert truth.objects.area.tolist() == [900.5, 25, 32]
+    assert truth.objects.difficult.tolist() == [False, True, True]
+    assert truth.objects.crowd.tolist() == [False, True, False]
+    assert [truth.numbers[name] for name in (3, "3", "b", "dir/b")] == [0, 0, 0, 0]
+    assert [truth.numbers[name] for name in (7, "7", "a")] == [1, 1, 1]
+    assert truth.positions == {"dir/b": 0, "b": 0, "a": 1}
     assert truth.categories == {5: "dog", 2: "cat"}
 
 
@@ -67,7 +68,8 @@ def test_a_number_that_is_another_images_name_is_a_name_to_the_challenge_and_an_
     }
     truth = read_coco_ground_truth(write(tmp_path / "truth.json", content))
     assert [truth.positions[name] for name in ("2", "1")] == [0, 1]
-    assert [truth.numbers[number] for number in (1, "1", 2, "2")] == [0, 0, 1, 1]
+    assert [truth.numbers[number] for number in (1, 2)] == [0, 1]
+    assert [truth.numbers[name] for name in ("2", "1")] == [0, 1]
     entry = {"image_id": 2, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}
     named = entry | {"image_name": "2", "category_name": "cat"}
     results = write(tmp_path / "named.json", [named])
@@ -79,7 +81,7 @@ def test_a_number_that_is_another_images_name_is_a_name_to_the_challenge_and_an_
 def test_results_have_positions_labels_and_edges_of_boxes(tmp_path):
     truth = read_coco_ground_truth(write(tmp_path / "truth.json", TRUTH))
     detections = read_coco_results(write(tmp_path / "results.json", RESULTS), truth)
-    assert detections.image.tolist() == [1, 0]
+    assert detections.image.tolist() == [0, 1]
     assert detections.labels.tolist() == [1, 0]
     assert detections.boxes.tolist() == [[10, 20, 40.5, 60], [1, 2, 4, 6]]
     assert detections.scores.tolist() == [0.5, 0.25]
@@ -99,9 +101,29 @@ def test_without_a_coco_ground_truth_images_are_numbers_or_names(tmp_path):
     unnumbered = from_annotations(images, CLASSES)
     with pytest.raises(UserError, match="do not say which class has which category_id: give --cl"):
         read_coco_results(tmp_path / "results.json", unnumbered)
-    named = [entry | {"category_name": "dog"} for entry in entries]
+    named = [{**entry, "category_name": "dog"} for entry in entries]
     read = read_coco_results(write(tmp_path / "named.json", named), unnumbered)
     assert read.labels.tolist() == [1, 1]
+
+
+def test_names_that_are_there_need_no_numbers_and_are_never_taken_for_any(tmp_path):
+    """Names of another split's images may be the numbers of this one's."""
+    truth = read_coco_ground_truth(write(tmp_path / "truth.json", TRUTH))
+    entry = {"category_name": "cat", "bbox": [0, 0, 1, 1], "score": 1}
+    path = write(tmp_path / "results.json", [entry | {"image_name": "dir/b"}])
+    assert read_coco_results(path, truth).image.tolist() == [0]
+    for name in ("3", "7"):
+        write(path, [entry | {"image_name": name}])
+        with pytest.raises(UserError, match=f"image_name '{name}' is not in the split"):
+            read_coco_results(path, truth)
+
+
+def test_among_other_names_those_that_are_numbers_can_be_called_so(tmp_path):
+    images = [image(name, [], []) for name in ("b", "07", "1", "01", "c/9", "d/9")]
+    truth = from_annotations(images, ("cat",))
+    assert truth.numbers == {
+        **{"b": 0, "07": 1, 7: 1, "1": 2, "01": 3, "c/9": 4, "d/9": 5},
+    }
 
 
 def test_detections_of_classes_that_the_split_does_not_have_are_left_out_by_name(tmp_path):
@@ -112,6 +134,8 @@ def test_detections_of_classes_that_the_split_does_not_have_are_left_out_by_name
         for number in (1, 2)
     ]
     path = write(tmp_path / "results.json", entries)
+    with pytest.raises(UserError, match=r"none of its classes \(cow\) is one of the split's \(cat"):
+        read_coco_results(write(tmp_path / "cows.json", entries[:1]), truth)
     with pytest.warns(UserWarning, match=r"results\.json: left out .* does not have: cow$"):
         detections = read_coco_results(path, truth)
     assert detections.image.tolist() == [1] and detections.labels.tolist() == [0]
@@ -170,7 +194,7 @@ def changed(entry, **values):
 BAD_RESULTS = {
     "unknown image": (
         changed(RESULTS[1], image_id=9),
-        "image_id 9 is not in the split, whose images are 3, 7, .*: evaluate the split",
+        "image_id 9 is not in the split, whose images are 7, 3, .*: evaluate the split",
     ),
     "unknown name": (changed(RESULTS[1], image_name="c"), "image_name 'c' is not in the split"),
     "true as image": (changed(RESULTS[1], image_id=True), "image_id True is not in"),
@@ -215,7 +239,7 @@ BAD_ANNOTATIONS = {
     "negative height": ({"bbox": [0, 0, 5, -5]}, "with a negative width or height"),
     "no box": ({"bbox": None}, "bbox is None"),
     "word as area": ({"area": "big"}, "area is 'big': write a number"),
-    "word as flag": ({"iscrowd": "no"}, "iscrowd is 'no': write 0 or 1"),
+    "word as flag": ({"iscrowd": "maybe"}, "iscrowd is 'maybe': write 0 or 1"),
 }
 
 
@@ -249,6 +273,86 @@ def test_a_file_that_is_no_ground_truth_is_refused_in_a_line(tmp_path, content, 
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}.*{message}") as caught:
         read_coco_ground_truth(path)
     assert "\n" not in str(caught.value)
+
+
+NAMELESS = {
+    "the same twice": ["x.jpg", "x.jpg"],
+    "empty": ["", ""],
+    "of other machines": ["/cam1/x.jpg", "C:\\cam2\\x.jpg"],
+    "addresses": ["https://a.org/" + 300 * "x" + ".jpg?1", "https://b.org/" + 300 * "x" + ".jpg?2"],
+    "none": [None, None],
+    "no names": ["..", "/"],
+    "a file that is no image": ["truth.json", "x.jpg"],
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*have no objects in this split")
+@pytest.mark.parametrize("case", NAMELESS)
+def test_no_file_names_are_needed_as_images_have_ids(tmp_path, case):
+    images = [
+        {"id": number} | ({} if name is None else {"file_name": name})
+        for number, name in zip((7, "7"), NAMELESS[case], strict=True)
+    ]
+    annotations = [
+        {"id": k, "image_id": image["id"], "category_id": 2, "bbox": [k, 0, 50, 50], "iscrowd": 0}
+        for k, image in enumerate(images)
+    ]
+    content = TRUTH | {"images": images, "annotations": annotations}
+    truth = read_coco_ground_truth(write(tmp_path / "truth.json", content))
+    assert len(set(truth.image_ids)) == 2
+    entries = [
+        {"image_id": image["id"], "category_id": 2, "bbox": [k, 0, 50, 50], "score": 1}
+        for k, image in enumerate(images)
+    ]
+    detections = read_coco_results(write(tmp_path / "results.json", entries), truth)
+    assert summary(evaluate_detections(truth, detections))["coco"]["AP50"] == pytest.approx(100)
+
+
+@pytest.mark.filterwarnings("ignore:.*have no objects in this split")
+def test_images_are_in_the_order_of_their_ids_which_decides_among_equal_scores(tmp_path):
+    """As pycocotools has them; the true detection comes first by it, though last in both lists."""
+    content = TRUTH | {
+        "images": [{"id": 2}, {"id": 1}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 2, "bbox": [0, 0, 50, 50]}],
+    }
+    truth = read_coco_ground_truth(write(tmp_path / "truth.json", content))
+    entries = [
+        {"image_id": number, "category_id": 2, "bbox": [0, 0, 50, 50], "score": 0.5}
+        for number in (2, 1)
+    ]
+    detections = read_coco_results(write(tmp_path / "results.json", entries), truth)
+    assert summary(evaluate_detections(truth, detections))["coco"]["AP"] == pytest.approx(100)
+
+
+AREAS = {
+    "of a large image": (1.6e9, 1.6e9),
+    "in words": ("2500.5", 2500.5),
+    "not said": (None, 100),
+    "empty": ("", 100),
+    "not a number": (float("nan"), 100),
+}
+
+
+@pytest.mark.parametrize("case", AREAS)
+def test_an_area_is_taken_from_the_file_or_from_the_box(tmp_path, case):
+    area, expected = AREAS[case]
+    annotations = [
+        {"id": 1, "image_id": 7, "category_id": 2, "bbox": [0, 0, 10, 10], "area": area},
+        {"id": 2, "image_id": 3, "category_id": 2, "bbox": [0, 0, 10, 10], "area": 7},
+    ]
+    path = write(tmp_path / "truth.json", TRUTH | {"annotations": annotations})
+    assert read_coco_ground_truth(path).objects.area.tolist() == [7, expected]
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"), [("", False), ("0", False), ("1", True), ("False", False), ("yes", True)]
+)
+def test_a_flag_may_be_a_word(tmp_path, flag, expected):
+    annotation = TRUTH["annotations"][0] | {"ignore": flag}
+    truth = read_coco_ground_truth(
+        write(tmp_path / "truth.json", TRUTH | {"annotations": [annotation]})
+    )
+    assert truth.objects.difficult.tolist() == [expected]
 
 
 def test_null_is_as_nothing_and_two_categories_of_one_name_are_one_class(tmp_path):

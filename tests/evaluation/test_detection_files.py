@@ -122,7 +122,9 @@ def test_bad_line_is_refused_in_one_line_with_file_and_number(tmp_path, line, me
 
 
 def test_missing_files_are_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere: no such folder.*comp\[34\]_det_test_<class>"):
+    with pytest.raises(
+        UserError, match=r"nowhere: no such file or folder.*comp\[34\]_det_test_<class>"
+    ):
         read_detections(tmp_path / "nowhere", "test", CLASSES, {})
     path = write_files(tmp_path)
     with pytest.raises(UserError, match=r"no comp\[34\]_det_val_<class>\.txt .*check"):

@@ -23,6 +23,11 @@ from tract_det.evaluation.voc_ap import RULES
 AREA = "voc_area.mAP"
 
 
+def every(images):
+    """All images differ."""
+    return np.ones(images, dtype=bool)
+
+
 def swapped(objects, both, swaps, rule="devkit"):
     options = {"num_images": swaps.shape[1], "num_classes": CLASSES, "rule": rule}
     return swapped_differences(objects, both, swaps=swaps, **options)
@@ -53,7 +58,7 @@ def test_swapped_images_give_what_an_evaluation_of_the_swapped_detections_gives(
     crowd = np.random.default_rng(0).random(len(objects.image)) < 0.1
     objects = replace(objects, difficult=objects.difficult | crowd, crowd=crowd)
     both = detect(0), detect(1)
-    swaps = draw_swaps(40, 6)
+    swaps = draw_swaps(every(40), 6)
     assert 0.3 < swaps.mean() < 0.7
     computed = swapped(objects, both, swaps, rule)
     assert tuple(computed) == METRICS
@@ -67,28 +72,34 @@ def test_swapped_images_give_what_an_evaluation_of_the_swapped_detections_gives(
 def test_of_all_swaps_the_p_value_is_the_share_that_differs_at_least_as_much():
     objects, detect = made_split(8, seed=3)
     both = detect(0), detect(1)
-    every = np.array(list(itertools.product([False, True], repeat=8)))
-    differences = swapped(objects, both, every)
+    ways = np.array(list(itertools.product([False, True], repeat=8)))
+    differences = swapped(objects, both, ways)
     as_they_are = {name: float(values[0]) for name, values in differences.items()}
-    p = p_values(as_they_are, differences)
+    swaps = draw_swaps(every(8), 255)
+    assert {tuple(row) for row in swaps.tolist()} == set(map(tuple, ways[1:].tolist()))
+    p = p_values(as_they_are, swapped(objects, both, swaps))
     for name, values in differences.items():
         great = [v for v in values.tolist() if abs(v) >= abs(as_they_are[name]) - 1e-9]
-        assert p[name] == pytest.approx((len(great) + 1) / (2**8 + 1), nan_ok=True)
+        assert p[name] == pytest.approx(len(great) / 2**8, nan_ok=True)
     assert 0.05 < p[AREA] < 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-def test_few_images_that_differ_are_never_significant(count):
-    """Whatever they are: with k of them, half of two to the k swaps differ as much."""
-    objects, detect = made_split(60, seed=4)
-    first = detect(0)
-    second = changed_in(first, np.unique(first.image)[:count])
-    assert differing_images(first, second, 60) == count
-    values = [figures(objects, side) for side in (first, second)]
-    differences = {name: values[0][name] - values[1][name] for name in METRICS}
-    assert differences[AREA] != 0
-    p = p_values(differences, swapped(objects, (first, second), draw_swaps(60, 400)))
-    assert min(p.values()) > 0.7 * 2 ** (1 - count)
+@pytest.mark.parametrize("samples", [31, 1000])
+def test_few_images_that_differ_are_never_significant(count, samples):
+    """Whatever they are: with k of them, two of two to the k ways differ as much."""
+    for seed in range(5):
+        objects, detect = made_split(60, seed)
+        first = detect(0)
+        second = changed_in(first, np.unique(first.image)[:count])
+        differing = differing_images(first, second, 60)
+        assert differing.sum() == count
+        values = [figures(objects, side) for side in (first, second)]
+        differences = {name: values[0][name] - values[1][name] for name in METRICS}
+        swaps = draw_swaps(differing, samples)
+        assert len(swaps) == 2**count - 1 and not swaps[:, ~differing].any()
+        p = p_values(differences, swapped(objects, (first, second), swaps))
+        assert min(p.values()) >= 2 ** (1 - count) - 1e-12
 
 
 def test_a_class_with_a_single_object_makes_no_difference_significant():
@@ -116,7 +127,7 @@ def test_detections_that_are_worse_in_many_images_are_seen():
     first = detect(0)
     second = changed_in(first, np.arange(60))
     both = [figures(objects, side)[AREA] for side in (first, second)]
-    sampled = swapped(objects, (first, second), draw_swaps(100, 400))
+    sampled = swapped(objects, (first, second), draw_swaps(every(100), 400))
     p = p_values({AREA: both[0] - both[1]}, sampled)[AREA]
     assert p == pytest.approx(1 / 401)
 
@@ -124,24 +135,34 @@ def test_detections_that_are_worse_in_many_images_are_seen():
 def test_equal_detections_do_not_differ_and_what_is_not_there_has_no_p_value():
     objects, detect = made_split(30, seed=5)
     both = (detect(0), detect(0))
-    sampled = swapped(objects, both, draw_swaps(30, 50))
+    sampled = swapped(objects, both, draw_swaps(every(30), 50))
     assert p_values(dict.fromkeys(METRICS, 0.0), sampled) == dict.fromkeys(METRICS, 1.0)
     assert math.isnan(p_values({AREA: math.nan}, sampled)[AREA])
 
 
-def test_images_differ_by_any_column_or_number_and_not_by_the_order():
-    objects, detect = made_split(30, seed=7)
-    del objects
-    first = detect(0)
-    order = np.random.default_rng(0).permutation(len(first.scores))
-    shuffled = Detections(*(values[order] for values in vars(first).values()))
-    assert differing_images(first, shuffled, 30) == 0
-    without = Detections(*(values[1:] for values in vars(first).values()))
-    assert differing_images(first, without, 30) == differing_images(without, first, 30) == 1
+def test_images_differ_by_any_column_or_number_and_by_the_order_within_a_class():
+    first = made_split(30, seed=7)[1](0)
+    by_class = np.argsort(first.labels, kind="stable")
+    assert (np.diff(by_class) < 0).any()
+    assert not differing_images(first, reordered(first, by_class), 30).any()
+    groups = first.image * CLASSES + first.labels
+    pair = np.flatnonzero(groups == np.argmax(np.bincount(groups)))[:2]
+    order = np.arange(len(first.scores))
+    order[pair] = pair[::-1]
+    differing = differing_images(first, reordered(first, order), 30)
+    assert np.flatnonzero(differing).tolist() == [first.image[pair[0]]]
+    without = reordered(first, np.arange(1, len(first.scores)))
+    assert differing_images(first, without, 30).sum() == 1
+    assert differing_images(without, first, 30).sum() == 1
     for name in ("boxes", "scores", "labels"):
         values = getattr(first, name).copy()
         values[0] = values[0] + 1
-        assert differing_images(first, replace(first, **{name: values}), 30) == 1
+        differing = differing_images(first, replace(first, **{name: values}), 30)
+        assert np.flatnonzero(differing).tolist() == [first.image[0]]
+
+
+def reordered(detections, order):
+    return Detections(*(values[order] for values in vars(detections).values()))
 
 
 @pytest.mark.slow
@@ -154,7 +175,7 @@ def test_the_p_value_keeps_its_level():
         both = detect(0), detect(1)
         values = [figures(objects, side) for side in both]
         differences = {name: values[0][name] - values[1][name] for name in METRICS}
-        sampled = swapped(objects, both, draw_swaps(images, 199, seed))
+        sampled = swapped(objects, both, draw_swaps(every(images), 199, seed))
         for name, p in p_values(differences, sampled).items():
             rejected[name] += 100 / repetitions * (p <= 0.05)
     assert rejected == pytest.approx(dict.fromkeys(METRICS, 5.0), abs=3.3)  # 3 standard errors

@@ -19,7 +19,7 @@ from tract_det.evaluation.detection_results import details, evaluate_detections,
 
 CASES = cases(250)
 CHALLENGE = (
-    "\n".join(f"7 {k / 10} {k} {k}.5 {k + 20} 30.25" for k in range(1, 9)) + "\n3 1 1 1 2 2\n"
+    "\n".join(f"a {k / 10} {k} {k}.5 {k + 20} 30.25" for k in range(1, 9)) + "\nb 1 1 1 2 2\n"
 )
 # Values that JSON or a line of numbers may have in a number's place.
 WORDS = (

@@ -184,7 +184,7 @@ def test_the_report_has_a_table_verdicts_a_picture_and_every_run(tmp_path, image
         bonus = 3 + 0.2 * run.seed if run.variant.arm == "tract" else 0
         write_run(planned, run, 50.0 + run.seed + bonus)
         # The difference is 2 points higher in one half of the samples than in the other.
-        values = np.repeat([1.0, 3.0], 500) * (run.variant.arm == "tract")
+        values = np.repeat([2.1, 4.1], 500) * (run.variant.arm == "tract")
         figure = 50.0 + run.seed + bonus
         write_samples(run.folder, ["a", "b"], {"top1": figure}, {"top1": values})
     report(planned, "tract-det compare")

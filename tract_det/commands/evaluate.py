@@ -106,8 +106,14 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
     args = parser.parse_args(argv)
     if args.classes and not args.root:
         parser.error("--classes goes with --root: other data have their own")
-    if args.holdout and not args.root:
-        parser.error("--holdout goes with --root: other data have their splits")
+    for option, is_set in (
+        ("--holdout", args.holdout),
+        ("--holdout-seed", args.holdout_seed),
+        ("--format", args.format != "auto"),
+        ("--exif", args.exif != "auto"),
+    ):
+        if is_set and not args.root:
+            parser.error(f"{option} goes with --root: other data do not need it")
     if not 0 <= args.holdout < 1:
         parser.error("--holdout is a share, from 0 to below 1")
     if args.year and not args.devkit:

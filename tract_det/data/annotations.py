@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from tract_det.data.faults import Faults
+from tract_det.data.files import is_file
 from tract_det.data.fingerprint import beginning, fingerprint, names_as_bytes
 from tract_det.data.images import MAX_PIXELS, stored_size, upright_size
 from tract_det.errors import CONTROLS, UserError, brief
@@ -105,6 +106,10 @@ class DetectionSplit:
                 annotation.labels.tobytes(),
                 annotation.difficult.tobytes(),
             ]
+            if annotation.crowd is not None and annotation.crowd.any():
+                parts.append(annotation.crowd.tobytes())
+            if annotation.area is not None and not np.isnan(annotation.area).all():
+                parts.append(annotation.area.tobytes())
         return fingerprint(parts, len(self), lambda index: beginning(self.annotations[index].path))
 
 
@@ -197,7 +202,7 @@ def build_split(
         _, path, record = image
         if record.size is not None:
             return record.size
-        if not need_images and not path.is_file():
+        if not need_images and not is_file(path):
             return 0, 0
         try:
             return upright_size(path) if upright else stored_size(path)

@@ -20,7 +20,11 @@ class Faults:
         try:
             yield
         except UserError as error:
-            self.messages.append(str(error))
+            self.note(error)
+
+    def note(self, error: UserError) -> None:
+        """Notes an error. In loops over very many entries it is faster than `noted`."""
+        self.messages.append(str(error))
 
     def refuse(self) -> None:
         """Refuses the data if anything was noted.

@@ -11,7 +11,7 @@ from tract_det.errors import UserError, brief, shortened
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 # What tools write for <difficult> instead of a number; makesense.ai has "Unspecified".
-_FLAGS = {"": False, "false": False, "no": False, "unspecified": False, "true": True, "yes": True}
+FLAGS = {"": False, "false": False, "no": False, "unspecified": False, "true": True, "yes": True}
 
 
 def parse_annotation(xml: Path) -> Record:
@@ -47,7 +47,7 @@ def parse_annotation(xml: Path) -> Record:
             raise UserError(f"{where()}: no <bndbox>: add it or remove the object")
         x1, y1, x2, y2 = [_number(bndbox.findtext(tag), tag, where) for tag in _CORNERS]
         difficult = (element.findtext("difficult") or "").strip()
-        flag = _FLAGS.get(difficult.lower())
+        flag = FLAGS.get(difficult.lower())
         record.classes.append(name)
         box = (x1 - 1, y1 - 1, x2, y2)
         if not is_object(box):

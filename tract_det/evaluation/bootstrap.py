@@ -28,6 +28,7 @@ from tract_det.evaluation.ranking import RECALLS_07, Ranking
 from tract_det.evaluation.weighted_ap import weighted_ap
 
 LEVEL = 0.95
+_ENDS = (1 - LEVEL) / 2, (1 + LEVEL) / 2
 
 Means = dict[str, np.ndarray]
 
@@ -99,15 +100,27 @@ def interval(
     if not len(sampled) or np.ptp(sampled) < ROUNDING:
         return math.nan, math.nan
     centred = sampled - sampled.mean() + value
-    low, high = np.clip(np.quantile(centred, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]), *limits)
+    low, high = np.clip(np.quantile(centred, _ENDS), *limits)
     return float(low), float(high)
 
 
 def difference_interval(difference: float, sampled: np.ndarray) -> tuple[float, float]:
-    """The `interval` of a difference, but 0 to 0 for two that agree in every sample."""
-    if (np.abs(sampled) < ROUNDING).all():
+    """The `interval` of a difference, with the percentiles of the samples as they are.
+
+    Samples without a class leave its AP out of the mean, and samples without the few images that
+    make a difference do not have it. To centre them moves them away from 0, as if they had it.
+
+    Returns:
+        Both ends; 0 and 0 for two that agree in every sample.
+    """
+    sampled = sampled[~np.isnan(sampled)]
+    if len(sampled) and (np.abs(sampled) < ROUNDING).all():
         return 0.0, 0.0
-    return interval(difference, sampled)
+    low, high = interval(difference, sampled)
+    if math.isnan(low):
+        return low, high
+    first, last = np.quantile(sampled, _ENDS)
+    return min(low, float(first)), max(high, float(last))
 
 
 def with_zero(ends: tuple[float, float]) -> tuple[float, float]:

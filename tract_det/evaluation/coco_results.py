@@ -50,7 +50,13 @@ def read_coco_results(path: Path, truth: GroundTruth) -> Detections:
     except _MALFORMED:
         _refuse(path, text, entries, truth)
     labels = {name: k for k, name in enumerate(truth.class_names)}
-    if others := set(names) - set(labels):
+    others = set(names) - set(labels)
+    if names and others == set(names):
+        raise UserError(
+            f"{path}: none of its classes ({_some(sorted(others))}) is one of the split's "
+            f"({_some(truth.class_names)}): evaluate the data that these detections belong to"
+        )
+    if others:
         warnings.warn(
             f"{path}: left out are detections of classes that this split does not have: "
             f"{_some(sorted(others))}",
@@ -88,8 +94,8 @@ def _columns(
     Raises:
         Any of _MALFORMED: an entry has a `_problem`.
     """
-    ids = [entry.get("image_name", entry["image_id"]) for entry in entries]
-    classes = [entry.get("category_name", entry["category_id"]) for entry in entries]
+    ids = [entry[_key(entry, "image_name", "image_id")] for entry in entries]
+    classes = [entry[_key(entry, "category_name", "category_id")] for entry in entries]
     lists, values = [entry["bbox"] for entry in entries], [entry["score"] for entry in entries]
     _check_types(ids, int, str)
     _check_types(classes, int, str)
@@ -110,6 +116,11 @@ def _columns(
     if len(boxes) < len(entries) or not _are_good(boxes, scores):
         raise ValueError
     return np.array(image, dtype=np.int64), names, boxes, scores
+
+
+def _key(entry: Mapping[str, Any], name: str, number: str) -> str:
+    """The key that says which image or class it is: its name, where the entry has it."""
+    return name if name in entry else number
 
 
 def _check_types(values: Iterable[Any], *types: type) -> None:
@@ -137,7 +148,12 @@ def _problem(entry: Any, truth: GroundTruth) -> str:
     """What is wrong with an entry; "" = nothing."""
     if not isinstance(entry, dict):
         return "is not an object: write image_id, category_id, bbox and score"
-    if missing := [key for key in ("image_id", "category_id", "bbox", "score") if key not in entry]:
+    keys = (
+        _key(entry, "image_name", "image_id"),
+        _key(entry, "category_name", "category_id"),
+        *("bbox", "score"),
+    )
+    if missing := [key for key in keys if key not in entry]:
         return f"has no {' and no '.join(missing)}: write image_id, category_id, bbox and score"
     box, score = entry["bbox"], entry["score"]
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
@@ -153,7 +169,7 @@ def _problem(entry: Any, truth: GroundTruth) -> str:
 
 
 def _image_problem(entry: Mapping[str, Any], truth: GroundTruth) -> str:
-    key = "image_name" if "image_name" in entry else "image_id"
+    key = _key(entry, "image_name", "image_id")
     known: Mapping[Any, int] = truth.positions if key == "image_name" else truth.numbers
     if type(entry[key]) in (int, str) and entry[key] in known:
         return ""

@@ -105,7 +105,10 @@ def _find_detection_files(folder: Path, split: str, class_names: Sequence[str]) 
     """The path of each class's file. All exist and belong to one competition."""
     pattern = f"comp[34]_det_{split}_<class>.txt"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: give the one that holds {pattern}")
+        raise UserError(
+            f"{folder}: no such file or folder: give a COCO result file, or the folder that "
+            f"holds {pattern}"
+        )
     files = [
         [_detection_file(folder, competition, split, name) for name in class_names]
         for competition in _COMPETITIONS
@@ -132,14 +135,14 @@ def _find_detection_files(folder: Path, split: str, class_names: Sequence[str]) 
 def _warn_of_others(
     folder: Path, class_files: Sequence[Path], competition: str, split: str
 ) -> None:
-    """Names the files of classes that the split does not have."""
+    """Names files that may be of classes that the split does not have."""
     begin = f"{competition}_det_{file_name_part(split)}_"
     names = {path.name for path in folder.iterdir()} - {path.name for path in class_files}
     others = sorted(name for name in names if name.startswith(begin) and name.endswith(".txt"))
     if others:
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         warnings.warn(
-            f"{folder}: left out are {len(others)} files of classes that this split does not have: "
+            f"{folder}: left out are {len(others)} files of classes or splits other than these: "
             f"{shown}",
             stacklevel=4,
         )

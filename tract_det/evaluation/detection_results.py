@@ -221,13 +221,14 @@ def compare(evaluated: Evaluated, other: Evaluated, samples: Means) -> dict[str,
     of_other, means, other_means = sampled_means(other, number), _means(evaluated), _means(other)
     differences = {name: value - other_means[name] for name, value in means.items()}
     both = (evaluated.detections, other.detections)
+    differing = differing_images(*both, images)
     swapped = swapped_differences(
         evaluated.truth.objects,
         both,
         num_images=images,
         num_classes=evaluated.num_classes,
         rule=evaluated.matching.rule,
-        swaps=draw_swaps(images, number),
+        swaps=draw_swaps(differing, number),
     )
     p = p_values(differences, swapped)
     rows = {}
@@ -235,8 +236,8 @@ def compare(evaluated: Evaluated, other: Evaluated, samples: Means) -> dict[str,
         ends = difference_interval(difference, samples[name] - of_other[name])
         ends = with_zero(ends) if p[name] >= 1 - LEVEL else ends
         rows[name] = {"difference": difference, "interval": ends, "p": p[name]}
-    differing = differing_images(*both, images)
-    counts = {"samples": number, "images": images, "images_that_differ": differing}
+    count = int(np.count_nonzero(differing))
+    counts = {"samples": number, "images": images, "images_that_differ": count}
     return {**counts, "level": LEVEL, **rows}
 
 

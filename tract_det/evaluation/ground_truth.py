@@ -1,5 +1,6 @@
 """What detections are compared with: the images of a split in order, their classes and objects."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -85,7 +86,8 @@ def from_annotations(
     if not are_labels(objects.labels, len(names)):
         raise ValueError(f"ground truth has labels outside 0..{len(names) - 1}")
     numbers = [getattr(a, "number", None) for a in annotations]
-    by_name, by_number = _by_name(ids, numbers), _by_number(ids, numbers)
+    by_name = _by_name(ids)
+    by_number = _by_number(by_name, numbers)
     return GroundTruth(ids, names, objects, by_name, by_number, dict(categories or {}))
 
 
@@ -106,25 +108,25 @@ def _areas(annotations: Sequence[Annotation], boxes: np.ndarray) -> np.ndarray |
     return np.where(np.isnan(areas), (boxes[:, 2:] - boxes[:, :2]).prod(axis=1), areas)
 
 
-def _by_name(ids: Sequence[str], numbers: Sequence[int | str | None]) -> dict[str, int]:
-    """Positions by names with and without folders, and by COCO's numbers that are no names."""
+def _by_name(ids: Sequence[str]) -> dict[str, int]:
+    """Positions by names, and by names without folders where only one image has it."""
     stems = [name.rpartition("/")[2] for name in ids]
-    positions = {str(number): k for k, number in enumerate(numbers) if number is not None}
-    if len(set(stems)) == len(stems):
-        positions |= {stem: k for k, stem in enumerate(stems)}
+    counts = Counter(stems)
+    positions = {stem: k for k, stem in enumerate(stems) if counts[stem] == 1}
     return positions | {name: k for k, name in enumerate(ids)}
 
 
-def _by_number(ids: Sequence[str], numbers: Sequence[int | str | None]) -> dict[int | str, int]:
-    """Positions by COCO's numbers and by names that are none; else by the numbers of the names."""
-    by_name: dict[int | str, int] = dict(_by_name(ids, [None] * len(ids)).items())
-    known = {number: k for k, number in enumerate(numbers) if number is not None}
-    if known:
-        return by_name | {str(number): k for number, k in known.items()} | known
-    values = [int(name) if name.isascii() and name.isdigit() else None for name in ids]
-    if None not in values and len(set(values)) == len(values):
-        by_name |= {number: k for k, number in enumerate(values) if number is not None}
-    return by_name
+def _by_number(
+    by_name: Mapping[str, int], numbers: Sequence[int | str | None]
+) -> dict[int | str, int]:
+    """Positions by COCO's ids, or by numbers that are names; and by names that are no ids."""
+    ids = {number: k for k, number in enumerate(numbers) if number is not None}
+    if ids:
+        return {str(number): k for number, k in ids.items()} | dict(by_name.items()) | ids
+    values = {name: int(name) for name in by_name if name.isascii() and name.isdigit()}
+    counts = Counter(values.values())
+    unique = {value: by_name[name] for name, value in values.items() if counts[value] == 1}
+    return dict(by_name.items()) | unique
 
 
 def are_labels(labels: np.ndarray, num_classes: int) -> bool:

@@ -2,10 +2,10 @@
 
 If it does not matter which of two detectors made which detections, then those of an image can be
 swapped between both sets, and the difference of their means is as likely to be that of any of the
-2^I ways to do so. The p-value is the share of ways whose difference is at least as great, of a
-random sample of them. That holds for every figure and any number of images: for k images whose
-detections differ it is never below 2^(1 - k), and a class with a single object makes no difference
-significant.
+2^I ways to do so. The p-value is the share of ways whose difference is at least as great: of all
+where few images differ, else of a random sample. That holds for every figure and any number of
+images: for k that differ the share is never below 2^(1 - k), and a class with a single object makes
+no difference significant.
 
 Source: Noreen, "Computer-Intensive Methods for Testing Hypotheses", 1989, chapter 2 (approximate
 randomization); Phipson and Smyth, "Permutation P-values Should Never Be Zero", 2010.
@@ -63,9 +63,26 @@ def swapped_differences(
     return {name: values - second[name] for name, values in first.items()}
 
 
-def draw_swaps(num_images: int, samples: int, seed: int = 0) -> np.ndarray:
-    """Whether each image is swapped in each sample, (B, I) bool."""
-    return np.random.default_rng(seed).random((samples, num_images)) < 0.5
+def draw_swaps(differing: np.ndarray, samples: int, seed: int = 0) -> np.ndarray:
+    """Which images are swapped: all ways to do so if they are no more than the samples.
+
+    Args:
+        differing: (I,) bool, the images whose detections differ; swapping others changes nothing.
+        samples: number of ways to draw if there are more.
+        seed: of the draw.
+
+    Returns:
+        (B, I) bool, without the way to swap none; that alone if no image differs.
+    """
+    images = np.flatnonzero(differing)
+    if 2 ** min(len(images), 63) - 1 <= samples:
+        ways = np.arange(1, max(2, 2 ** len(images)))
+        chosen = (ways[:, None] >> np.arange(len(images)) & 1).astype(bool)
+    else:
+        chosen = np.random.default_rng(seed).random((samples, len(images))) < 0.5
+    swaps = np.zeros((len(chosen), len(differing)), dtype=bool)
+    swaps[:, images] = chosen
+    return swaps
 
 
 def p_values(
@@ -75,10 +92,10 @@ def p_values(
 
     Args:
         differences: on the split as it is, by name.
-        swapped: (B,) float by name, after random swaps.
+        swapped: (B,) float by name, after the swaps.
 
     Returns:
-        1 / (B + 1) at least, since the split as it is counts as one of the samples.
+        1 / (B + 1) at least, since the split as it is counts as one of the ways.
     """
     return {name: _p_value(value, swapped[name]) for name, value in differences.items()}
 
@@ -90,21 +107,21 @@ def _p_value(difference: float, swapped: np.ndarray) -> float:
     return (1 + as_great) / (1 + len(swapped))
 
 
-def differing_images(first: Detections, second: Detections, num_images: int) -> int:
-    """Number of images whose detections are not the same in both sets, whatever their order."""
+def differing_images(first: Detections, second: Detections, num_images: int) -> np.ndarray:
+    """Whether the detections of each image differ, or their order within a class, (I,) bool."""
     counts = [np.bincount(side.image, minlength=num_images) for side in (first, second)]
     differs = counts[0] != counts[1]
     first_rows, second_rows = (_sorted_rows(side, ~differs) for side in (first, second))
     unequal = (first_rows != second_rows).any(axis=1)
     differs[first_rows[unequal, 0].astype(np.int64)] = True
-    return int(np.count_nonzero(differs))
+    return differs
 
 
 def _sorted_rows(detections: Detections, of_images: np.ndarray) -> np.ndarray:
-    """Image, label, score and box of the detections of some images, sorted. (n, 7) float."""
+    """Image, label, score and box of the detections of some images, class by class, (n, 7)."""
     columns = (detections.image, detections.labels, detections.scores, *detections.boxes.T)
     rows = np.column_stack(columns).astype(np.float64)[of_images[detections.image]]
-    return rows[np.lexsort(rows.T[::-1])]
+    return rows[np.lexsort((rows[:, 1], rows[:, 0]))]
 
 
 def _joined(first: Boxes, second: Boxes) -> Boxes:
