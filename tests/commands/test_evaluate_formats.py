@@ -110,23 +110,51 @@ def test_crowds_and_areas_of_the_file_count_as_in_cocos_own_program(tmp_path, ro
     assert list(figures.values()) == pytest.approx(100 * evaluation.stats[:6])
 
 
-def test_the_challenges_files_call_an_image_by_its_name_though_that_is_anothers_id(tmp_path, root):
+def challenge_files(folder, entries, more=()):
+    folder.mkdir()
     for name in ("ant", "dog"):
         lines = []
-        for entry in FOUND:
+        for entry in entries:
             if CLASSES[entry["category_id"]] == name:
                 x, y, w, h = entry["bbox"]
                 box = f"{x + 1} {y + 1} {x + w} {y + h}"
                 lines.append(f"{NAMES[entry['image_id']]} {entry['score']} {box}\n")
-        path = tmp_path / "found" / f"comp4_det_val_{name}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(lines))
-    (tmp_path / "found/comp4_det_val_bee.txt").write_text("")
+        (folder / f"comp4_det_val_{name}.txt").write_text("".join([*lines, *more]))
+
+
+def test_the_challenges_files_call_an_image_by_its_name_though_that_is_anothers_id(tmp_path, root):
+    found = tmp_path / "found"
+    challenge_files(found, FOUND)
+    (found / "comp4_det_val_bee.txt").write_text("")
     with pytest.warns(UserWarning, match=r"left out are 1 files of .*comp4_det_val_bee"):
-        figures = evaluate(
-            tmp_path, "--root", root, "--split", "val", "--detections", tmp_path / "found"
-        )
+        figures = evaluate(tmp_path, "--root", root, "--split", "val", "--detections", found)
     assert figures["coco"]["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("kind", ["coco", "comp4"])
+def test_detections_of_other_images_are_left_out_if_they_may_be(tmp_path, root, kind):
+    """As of all images in one folder, which has more than a split."""
+    other = {"image_id": 99, "image_name": "99", "category_id": 1, "category_name": "dog"}
+    others = [
+        other | {"bbox": [0, 0, 9, 9], "score": 1.0, "image_name": name} for name in ("4", "5")
+    ]
+    found = tmp_path / "found"
+    if kind == "coco":
+        write(found, detected(FOUND) + others)
+    else:
+        challenge_files(found, FOUND, ["99 1 1 1 9 9\n", "my 99 1 1 1 9 9\n"])
+    options = ("--root", root, "--split", "val", "--detections", found)
+    with pytest.raises(
+        UserError, match=r"is not in the split.* leave out others by --ignore-other"
+    ):
+        evaluate(tmp_path, *options)
+    with pytest.warns(UserWarning, match="left out are [24] of .* detections, of images that"):
+        figures = evaluate(tmp_path, *options, "--ignore-other-images")["coco"]
+    assert figures == pytest.approx(dict.fromkeys(figures, 100))
+    if kind == "coco":
+        write(found, others)
+        with pytest.raises(UserError, match="none of its images is in the split"):
+            evaluate(tmp_path, *options, "--ignore-other-images")
 
 
 def test_yolos_classes_have_their_number_in_the_list_and_one(tmp_path):

@@ -3,7 +3,7 @@ r"""Detects objects in images and videos with a detector's weights; nothing else
     tract-det detect --weights output/cells/model_final.pth photographs --out found
     tract-det detect --weights W a.jpg "b/*.png" clip.mp4 --out found --format images voc
     tract-det detect --weights W cells/JPEGImages --out found --format comp4 --split test
-    tract-det evaluate --root cells --split test --detections found/comp4
+    tract-det evaluate --root cells --split test --detections found/comp4 --ignore-other-images
 
 INPUT is an image, a folder (searched with the folders in it, but for hidden ones), a glob pattern
 or a video, and there may be several. --out gets, by --format:

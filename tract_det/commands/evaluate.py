@@ -18,7 +18,8 @@ them, these count.
 
 The classes are those that have objects in the split, unless --classes lists them; with --coco-truth
 they are all categories of the file, and boxes without an area count as objects, as in COCO's own
-program. Detections of other classes are left out with a warning.
+program. Detections of other classes are left out with a warning, and so are those of other images
+with --ignore-other-images.
 
 Printed are AP by class, the best F1 and its score threshold, the mistakes by kind with what mending
 them adds to the mAP, and the confidence interval of every mean. With --against a second set of
@@ -28,7 +29,9 @@ JSON file has the same figures unrounded, and the confusion matrix. In a checkou
 """
 
 import argparse
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,6 +85,11 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
         "--detections", type=Path, required=True, help="the challenge's folder or a COCO file"
     )
     parser.add_argument("--against", type=Path, help="other detections, to be subtracted")
+    parser.add_argument(
+        "--ignore-other-images",
+        action="store_true",
+        help="leave out detections of images that are not in the split (default: an error)",
+    )
     parser.add_argument("--rule", choices=RULES, default=RULES[0], help="default: %(default)s")
     parser.add_argument(
         "--bootstrap",
@@ -143,8 +151,8 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     from tract_det.files import write_json
 
     truth = _read_truth(args)
-    detections = _read(args.detections, args.split, truth)
-    others = _read(args.against, args.split, truth) if args.against else None
+    detections = _read(args.detections, args, truth)
+    others = _read(args.against, args, truth) if args.against else None
     evaluated = evaluate_detections(truth, detections, args.rule)
     results = summary(evaluated)
     if args.pycocotools:
@@ -217,10 +225,34 @@ def _in_options(error: UserError, args: argparse.Namespace) -> UserError:
     return UserError(text)
 
 
-def _read(path: Path, split: str, truth: "GroundTruth") -> "Detections":
+def _read(path: Path, args: argparse.Namespace, truth: "GroundTruth") -> "Detections":
     from tract_det.evaluation.coco_results import read_coco_results
     from tract_det.evaluation.detection_files import read_detections
 
+    others = args.ignore_other_images
     if path.is_file():
-        return read_coco_results(path, truth)
-    return read_detections(path, split, truth.class_names, truth.positions)
+        detections = read_coco_results(path, truth, others=others)
+    else:
+        names = truth.class_names
+        detections = read_detections(path, args.split, names, truth.positions, others=others)
+    return _of_the_split(path, detections)
+
+
+def _of_the_split(path: Path, detections: "Detections") -> "Detections":
+    """Without those of other images, whose number is said."""
+    kept = detections.image >= 0
+    count = len(kept) - int(kept.sum())
+    if not count:
+        return detections
+    if not kept.any():
+        raise UserError(
+            f"{path}: none of its images is in the split: evaluate the split that these detections "
+            "belong to"
+        )
+    warnings.warn(
+        f"{path}: left out are {count} of {len(kept)} detections, of images that are not in the "
+        "split",
+        stacklevel=2,
+    )
+    columns = {name: values[kept] for name, values in vars(detections).items()}
+    return replace(detections, **columns)

@@ -7,7 +7,9 @@ others than it was written for, so `tract-det detect` writes their names beside 
 
 import json
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -26,21 +28,26 @@ _LARGEST = 1e15
 _MALFORMED = (KeyError, TypeError, ValueError, OverflowError, AttributeError)
 
 
-def read_coco_results(path: Path, truth: GroundTruth) -> Detections:
+def read_coco_results(path: Path, truth: GroundTruth, *, others: bool = False) -> Detections:
     """Reads a COCO result file of detected boxes.
 
     Args:
         path: a list of objects with `image_id`, `category_id`, `bbox` and `score`.
         truth: the split that the detections belong to.
+        others: whether images may be there that are not in the split.
 
     Returns:
         The detections in the order of the file. Those of classes that are none of the split's are
-        left out, and a warning names the classes.
+        left out, and a warning names the classes. Images that are not in the split have the
+        position -1.
 
     Raises:
         UserError: the file cannot be read, or an entry is malformed, or names an image or a
             category that is not in the split, or the split does not number its classes.
     """
+    if others:
+        positions = defaultdict(lambda: -1, truth.positions)
+        truth = replace(truth, positions=positions, numbers=defaultdict(lambda: -1, truth.numbers))
     text = _read_text(path)
     entries = _parse(path, text)
     if not isinstance(entries, list):
@@ -50,16 +57,16 @@ def read_coco_results(path: Path, truth: GroundTruth) -> Detections:
     except _MALFORMED:
         _refuse(path, text, entries, truth)
     labels = {name: k for k, name in enumerate(truth.class_names)}
-    others = set(names) - set(labels)
-    if names and others == set(names):
+    left_out = set(names) - set(labels)
+    if names and left_out == set(names):
         raise UserError(
-            f"{path}: none of its classes ({_some(sorted(others))}) is one of the split's "
+            f"{path}: none of its classes ({_some(sorted(left_out))}) is one of the split's "
             f"({_some(truth.class_names)}): evaluate the data that these detections belong to"
         )
-    if others:
+    if left_out:
         warnings.warn(
             f"{path}: left out are detections of classes that this split does not have: "
-            f"{_some(sorted(others))}",
+            f"{_some(sorted(left_out))}",
             stacklevel=2,
         )
     label = np.array([labels.get(name, -1) for name in names], dtype=np.int64)
@@ -171,13 +178,16 @@ def _problem(entry: Any, truth: GroundTruth) -> str:
 def _image_problem(entry: Mapping[str, Any], truth: GroundTruth) -> str:
     key = _key(entry, "image_name", "image_id")
     known: Mapping[Any, int] = truth.positions if key == "image_name" else truth.numbers
-    if type(entry[key]) in (int, str) and entry[key] in known:
+    is_id = type(entry[key]) in (int, str)
+    if is_id and (isinstance(known, defaultdict) or entry[key] in known):
         return ""
-    # Numbers come after the names that they may stand for.
-    examples = _some([repr(image_id) for image_id in reversed(known)])
+    # What is of the same type as the id is the better example.
+    alike = [repr(image_id) for image_id in known if type(image_id) is type(entry[key])]
+    examples = _some(alike or [repr(image_id) for image_id in known])
     return (
         f"{key} {shortened(repr(entry[key]))} is not in the split, whose images are {examples}: "
-        "evaluate the split that these detections belong to"
+        "evaluate the split that these detections belong to, or leave out others by "
+        "--ignore-other-images"
     )
 
 

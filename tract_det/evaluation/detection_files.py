@@ -6,9 +6,10 @@ one, so `xmin` and `ymin` are greater by 1 there.
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -70,7 +71,12 @@ def write_detections(
 
 
 def read_detections(
-    folder: Path, split: str, class_names: Sequence[str], positions: Mapping[Any, int]
+    folder: Path,
+    split: str,
+    class_names: Sequence[str],
+    positions: Mapping[str, int],
+    *,
+    others: bool = False,
 ) -> Detections:
     """Reads the challenge's files `comp3_det_<split>_<class>.txt` or `comp4_det_...`.
 
@@ -79,9 +85,11 @@ def read_detections(
         split: name of the split.
         class_names: the K classes. Each must have a file, which may be empty.
         positions: of the images in the split, by image id.
+        others: whether images may be there that are not in the split.
 
     Returns:
-        The detections, class by class, in the order of the files.
+        The detections, class by class, in the order of the files. Images that are not in the split
+        have the position -1.
 
     Raises:
         UserError: a folder or file is missing, both competitions have files, a line is not an image
@@ -89,6 +97,7 @@ def read_detections(
             negative. Files of other classes are named by a warning.
     """
     files = _find_detection_files(Path(folder), split, class_names)
+    positions = defaultdict(lambda: -1, positions) if others else positions
     tables = [_read_file(path, positions) for path in files]
     labels = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
     table = np.concatenate([np.empty((0, 6)), *tables])
@@ -148,7 +157,7 @@ def _warn_of_others(
         )
 
 
-def _read_file(path: Path, positions: Mapping[Any, int]) -> np.ndarray:
+def _read_file(path: Path, positions: Mapping[str, int]) -> np.ndarray:
     """A file as rows of the image's position, score and box as in the file. (n, 6) float."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -165,7 +174,7 @@ def _read_file(path: Path, positions: Mapping[Any, int]) -> np.ndarray:
     return table
 
 
-def _table(text: str, positions: Mapping[Any, int]) -> np.ndarray | None:
+def _table(text: str, positions: Mapping[str, int]) -> np.ndarray | None:
     """A file without mistakes, several times as fast as line by line.
 
     Returns:
@@ -200,7 +209,7 @@ def _has_six_columns(text: str, words: int) -> bool:
     return bool(((in_line == 6) | (in_line == 0)).all() and in_line.sum() == words)
 
 
-def _row(where: str, line: str, positions: Mapping[Any, int]) -> tuple[float, ...]:
+def _row(where: str, line: str, positions: Mapping[str, int]) -> tuple[float, ...]:
     """The image's position, score and box of a line.
 
     Raises:
@@ -208,7 +217,7 @@ def _row(where: str, line: str, positions: Mapping[Any, int]) -> tuple[float, ..
     """
     columns = line.strip().rsplit(None, 5)  # an image id may contain blanks
     image_id = columns[0]
-    is_known = image_id in positions
+    is_known = isinstance(positions, defaultdict) or image_id in positions
     if len(columns) != 6 or (not is_known and len(image_id.split()) > 1):
         raise UserError(f"{where}: has {len(line.split())} columns: write {_COLUMNS}")
     try:
@@ -224,7 +233,7 @@ def _row(where: str, line: str, positions: Mapping[Any, int]) -> tuple[float, ..
         raise UserError(
             f"{where}: image {shortened(image_id, 200)!r} is not in the split, whose images are "
             f"such as {shortened(str(next(iter(positions), '')))!r}: evaluate the split that these "
-            "detections belong to, or write the image's name"
+            "detections belong to, or leave out others by --ignore-other-images"
         )
     if _is_negative(np.array([values[1:]])).any():
         raise UserError(
