@@ -154,9 +154,13 @@ def test_images_differ_by_any_column_or_number_and_by_the_order_within_a_class()
     without = reordered(first, np.arange(1, len(first.scores)))
     assert differing_images(first, without, 30).sum() == 1
     assert differing_images(without, first, 30).sum() == 1
-    for name in ("boxes", "scores", "labels"):
+    size = first.boxes[:, 2:] - first.boxes[:, :2]
+    rounded = np.concatenate([first.boxes[:, :2], first.boxes[:, :2] + size], axis=1)
+    assert (rounded != first.boxes).any()
+    assert not differing_images(first, replace(first, boxes=rounded), 30).any()
+    for name, change in (("boxes", 1e-6), ("scores", 1e-6), ("labels", 1)):
         values = getattr(first, name).copy()
-        values[0] = values[0] + 1
+        values[0] = values[0] + change
         differing = differing_images(first, replace(first, **{name: values}), 30)
         assert np.flatnonzero(differing).tolist() == [first.image[0]]
 

@@ -28,6 +28,8 @@ from tract_det.evaluation.voc_ap import match
 
 Boxes = TypeVar("Boxes", Objects, Detections)
 
+_TOLERANCE = 1e-9  # of pixels and scores
+
 
 def swapped_differences(
     objects: Objects,
@@ -108,11 +110,14 @@ def _p_value(difference: float, swapped: np.ndarray) -> float:
 
 
 def differing_images(first: Detections, second: Detections, num_images: int) -> np.ndarray:
-    """Whether the detections of each image differ, or their order within a class, (I,) bool."""
+    """Whether the detections of each image differ, or their order within a class, (I,) bool.
+
+    A file of results may round a coordinate in its last digits; that is no difference.
+    """
     counts = [np.bincount(side.image, minlength=num_images) for side in (first, second)]
     differs = counts[0] != counts[1]
     first_rows, second_rows = (_sorted_rows(side, ~differs) for side in (first, second))
-    unequal = (first_rows != second_rows).any(axis=1)
+    unequal = (np.abs(first_rows - second_rows) > _TOLERANCE).any(axis=1)
     differs[first_rows[unequal, 0].astype(np.int64)] = True
     return differs
 
