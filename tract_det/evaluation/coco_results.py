@@ -1,8 +1,8 @@
 """Reads COCO's result files of detected boxes (x, y, width, height).
 
-Format: https://cocodataset.org/#format-results. What calls images and classes by number can mean
-others than it was written for, so `tract-det detect` writes their names beside the numbers, as
-`image_name` and `category_name`: where an entry has them, they count.
+Format: https://cocodataset.org/#format-results. The number of an image or a class may belong to
+another one in other data. So `tract-det detect` writes names beside the numbers, as `image_name`
+and `category_name`; where an entry has a name, the name counts.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -142,7 +142,7 @@ def _are_good(boxes: np.ndarray, scores: np.ndarray) -> bool:
     return are_numbers and bool((boxes[:, 2:] >= 0).all())
 
 
-def _refuse(path: Path, text: str, entries: Sequence[Any], truth: GroundTruth) -> None:
+def _refuse(path: Path, text: str, entries: Sequence[Any], truth: GroundTruth) -> NoReturn:
     """Raises an error that names the first entry with a problem, and its line."""
     for index, entry in enumerate(entries):
         if problem := _problem(entry, truth):
