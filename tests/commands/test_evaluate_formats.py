@@ -142,7 +142,7 @@ def test_detections_of_other_images_are_left_out_if_they_may_be(tmp_path, root, 
     if kind == "coco":
         write(found, detected(FOUND) + others)
     else:
-        challenge_files(found, FOUND, ["99 1 1 1 9 9\n", "my 99 1 1 1 9 9\n"])
+        challenge_files(found, FOUND, ["99 1 1 1 9 9\n", "my photo 1 1 1 9 9\n"])
     options = ("--root", root, "--split", "val", "--detections", found)
     with pytest.raises(
         UserError, match=r"is not in the split.* leave out others by --ignore-other"
@@ -155,6 +155,31 @@ def test_detections_of_other_images_are_left_out_if_they_may_be(tmp_path, root, 
         write(found, others)
         with pytest.raises(UserError, match="none of its images is in the split"):
             evaluate(tmp_path, *options, "--ignore-other-images")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("1 0.5 11 21 60 80 99", "dog 1 0.5 11 21 60 80", "1 0.5 11 21 60 80 2 0.5 1 1 9 9"),
+        *("cam/1 0.5 11 21 60 80", "1.jpg 0.5 11 21 60 80", "9 0.5 11 21 60", "9 nan 1 1 9 9"),
+    ],
+)
+def test_a_line_that_may_mean_an_image_of_the_split_is_no_other_image(tmp_path, root, line):
+    found = tmp_path / "found"
+    challenge_files(found, FOUND, [line + "\n"])
+    options = ("--root", root, "--split", "val", "--detections", found, "--ignore-other-images")
+    with pytest.raises(UserError, match=r"comp4_det_val_ant\.txt, line 2: "):
+        evaluate(tmp_path, *options)
+
+
+@pytest.mark.parametrize("key", ["image_id", "image_name"])
+@pytest.mark.parametrize("name", ["cam/1", "1.jpg", "a/b/1.png", "", " ", True, None, 1.0, [1]])
+def test_a_name_that_may_mean_an_image_of_the_split_is_no_other_image(tmp_path, root, key, name):
+    """As `tract-det detect` calls an image where another folder has one of the same name."""
+    results = write(tmp_path / "results.json", [*FOUND, FOUND[0] | {key: name}])
+    options = ("--root", root, "--split", "val", "--detections", results)
+    with pytest.raises(UserError, match=f"entry 8: {key} .* is not (in the split|what an image)"):
+        evaluate(tmp_path, *options, "--ignore-other-images")
 
 
 def test_yolos_classes_have_their_number_in_the_list_and_one(tmp_path):

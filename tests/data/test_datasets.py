@@ -254,6 +254,25 @@ def test_images_are_read_by_the_data_set_as_by_vocs(tree, out):
     assert (target["boxes"] == expected_target["boxes"]).all()
 
 
+@pytest.mark.parametrize(
+    ("files", "ids"),
+    [
+        (["./a.jpg", "x/./b.jpg", "images//c.tar.gz"], ["a", "x/b", "images/c.tar"]),
+        ([".hidden", "no_suffix", "dot."], [".hidden", "no_suffix", "dot."]),
+        (["a/1.jpg", "b/1.jpg", "b\\2.jpg"], ["a/1", "b/1", "b/2"]),
+        (["1.jpg", "1.png"], ["1.jpg", "1.png"]),
+        (["/tmp/a.jpg", "C:\\data\\b.jpg"], ["a", "b"]),
+    ],
+)
+def test_the_id_of_an_image_in_cocos_format_is_its_file_without_suffix(tmp_path, files, ids):
+    images = [{"id": k, "file_name": name, "width": 9, "height": 9} for k, name in enumerate(files)]
+    box = {"id": 1, "image_id": 0, "category_id": 1, "bbox": [0, 0, 5, 5]}
+    content = {"images": images, "annotations": [box], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    split = read_dataset(["train"], tmp_path, None, need_images=False)
+    assert [annotation.image_id for annotation in split.annotations] == ids
+
+
 def write_coco(root, content):
     root.mkdir(exist_ok=True)
     text = content if isinstance(content, str) else json.dumps(content)

@@ -197,9 +197,13 @@ BAD_RESULTS = {
         "image_id 9 is not in the split, whose images are 3, 7: evaluate the split",
     ),
     "unknown name": (changed(RESULTS[1], image_name="c"), "image_name 'c' is not in the split"),
-    "true as image": (changed(RESULTS[1], image_id=True), "image_id True is not in"),
+    "true as image": (changed(RESULTS[1], image_id=True), "image_id True is not what an image is"),
+    "number as an image's name": (
+        changed(RESULTS[1], image_name=3),
+        "image_name 3 is not what an image is",
+    ),
     "no image": (changed(RESULTS[1], image_id=None), "has no image_id: write image_id, category"),
-    "list as image": (changed(RESULTS[1], image_id=[1]), r"image_id \[1\] is not in"),
+    "list as image": (changed(RESULTS[1], image_id=[1]), r"image_id \[1\] is not what an image is"),
     "true as category": (changed(RESULTS[1], category_id=True), "category_id True is none"),
     "unknown category": (
         changed(RESULTS[1], category_id=3),
@@ -239,6 +243,7 @@ BAD_ANNOTATIONS = {
     "negative height": ({"bbox": [0, 0, 5, -5]}, "with a negative width or height"),
     "no box": ({"bbox": None}, "bbox is None"),
     "word as area": ({"area": "big"}, "area is 'big': write a number"),
+    "list as flag": ({"iscrowd": [1]}, r"iscrowd is \[1\]: write 0 or 1"),
     "word as flag": ({"iscrowd": "maybe"}, "iscrowd is 'maybe': write 0 or 1"),
 }
 
@@ -364,7 +369,9 @@ def test_null_is_as_nothing_and_two_categories_of_one_name_are_one_class(tmp_pat
     ]
     categories = [{"id": 5, "name": "cat"}, {"id": 2, "name": "cat"}]
     content = TRUTH | {"annotations": annotations, "categories": categories}
-    truth = read_coco_ground_truth(write(tmp_path / "truth.json", content))
+    path = write(tmp_path / "truth.json", content)
+    with pytest.warns(UserWarning, match="several categories are called 'cat': they are one class"):
+        truth = read_coco_ground_truth(path)
     assert truth.class_names == ("cat",)
     assert truth.objects.labels.tolist() == [0, 0]
     assert not truth.objects.difficult.any() and truth.objects.crowd is None

@@ -85,7 +85,7 @@ def test_of_all_swaps_the_p_value_is_the_share_that_differs_at_least_as_much():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("samples", [31, 1000])
+@pytest.mark.parametrize("samples", [20, 1000])
 def test_few_images_that_differ_are_never_significant(count, samples):
     """Whatever they are: with k of them, two of two to the k ways differ as much."""
     for seed in range(5):
@@ -100,6 +100,22 @@ def test_few_images_that_differ_are_never_significant(count, samples):
         assert len(swaps) == 2**count - 1 and not swaps[:, ~differing].any()
         p = p_values(differences, swapped(objects, (first, second), swaps))
         assert min(p.values()) >= 2 ** (1 - count) - 1e-12
+
+
+def test_more_ways_than_are_counted_are_drawn_among_the_images_that_differ():
+    differing = np.arange(100) % 2 == 0
+    swaps = draw_swaps(differing, 300)
+    assert swaps.shape == (300, 100) and not swaps[:, ~differing].any()
+    assert swaps[:, differing].mean() == pytest.approx(0.5, abs=0.02)
+    assert len(draw_swaps(np.arange(100) < 10, 20)) == 2**10 - 1
+    assert draw_swaps(np.zeros(100, dtype=bool), 20).tolist() == [[False] * 100]
+
+
+def test_scores_differ_however_little():
+    first = made_split(30, seed=7)[1](0)
+    for change in (1e-12, -1e-12):
+        other = replace(first, scores=first.scores + change)
+        assert differing_images(first, other, 30).sum() == len(np.unique(first.image))
 
 
 def test_a_class_with_a_single_object_makes_no_difference_significant():

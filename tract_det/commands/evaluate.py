@@ -10,11 +10,14 @@ r"""Evaluates detections in files: no model is needed, and images for data in YO
 
 DETECTIONS is a folder or a file. The folder holds the PASCAL VOC challenge's files
 `comp4_det_<split>_<class>.txt` (or comp3) for each class, with a line `image_id score xmin ymin
-xmax ymax` for each detection; pixels count from 1. The file is a COCO result file. Its `image_id`
-and `category_id` are those of COCO's data, where the data are in its format; else the image's name
-or the number that it is, and the class's number in YOLO's list or its position in --classes,
-counted from 1. Where an entry has `image_name` and `category_name`, as `tract-det detect` writes
-them, these count.
+xmax ymax` for each detection; pixels count from 1. The file is a COCO result file. What its
+`image_id` and `category_id` are depends on the data:
+
+    in COCO's format    the ids there; a text, where ids are numbers, is first an image's name
+    in YOLO's           the image's name, or the number that it is; the class's number there + 1
+    in VOC's            the same; the class's position in --classes, counted from 1
+
+Where an entry has `image_name` and `category_name`, as `tract-det detect` writes them, these count.
 
 The classes are those that have objects in the split, unless --classes lists them; with --coco-truth
 they are all categories of the file, and boxes without an area count as objects, as in COCO's own

@@ -13,6 +13,8 @@ Format: https://cocodataset.org/#format-data.
 
 import mmap
 import re
+import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -22,7 +24,7 @@ from tract_det.data.annotations import Contents, DetectionSplit, Record, build_s
 from tract_det.data.coco_json import read_json, with_slashes
 from tract_det.data.faults import Faults
 from tract_det.data.files import Listing, Source, is_hidden
-from tract_det.errors import UserError
+from tract_det.errors import UserError, shortened
 
 EXPECTED = "COCO: a JSON file with images, annotations and categories for each split"
 
@@ -103,6 +105,13 @@ def read_file(path: Path) -> DetectionSplit:
     for key, entries in (("images", records), ("categories", categories)):
         if not entries:
             raise UserError(f"{path}: its list {key!r} is empty: export it again")
+    repeated = sorted(name for name, count in Counter(categories.values()).items() if count > 1)
+    if repeated:
+        warnings.warn(
+            f"{path}: several categories are called {shortened(repeated[0])!r}: they are one class "
+            "here, as in a training",
+            stacklevel=2,
+        )
     records = {number: records[number] for number in sorted(records, key=_number_first)}
     images = [
         (image_id, path.parent / record.filename, record._replace(size=record.size or (0, 0)))
@@ -176,7 +185,8 @@ def _ids(records: Mapping[int | str, Record]) -> list[str]:
         PurePosixPath(name).name if name.startswith("/") or ".." in name or ":" in name else name
         for name in files
     ]
-    stems = [re.sub(r"(?<=[^/])\.[^./]+$", "", name) for name in names]
+    plain = [str(PurePosixPath(name)) for name in names]
+    stems = [re.sub(r"(?<=[^/])\.[^./]+$", "", name) for name in plain]
     for ids in (stems, names, files):
         if len(set(ids)) == len(ids):
             return ids

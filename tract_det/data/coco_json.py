@@ -181,7 +181,7 @@ def _flag(path: Path, annotation: Mapping[str, Any], key: str) -> bool:
     value = annotation.get(key)
     if not value or type(value) in (bool, *_NUMBERS):
         return bool(value)
-    word = value.strip().lower() if isinstance(value, str) else ""
+    word = value.strip().lower() if isinstance(value, str) else None
     if word in ("0", "1"):
         return word == "1"
     if word not in FLAGS:

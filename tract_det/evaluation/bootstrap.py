@@ -105,7 +105,7 @@ def interval(
 
 
 def difference_interval(difference: float, sampled: np.ndarray) -> tuple[float, float]:
-    """The `interval` of a difference, with the percentiles of the samples as they are.
+    """The `interval` of a difference, extended to the percentiles of the samples as they are.
 
     Samples without a class leave its AP out of the mean, and samples without the few images that
     make a difference do not have it. To centre them moves them away from 0, as if they had it.

@@ -7,7 +7,6 @@ and `category_name`; where an entry has a name, the name counts.
 
 import json
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from json import JSONDecodeError
@@ -18,7 +17,7 @@ import numpy as np
 
 from tract_det.errors import UserError, shortened
 from tract_det.evaluation.boxes import Detections
-from tract_det.evaluation.ground_truth import GroundTruth
+from tract_det.evaluation.ground_truth import GroundTruth, WithOthers
 
 _SHOWN = 5  # examples in a message
 _WHITESPACE = " \t\n\r"
@@ -46,8 +45,8 @@ def read_coco_results(path: Path, truth: GroundTruth, *, others: bool = False) -
             category that is not in the split, or the split does not number its classes.
     """
     if others:
-        positions = defaultdict(lambda: -1, truth.positions)
-        truth = replace(truth, positions=positions, numbers=defaultdict(lambda: -1, truth.numbers))
+        positions, numbers = WithOthers(truth.positions), WithOthers(truth.numbers)
+        truth = replace(truth, positions=positions, numbers=numbers)
     text = _read_text(path)
     entries = _parse(path, text)
     if not isinstance(entries, list):
@@ -109,6 +108,7 @@ def _columns(
     _check_types(lists, list)
     _check_types((value for box in lists for value in box), int, float)
     _check_types(values, int, float)
+    _check_types((entry["image_name"] for entry in entries if "image_name" in entry), str)
     image = [
         (truth.positions if "image_name" in entry else truth.numbers)[image_id]
         for entry, image_id in zip(entries, ids, strict=True)
@@ -178,8 +178,9 @@ def _problem(entry: Any, truth: GroundTruth) -> str:
 def _image_problem(entry: Mapping[str, Any], truth: GroundTruth) -> str:
     key = _key(entry, "image_name", "image_id")
     known: Mapping[Any, int] = truth.positions if key == "image_name" else truth.numbers
-    is_id = type(entry[key]) in (int, str)
-    if is_id and (isinstance(known, defaultdict) or entry[key] in known):
+    if type(entry[key]) not in ((int, str) if key == "image_id" else (str,)):
+        return f"{key} {shortened(repr(entry[key]))} is not what an image is called: write that"
+    if entry[key] in known or (isinstance(known, WithOthers) and known.may_be_another(entry[key])):
         return ""
     # What is of the same type as the id is the better example.
     alike = [repr(image_id) for image_id in known if type(image_id) is type(entry[key])]

@@ -6,7 +6,6 @@ one, so `xmin` and `ymin` are greater by 1 there.
 
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import numpy as np
 
 from tract_det.errors import UserError, shortened
 from tract_det.evaluation.boxes import ONE_BASED, Detections
+from tract_det.evaluation.ground_truth import WithOthers
 from tract_det.files import file_name_part, write_text
 
 # The challenge's detection competitions: trained on its own data only (3), or on any data (4).
@@ -97,7 +97,7 @@ def read_detections(
             negative. Files of other classes are named by a warning.
     """
     files = _find_detection_files(Path(folder), split, class_names)
-    positions = defaultdict(lambda: -1, positions) if others else positions
+    positions = WithOthers(positions) if others else positions
     tables = [_read_file(path, positions) for path in files]
     labels = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
     table = np.concatenate([np.empty((0, 6)), *tables])
@@ -217,7 +217,7 @@ def _row(where: str, line: str, positions: Mapping[str, int]) -> tuple[float, ..
     """
     columns = line.strip().rsplit(None, 5)  # an image id may contain blanks
     image_id = columns[0]
-    is_known = isinstance(positions, defaultdict) or image_id in positions
+    is_known = image_id in positions or _is_other(image_id, positions)
     if len(columns) != 6 or (not is_known and len(image_id.split()) > 1):
         raise UserError(f"{where}: has {len(line.split())} columns: write {_COLUMNS}")
     try:
@@ -241,6 +241,22 @@ def _row(where: str, line: str, positions: Mapping[str, int]) -> tuple[float, ..
             " the box from its top left one"
         )
     return positions[image_id], *values
+
+
+def _is_other(image_id: str, positions: Mapping[str, int]) -> bool:
+    """Whether it names an image that is not in the split, and is no image with more columns."""
+    words = image_id.split()
+    has_columns = len(words) > 1 and (words[0] in positions or _is_number(words[-1]))
+    is_other = isinstance(positions, WithOthers) and positions.may_be_another(image_id)
+    return is_other and not has_columns
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_negative(boxes: np.ndarray) -> np.ndarray:

@@ -119,7 +119,10 @@ def _by_name(ids: Sequence[str]) -> dict[str, int]:
 def _by_number(
     by_name: Mapping[str, int], numbers: Sequence[int | str | None]
 ) -> dict[int | str, int]:
-    """Positions by COCO's ids, or by numbers that are names; and by names that are no ids."""
+    """Positions by COCO's ids, or by numbers that are names.
+
+    A text is an id if ids are texts, else a name, else a number in words.
+    """
     ids = {number: k for k, number in enumerate(numbers) if number is not None}
     if ids:
         return {str(number): k for number, k in ids.items()} | dict(by_name.items()) | ids
@@ -127,6 +130,36 @@ def _by_number(
     counts = Counter(values.values())
     unique = {value: by_name[name] for name, value in values.items() if counts[value] == 1}
     return dict(by_name.items()) | unique
+
+
+class WithOthers(dict[Any, int]):
+    """Positions where images that are not in the split have -1.
+
+    A name that may mean one of the split's images, by its last part with or without a suffix, is
+    no other image: it has none, and nor has what is no name.
+    """
+
+    def __missing__(self, image_id: object) -> int:
+        """The position of an image that is not in the split.
+
+        Raises:
+            KeyError: it may be in the split, or is no name and no number.
+        """
+        if type(image_id) is int:
+            return -1
+        if not isinstance(image_id, str) or not image_id.strip():
+            raise KeyError(image_id)
+        last = image_id.rpartition("/")[2]
+        if last in self or last.rpartition(".")[0] in self:
+            raise KeyError(image_id)
+        return -1
+
+    def may_be_another(self, image_id: object) -> bool:
+        """Whether the image has a position here, of the split's or another's."""
+        try:
+            return isinstance(self[image_id], int)
+        except (KeyError, TypeError):
+            return False
 
 
 def are_labels(labels: np.ndarray, num_classes: int) -> bool:

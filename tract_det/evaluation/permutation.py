@@ -3,9 +3,9 @@
 If it does not matter which of two detectors made which detections, then those of an image can be
 swapped between both sets, and the difference of their means is as likely to be that of any of the
 2^I ways to do so. The p-value is the share of ways whose difference is at least as great: of all
-where few images differ, else of a random sample. That holds for every figure and any number of
-images: for k that differ the share is never below 2^(1 - k), and a class with a single object makes
-no difference significant.
+where few images differ, else of a random sample. It keeps its level for every figure and any number
+of images: for few that differ, k, the share is at least 2^(1 - k), and a class with a single object
+makes no difference significant.
 
 Source: Noreen, "Computer-Intensive Methods for Testing Hypotheses", 1989, chapter 2 (approximate
 randomization); Phipson and Smyth, "Permutation P-values Should Never Be Zero", 2010.
@@ -28,7 +28,9 @@ from tract_det.evaluation.voc_ap import match
 
 Boxes = TypeVar("Boxes", Objects, Detections)
 
-_TOLERANCE = 1e-9  # of pixels and scores
+_FEW = 1023  # ways to swap ten images
+# Of image, label, score and box, each: files of results may round an edge, in pixels.
+_TOLERANCE = np.array([0, 0, 0, 1e-9, 1e-9, 1e-9, 1e-9])
 
 
 def swapped_differences(
@@ -66,7 +68,7 @@ def swapped_differences(
 
 
 def draw_swaps(differing: np.ndarray, samples: int, seed: int = 0) -> np.ndarray:
-    """Which images are swapped: all ways to do so if they are no more than the samples.
+    """Which images are swapped: all ways to do so if they are few, or no more than the samples.
 
     Args:
         differing: (I,) bool, the images whose detections differ; swapping others changes nothing.
@@ -74,10 +76,10 @@ def draw_swaps(differing: np.ndarray, samples: int, seed: int = 0) -> np.ndarray
         seed: of the draw.
 
     Returns:
-        (B, I) bool, without the way to swap none; that alone if no image differs.
+        (B, I) bool. All ways are without the one to swap none, but where no image differs.
     """
     images = np.flatnonzero(differing)
-    if 2 ** min(len(images), 63) - 1 <= samples:
+    if 2 ** min(len(images), 63) - 1 <= max(samples, _FEW):
         ways = np.arange(1, max(2, 2 ** len(images)))
         chosen = (ways[:, None] >> np.arange(len(images)) & 1).astype(bool)
     else:
@@ -112,7 +114,7 @@ def _p_value(difference: float, swapped: np.ndarray) -> float:
 def differing_images(first: Detections, second: Detections, num_images: int) -> np.ndarray:
     """Whether the detections of each image differ, or their order within a class, (I,) bool.
 
-    A file of results may round a coordinate in its last digits; that is no difference.
+    What a file of results has rounded of an edge is no difference.
     """
     counts = [np.bincount(side.image, minlength=num_images) for side in (first, second)]
     differs = counts[0] != counts[1]
