@@ -115,6 +115,12 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
     )
     parser.add_argument("--json", type=Path, help="file for the figures, unrounded")
     args = parser.parse_args(argv)
+    _check(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses options that contradict each other."""
     if args.classes and not args.root:
         parser.error("--classes goes with --root: other data have their own")
     for option, is_set in (
@@ -133,7 +139,6 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
         parser.error(f"--bootstrap is a number of samples from {_FEWEST_SAMPLES}, or 0")
     if args.against and not args.bootstrap:
         parser.error("--against needs --bootstrap")
-    return args
 
 
 def main(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

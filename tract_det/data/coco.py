@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from tract_det.data.annotations import Contents, DetectionSplit, Record, build_split
 from tract_det.data.coco_json import read_json, with_slashes
@@ -143,9 +142,9 @@ def describe(root: Path, source: Source, *, need_images: bool, upright: bool = T
     categories, records = read_json(source.where)
     find, faults = _Finder(source, need_images), Faults()
     paths = []
-    for number, record in records.items():
+    for record in records.values():
         with faults.noted():
-            paths.append(find.path(record, number))
+            paths.append(find.path(record))
     faults.refuse()
     return Contents(list(zip(_ids(records), paths, records.values(), strict=True)), categories)
 
@@ -158,7 +157,7 @@ class _Finder:
         self._listing = Listing()
         self._folder: Path | None = None
 
-    def path(self, record: Record, number: Any) -> Path:
+    def path(self, record: Record) -> Path:
         """The file that `file_name` names; it may be a path on the annotator's machine."""
         file = PurePosixPath(with_slashes(record.filename))
         names = [Path(file)] if not file.is_absolute() else []

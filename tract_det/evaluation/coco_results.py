@@ -8,6 +8,7 @@ and `category_name`; where an entry has a name, the name counts.
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from json import JSONDecodeError
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from tract_det.errors import UserError, shortened
 from tract_det.evaluation.boxes import Detections
+from tract_det.evaluation.detection_files import read_text
 from tract_det.evaluation.ground_truth import GroundTruth, WithOthers
 
 _SHOWN = 5  # examples in a message
@@ -47,7 +49,7 @@ def read_coco_results(path: Path, truth: GroundTruth, *, others: bool = False) -
     if others:
         positions, numbers = WithOthers(truth.positions), WithOthers(truth.numbers)
         truth = replace(truth, positions=positions, numbers=numbers)
-    text = _read_text(path)
+    text = read_text(path)
     entries = _parse(path, text)
     if not isinstance(entries, list):
         raise UserError(f"{path}: is no COCO result file: write a list of detections")
@@ -72,13 +74,6 @@ def read_coco_results(path: Path, truth: GroundTruth, *, others: bool = False) -
     boxes[:, 2:] += boxes[:, :2]
     kept = label >= 0
     return Detections(image[kept], boxes[kept], scores[kept], label[kept])
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error}): write it again") from None
 
 
 def _parse(path: Path, text: str) -> Any:
@@ -180,7 +175,8 @@ def _image_problem(entry: Mapping[str, Any], truth: GroundTruth) -> str:
     known: Mapping[Any, int] = truth.positions if key == "image_name" else truth.numbers
     if type(entry[key]) not in ((int, str) if key == "image_id" else (str,)):
         return f"{key} {shortened(repr(entry[key]))} is not what an image is called: write that"
-    if entry[key] in known or (isinstance(known, WithOthers) and known.may_be_another(entry[key])):
+    with suppress(KeyError):
+        known[entry[key]]
         return ""
     # What is of the same type as the id is the better example.
     alike = [repr(image_id) for image_id in known if type(image_id) is type(entry[key])]

@@ -104,6 +104,18 @@ def read_detections(
     return Detections(table[:, 0].astype(np.int64), table[:, 2:] - ONE_BASED, table[:, 1], labels)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file of detections.
+
+    Raises:
+        UserError: it cannot be read, or is in another encoding than UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error}): write it again") from None
+
+
 def _detection_file(folder: Path, competition: str, split: str, class_name: str) -> Path:
     """The challenge's name of the file; what no file name can have is escaped."""
     split, class_name = file_name_part(split), file_name_part(class_name)
@@ -159,10 +171,7 @@ def _warn_of_others(
 
 def _read_file(path: Path, positions: Mapping[str, int]) -> np.ndarray:
     """A file as rows of the image's position, score and box as in the file. (n, 6) float."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error}): write it again") from None
+    text = read_text(path)
     table = _table(text, positions)
     if table is None:
         rows = [
@@ -217,8 +226,8 @@ def _row(where: str, line: str, positions: Mapping[str, int]) -> tuple[float, ..
     """
     columns = line.strip().rsplit(None, 5)  # an image id may contain blanks
     image_id = columns[0]
-    is_known = image_id in positions or _is_other(image_id, positions)
-    if len(columns) != 6 or (not is_known and len(image_id.split()) > 1):
+    position = _position(image_id, positions)
+    if len(columns) != 6 or (position is None and len(image_id.split()) > 1):
         raise UserError(f"{where}: has {len(line.split())} columns: write {_COLUMNS}")
     try:
         values = [float(column) for column in columns[1:]]
@@ -229,7 +238,7 @@ def _row(where: str, line: str, positions: Mapping[str, int]) -> tuple[float, ..
     shown = shortened(line.strip(), 200)
     if not all(map(math.isfinite, values)):
         raise UserError(f"{where}: {shown!r} is not {_COLUMNS}: write finite numbers")
-    if not is_known:
+    if position is None:
         raise UserError(
             f"{where}: image {shortened(image_id, 200)!r} is not in the split, whose images are "
             f"such as {shortened(str(next(iter(positions), '')))!r}: evaluate the split that these "
@@ -240,15 +249,18 @@ def _row(where: str, line: str, positions: Mapping[str, int]) -> tuple[float, ..
             f"{where}: {shown!r} has xmax < xmin or ymax < ymin: write {_COLUMNS}, the corners of"
             " the box from its top left one"
         )
-    return positions[image_id], *values
+    return position, *values
 
 
-def _is_other(image_id: str, positions: Mapping[str, int]) -> bool:
-    """Whether it names an image that is not in the split, and is no image with more columns."""
+def _position(image_id: str, positions: Mapping[str, int]) -> int | None:
+    """The position of an image; None if it has none, or if its id is one with more columns."""
+    try:
+        position = positions[image_id]
+    except KeyError:
+        return None
     words = image_id.split()
     has_columns = len(words) > 1 and (words[0] in positions or _is_number(words[-1]))
-    is_other = isinstance(positions, WithOthers) and positions.may_be_another(image_id)
-    return is_other and not has_columns
+    return None if position < 0 and has_columns else position
 
 
 def _is_number(word: str) -> bool:

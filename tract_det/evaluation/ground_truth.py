@@ -154,13 +154,6 @@ class WithOthers(dict[Any, int]):
             raise KeyError(image_id)
         return -1
 
-    def may_be_another(self, image_id: object) -> bool:
-        """Whether the image has a position here, of the split's or another's."""
-        try:
-            return isinstance(self[image_id], int)
-        except (KeyError, TypeError):
-            return False
-
 
 def are_labels(labels: np.ndarray, num_classes: int) -> bool:
     """Whether all are in 0..K-1."""
